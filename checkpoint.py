@@ -1,0 +1,123 @@
+"""Checkpoints: a trained stage on disk, written so that nothing is lost, read so that nothing runs.
+
+A checkpoint is a plain dictionary that torch.load(weights_only=True) accepts:
+
+    stage     "clip", "prior", "decoder", "upsampler1" or "upsampler2"
+    config    the fields of the frozen dataclass that built the model
+    ema       the averaged weights, which sampling uses
+    model, optimizer, step     what --resume needs (left out of shipped weights)
+    clip      which CLIP the stage was trained for: {"spec", "identity"}
+    run       the command's settings, versions and figures, for people to read
+
+The one idea of this file: a stage is rebuilt from its checkpoint alone, never from flags that
+must be repeated by hand; and writing goes to a second file that replaces the first in one step,
+so a crash or a full disk in the middle leaves the previous checkpoint as it was.
+Read next: train.py, which writes them, and sample.py, which reads them.
+"""
+
+import dataclasses
+import os
+import pickle
+from pathlib import Path
+
+import torch
+
+from clip_model import SmallClip, SmallClipConfig, freeze_small_clip, load_open_clip
+from data import UserError
+from decoder import Decoder, DecoderConfig
+from prior import DiffusionPrior, PriorConfig
+from upsampler import Upsampler, UpsamplerConfig
+
+STAGES = {
+    "clip": (SmallClip, SmallClipConfig),
+    "prior": (DiffusionPrior, PriorConfig),
+    "decoder": (Decoder, DecoderConfig),
+    "upsampler1": (Upsampler, UpsamplerConfig),
+    "upsampler2": (Upsampler, UpsamplerConfig),
+}
+
+
+def save_checkpoint(path, checkpoint):
+    """Write all of it or none: to PATH.tmp, flushed to the disk, then renamed over PATH."""
+    path = Path(path)
+    temporary = path.with_suffix(".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        kept = "; the previous checkpoint is untouched" if path.exists() else ""
+        raise UserError(f"cannot write {path} ({e}): make room or choose another --out{kept}") from e
+
+
+def load_checkpoint(path, stage=None):
+    """The dictionary at `path`. Raises UserError where it is missing, broken, unsafe or another's."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no weights at {path}: train this stage with train.py, or give another folder")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:
+        raise UserError(f"{path} is not a file of plain weights (it may hold code, which is never "
+                        "run): delete it and train or copy it again") from e  # fmt: skip
+    except Exception as e:  # torch has many ways to say that a file is cut short
+        raise UserError(f"{path} is damaged ({type(e).__name__}): delete it and train or copy it again") from e
+    needed = {"stage", "config", "ema", "step"}
+    if not isinstance(checkpoint, dict) or not needed <= set(checkpoint):
+        raise UserError(f"{path} is not a checkpoint of this project: it lacks {', '.join(sorted(needed))}")
+    if stage is not None and checkpoint["stage"] != stage:
+        raise UserError(f"{path} holds the stage '{checkpoint['stage']}', not '{stage}': check the file's name")
+    return checkpoint
+
+
+def build(checkpoint, path="the checkpoint"):
+    """The model that `checkpoint` describes, with its averaged weights, in eval mode."""
+    make_model, make_config = STAGES[checkpoint["stage"]]
+    try:
+        config = make_config(**{k: as_tuple(v) for k, v in checkpoint["config"].items()})
+        model = make_model(config)
+        # Shipped weights are stored in half precision; load_state_dict turns them into float32.
+        model.load_state_dict(checkpoint["ema"])
+    except (TypeError, KeyError, RuntimeError) as e:
+        reason = str(e).splitlines()[0]
+        raise UserError(f"{path}: weights and configuration do not fit this version ({reason}): "
+                        "train this stage again") from e  # fmt: skip
+    return model.eval()
+
+
+def as_tuple(value):
+    return tuple(value) if isinstance(value, list) else value
+
+
+def config_dict(model):
+    """The model's frozen dataclass as a plain dictionary, for a checkpoint."""
+    return dataclasses.asdict(model.config)
+
+
+def load_stage(folder, stage, device="cpu"):
+    """The trained stage from `folder`/`stage`.pt; remembers which CLIP it was trained for."""
+    path = Path(folder) / f"{stage}.pt"
+    checkpoint = load_checkpoint(path, stage)
+    model = build(checkpoint, path).to(device)
+    model.clip = checkpoint.get("clip")
+    return model
+
+
+def load_clip(folder, spec="small", device="cpu"):
+    """The frozen CLIP: `folder`/clip.pt where spec is "small", else an open_clip MODEL:TAG_OR_FILE."""
+    if spec == "small":
+        clip = freeze_small_clip(load_stage(folder, "clip"))
+    else:
+        clip = load_open_clip(spec)
+    return clip.to(device)
+
+
+def check_clip(model, clip, path):
+    """Raise UserError where a stage meets another CLIP than the one it was trained for."""
+    if model.clip and model.clip["identity"] != clip.identity:
+        raise UserError(f"{path} was trained for the CLIP {model.clip['identity']}, not {clip.identity}: "
+                        "embeddings of different CLIPs do not mix; train this stage again")  # fmt: skip

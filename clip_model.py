@@ -1,0 +1,340 @@
+"""The frozen CLIP: pictures and captions as points on one sphere (CLIP, 2103.00020; paper sec. 2).
+
+Everything in this repository is written in CLIP's terms, and CLIP itself is never trained along.
+Two kinds of CLIP stand behind one interface, `FrozenClip`:
+
+    pretrained  any open_clip model and tag, or a local weights file, with its own preprocessing
+    small       open_clip's own CLIP class, a thousand times smaller, trained here on the data
+
+The one idea of this file: what leaves it is always the same four things, whatever the CLIP:
+
+    image_emb  (B, D)     unit norm: the picture's point on the sphere
+    text_emb   (B, D)     unit norm: the caption's point
+    text_enc   (B, L, W)  CLIP's features of each caption token, after the text tower's last norm
+    text_mask  (B, L)     True up to and including the end-of-text token
+
+CLIP's text tower is causal and was trained through the end-of-text token alone, so the features
+behind that token are junk: whoever reads text_enc must read text_mask too.
+
+Letters: B batch, D embedding, L context length, W text width.
+Read next: diffusion.py; how embeddings are computed once and kept is at the end of this file.
+"""
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.nn.functional import all_gather
+from tqdm import tqdm
+
+from data import UserError
+
+# --- words to numbers ------------------------------------------------------------------------
+
+
+class Tokenizer:
+    """CLIP's byte-pair encoding: captions -> (B, L) ids, with warnings instead of silence.
+
+    vocab: the ids a small CLIP was trained with, ascending. Paper: all 49408. We: those seen in
+    training, renumbered 2, 3, ... (0 is padding, 1 any other piece). Because: at our sizes the
+    other 49 thousand embeddings would be most of the model, and none of them trained.
+    """
+
+    def __init__(self, context_length, vocab=None):
+        self.bpe = open_clip.tokenizer.SimpleTokenizer(context_length=context_length)
+        self.context_length = context_length
+        self.vocab = None if vocab is None else np.array(vocab)
+
+    def __call__(self, captions):
+        """captions: list of B strings -> (B, L) int64: start, pieces, end, then zeros.
+
+        Raises UserError for an empty caption. Warns where one is cut or has unknown words.
+        """
+        ids = torch.zeros(len(captions), self.context_length, dtype=torch.long)
+        for row, caption in zip(ids, captions, strict=True):
+            if not caption.strip():
+                raise UserError("the caption is empty: write what the picture should show")
+            pieces = self.bpe.encode(caption)
+            room = self.context_length - 2  # for the start and end tokens
+            if len(pieces) > room:
+                dropped = self.bpe.decode(pieces[room:]).strip()
+                warn(f"the caption is longer than CLIP's {self.context_length} tokens; dropped: '{dropped}'")
+            pieces = [self.bpe.sot_token_id, *pieces[:room], self.bpe.eot_token_id]
+            row[: len(pieces)] = torch.tensor(self.renumber(pieces, caption))
+        return ids
+
+    def renumber(self, pieces, caption):
+        """49408 BPE ids -> the small CLIP's own. Ascending, so end-of-text stays the largest."""
+        if self.vocab is None:
+            return pieces
+        places = np.searchsorted(self.vocab, pieces).clip(max=len(self.vocab) - 1)
+        known = self.vocab[places] == pieces
+        if not known.all():
+            unknown = self.bpe.decode(np.array(pieces)[~known].tolist()).strip()
+            warn(f"this CLIP has never seen '{unknown}' (in '{caption}'), so it cannot know what it means")
+        return np.where(known, places + 2, 1)
+
+
+def make_vocab(captions):
+    """The BPE ids of all captions with start and end of text, ascending: a small CLIP's vocab."""
+    bpe = open_clip.tokenizer.SimpleTokenizer()
+    ids = {bpe.sot_token_id, bpe.eot_token_id}
+    for caption in set(captions):
+        ids.update(bpe.encode(caption))
+    return tuple(sorted(ids))
+
+
+def warn(message, limit=5):
+    """To stderr, and only the first few times: a data set can have thousands of long captions."""
+    warn.count = getattr(warn, "count", 0) + 1
+    if warn.count <= limit:
+        last = " (further warnings are not shown)" if warn.count == limit else ""
+        print(f"warning: {message}{last}", file=sys.stderr)
+
+
+# --- a small CLIP, trained here --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SmallClipConfig:
+    vocab: tuple  # BPE ids seen in training, ascending
+    dim: int = 128  # D
+    image_size: int = 64  # pixels
+    vision_layers: tuple = (1, 1, 1, 1)  # bottleneck blocks of the four stages of CLIP's ResNet
+    vision_width: int = 32
+    text_width: int = 128  # W
+    text_layers: int = 3
+    text_heads: int = 4
+    context_length: int = 32  # L. Paper: 256. We: 32. Because: our captions are short.
+
+
+class SmallClip(nn.Module):
+    """open_clip's CLIP at a size that trains on a laptop: a narrow ResNet and a text transformer."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        vision = open_clip.CLIPVisionCfg(
+            layers=config.vision_layers, width=config.vision_width, head_width=32,
+            image_size=config.image_size,
+        )  # fmt: skip
+        text = open_clip.CLIPTextCfg(
+            context_length=config.context_length, vocab_size=len(config.vocab) + 2,
+            width=config.text_width, heads=config.text_heads, layers=config.text_layers,
+        )  # fmt: skip
+        self.model = open_clip.CLIP(config.dim, vision, text)
+
+    def loss(self, batch):
+        """batch: image (B, 3, H, W) in [-1, 1] at CLIP's own size, tokens (B, L). Returns a scalar."""
+        image_emb, text_emb, scale = self.model(batch["image"], batch["tokens"])  # scale: exp'd already
+        return clip_loss(image_emb.float(), text_emb.float(), scale)
+
+    def clamp(self):
+        """Call after each step: CLIP keeps its temperature from running away (CLIP sec. 2.5)."""
+        self.model.logit_scale.data.clamp_(max=np.log(100))
+
+
+def clip_loss(image_emb, text_emb, scale):
+    """Symmetric contrastive loss (CLIP fig. 3): which caption goes with which picture, and back.
+
+    image_emb, text_emb: (B, D) unit norm, row i of one belongs to row i of the other.
+    scale: the inverse temperature itself, not its logarithm. Over several processes, everybody's
+    rows are gathered first, so that the task is as hard as on one machine.
+    """
+    if dist.is_initialized():
+        image_emb, text_emb = torch.cat(all_gather(image_emb)), torch.cat(all_gather(text_emb))
+    logits = scale * image_emb @ text_emb.T  # (B, B)
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+# --- the frozen interface --------------------------------------------------------------------
+
+
+class FrozenClip(nn.Module):
+    """One interface over every CLIP. Never trained, always in eval mode.
+
+    dim D, text_width W, text_len L, image_size: sizes. identity: a string that is different for
+    different weights; caches and checkpoints are keyed by it.
+    """
+
+    def __init__(self, model, tokenizer, name):
+        super().__init__()
+        self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+        # Where open_clip keeps how this model wants its pictures: mean, std, size, interpolation.
+        settings = model.visual.preprocess_cfg if hasattr(model.visual, "preprocess_cfg") else {}
+        size = settings.get("size", model.visual.image_size)
+        self.image_size = size if isinstance(size, int) else size[0]
+        self.interpolation = settings.get("interpolation", "bicubic")
+        for key in ("mean", "std"):
+            value = torch.tensor(settings.get(key, (0.5, 0.5, 0.5))).view(3, 1, 1)
+            self.register_buffer(key, value, persistent=False)
+        text_emb, text_enc, _ = self.encode_text(["a"])
+        self.dim, self.text_len, self.text_width = text_emb.shape[1], *text_enc.shape[1:]
+        self.identity = f"{name}:{weights_hash(model)}"
+
+    def train(self, mode=True):
+        """Frozen is frozen: stays in eval mode whatever the code around it does."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def encode_image(self, images):
+        """images (B, 3, H, W) in [-1, 1], any size -> image_emb (B, D), unit norm."""
+        images = (images + 1) / 2
+        if images.shape[-1] != self.image_size or images.shape[-2] != self.image_size:
+            images = F.interpolate(
+                images, (self.image_size, self.image_size), mode=self.interpolation, antialias=True
+            ).clamp(0, 1)
+        return F.normalize(self.model.encode_image((images - self.mean) / self.std).float(), dim=-1)
+
+    @torch.no_grad()
+    def encode_text(self, captions):
+        """B captions -> text_emb (B, D) unit norm, text_enc (B, L, W), text_mask (B, L) bool."""
+        ids = self.tokenizer(captions).to(self.mean.device)
+        # The features of every token pass through ln_final on their way to the pooled embedding;
+        # a hook reads them there, in both of open_clip's layouts of a text tower.
+        seen = []
+        tower = self.model if hasattr(self.model, "ln_final") else self.model.text
+        hook = tower.ln_final.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        try:
+            text_emb = F.normalize(self.model.encode_text(ids).float(), dim=-1)
+        finally:
+            hook.remove()
+        # End of text has the largest id, so argmax finds it.
+        end = ids.argmax(dim=1, keepdim=True)
+        text_mask = torch.arange(ids.shape[1], device=ids.device) <= end
+        return text_emb, seen[0].float(), text_mask
+
+
+def weights_hash(model):
+    """Short hash of all weights: two CLIPs with the same one are the same CLIP.
+
+    Of the weights rounded to half precision, so that a copy stored in half is still itself.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().half().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def freeze_small_clip(small):
+    """A trained SmallClip behind the frozen interface."""
+    config = small.config
+    return FrozenClip(small.model, Tokenizer(config.context_length, config.vocab), "small")
+
+
+def load_open_clip(spec):
+    """MODEL:TAG_OR_FILE, such as ViT-B-32:laion2b_s34b_b79k or RN50-quickgelu:/path/openai.pt."""
+    name, _, pretrained = spec.partition(":")
+    if name not in open_clip.list_models():
+        raise UserError(f"--clip: open_clip has no model '{name}'; python -c 'import open_clip; "
+                        "print(open_clip.list_models())' lists them")  # fmt: skip
+    if not pretrained:
+        raise UserError(f"--clip {name}: say which weights, as {name}:TAG or {name}:FILE")
+    try:
+        model = open_clip.create_model(name, pretrained=pretrained, weights_only=True)
+    except Exception as e:
+        raise UserError(f"--clip {spec}: cannot load these weights ({str(e).splitlines()[0]}); "
+                        "give a tag of this model or a local weights file") from e  # fmt: skip
+    return FrozenClip(model, Tokenizer(open_clip.get_tokenizer(name).context_length), name)
+
+
+# --- embeddings, computed once ---------------------------------------------------------------
+
+
+class Embeddings:
+    """CLIP's view of a whole data set, read from disk as it is needed.
+
+    image_emb (N, D) and, for the U different captions, text_emb (U, D) are half-precision arrays.
+    Token features are kept without padding, one caption after another in text_enc (tokens, W):
+    caption u owns the rows starts[u] to starts[u + 1]. captions_of[i] lists picture i's captions.
+    """
+
+    def __init__(self, folder, dim, text_len, text_width):
+        self.text_len, self.dim, self.text_width = text_len, dim, text_width
+        for name in ("image_emb", "text_emb", "text_enc", "starts", "caption_ids", "caption_starts"):
+            setattr(self, name, np.load(folder / f"{name}.npy", mmap_mode="r"))
+
+    def __len__(self):
+        return len(self.image_emb)
+
+    def batch(self, indices, rng):
+        """Pictures `indices`, each with one of its captions drawn by rng, as float32 tensors."""
+        indices = np.asarray(indices)
+        first, last = self.caption_starts[indices], self.caption_starts[indices + 1]
+        captions = self.caption_ids[first + (rng.random(len(indices)) * (last - first)).astype(int)]
+        text_enc = np.zeros((len(indices), self.text_len, self.text_width), np.float32)
+        text_mask = np.zeros((len(indices), self.text_len), bool)
+        for row, u in enumerate(captions):
+            tokens = self.text_enc[self.starts[u] : self.starts[u + 1]]
+            text_enc[row, : len(tokens)], text_mask[row, : len(tokens)] = tokens, True
+        image_emb, text_emb = self.image_emb[indices], self.text_emb[captions]
+        batch = {"image_emb": image_emb.astype(np.float32), "text_emb": text_emb.astype(np.float32)}
+        batch |= {"text_enc": text_enc, "text_mask": text_mask}
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def embed(clip, data, folder, batch_size=128):
+    """Embeddings of `data` under `clip`: from `folder` if they are there, else computed and kept.
+
+    The sub-folder's name holds CLIP's identity and the data's fingerprint, so another CLIP or
+    changed data can never be served old embeddings; meta.json is written last, so a pass that
+    was interrupted leaves nothing that looks finished.
+    """
+    key = f"{clip.identity}|{data.name}|{data.fingerprint()}|{len(data)}"
+    folder = Path(folder) / hashlib.sha256(key.encode()).hexdigest()[:16]
+    meta = folder / "meta.json"
+    if not (meta.exists() and json.loads(meta.read_text()).get("key") == key):
+        folder.mkdir(parents=True, exist_ok=True)
+        captions = [data.captions(i) for i in range(len(data))]
+        unique = {c: u for u, c in enumerate(dict.fromkeys(c for cs in captions for c in cs))}
+        np.save(folder / "caption_ids.npy", np.array([unique[c] for cs in captions for c in cs]))
+        np.save(folder / "caption_starts.npy", np.cumsum([0] + [len(cs) for cs in captions]))
+        embed_captions(clip, list(unique), folder, batch_size)
+        embed_images(clip, data, folder, batch_size)
+        meta.write_text(json.dumps({"key": key, "captions": len(unique), "images": len(data)}))
+    return Embeddings(folder, clip.dim, clip.text_len, clip.text_width)
+
+
+def embed_captions(clip, captions, folder, batch_size):
+    text_emb, text_enc, lengths = [], [], []
+    for k in tqdm(range(0, len(captions), batch_size), "CLIP: captions", disable=None):
+        emb, enc, mask = clip.encode_text(captions[k : k + batch_size])
+        text_emb.append(emb.cpu().half().numpy())
+        text_enc.append(enc[mask].cpu().half().numpy())  # (tokens, W): padding is left out
+        lengths.extend(mask.sum(dim=1).tolist())
+    np.save(folder / "text_emb.npy", np.concatenate(text_emb))
+    np.save(folder / "text_enc.npy", np.concatenate(text_enc))
+    np.save(folder / "starts.npy", np.cumsum([0] + lengths))
+
+
+def embed_images(clip, data, folder, batch_size):
+    loader = torch.utils.data.DataLoader(Pictures(data, clip.image_size), batch_size, num_workers=2)
+    device = clip.mean.device
+    image_emb = [
+        clip.encode_image(images.to(device)).cpu().half().numpy()
+        for images in tqdm(loader, "CLIP: images", disable=None)
+    ]
+    np.save(folder / "image_emb.npy", np.concatenate(image_emb))
+
+
+class Pictures(torch.utils.data.Dataset):
+    """A data set's pictures alone, at one size, for a DataLoader."""
+
+    def __init__(self, data, size):
+        self.data, self.size = data, size
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, i):
+        return self.data.image(i, self.size)

@@ -1,0 +1,327 @@
+"""The decoder: from a CLIP image embedding (and the caption) to a 64x64 picture (paper sec. 2.1).
+
+A GLIDE-style diffusion model. Its U-Net removes noise from a picture; what the picture should
+show comes in by two pathways:
+
+    image_emb -+-> linear ------------------------> + timestep embedding -> every residual block
+               +-> linear -> 4 tokens --+
+    caption ---> text transformer ------+-> context -> every attention layer
+
+The one idea of this file: the embedding fixes *what* is in the picture (its semantics), the
+noise decides everything that the embedding leaves open. In training the embedding is dropped
+10% of the time and the caption 50%, so one network serves with both, either, or neither, and
+"either minus neither" is what guidance amplifies.
+
+Letters: B batch, C channels, H, W picture sides, D CLIP embedding, L caption tokens,
+E timestep embedding, X context width, N tokens of a context or a feature map, T steps.
+Read next: upsampler.py, which uses the same U-Net without its attention.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from diffusion import GaussianDiffusion, guided, timestep_embedding
+from prior import Block
+
+# --- the U-Net's parts -----------------------------------------------------------------------
+
+
+class TimeEmbedding(nn.Module):
+    """t (B,) -> (B, E): sines and cosines, then a small network (DDPM appendix B)."""
+
+    def __init__(self, dim, emb_dim):
+        super().__init__()
+        self.dim = dim
+        self.net = nn.Sequential(nn.Linear(dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+
+    def forward(self, t):
+        return self.net(timestep_embedding(t, self.dim).to(self.net[0].weight.dtype))
+
+
+def group_norm(channels):
+    """32 groups as in ADM, but no fewer than 4 channels in a group: our networks are narrow."""
+    return nn.GroupNorm(math.gcd(32, channels // 4), channels)
+
+
+def zero(module):
+    """Start a layer at zero: each residual branch begins as the identity (ADM)."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
+
+
+class ResBlock(nn.Module):
+    """Two convolutions and a skip; the embedding scales and shifts the second norm (ADM sec. 4.3)."""
+
+    def __init__(self, c_in, c_out, emb_dim, dropout=0.0):
+        super().__init__()
+        self.norm_1, self.conv_1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.emb = nn.Linear(emb_dim, 2 * c_out)
+        self.norm_2, self.dropout = group_norm(c_out), nn.Dropout(dropout)
+        self.conv_2 = zero(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, emb):
+        """x (B, c_in, H, W), emb (B, E) -> (B, c_out, H, W)."""
+        h = self.conv_1(F.silu(self.norm_1(x)))
+        scale, shift = self.emb(F.silu(emb))[:, :, None, None].chunk(2, dim=1)
+        h = self.norm_2(h) * (1 + scale) + shift
+        return self.skip(x) + self.conv_2(self.dropout(F.silu(h)))
+
+
+class Attention(nn.Module):
+    """Every pixel looks at the context tokens and at every pixel (GLIDE sec. 4.1).
+
+    One softmax over both: context keys and values are put in front of the picture's own.
+    """
+
+    def __init__(self, channels, head_channels, context_dim):
+        super().__init__()
+        self.heads = max(1, channels // head_channels)
+        self.norm = group_norm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.context_kv = nn.Linear(context_dim, 2 * channels)
+        self.out = zero(nn.Linear(channels, channels))
+
+    def forward(self, x, context, context_mask):
+        """x (B, C, H, W), context (B, N, X), context_mask (B, N) bool -> (B, C, H, W)."""
+        B, C, H, W = x.shape
+        pixels = self.norm(x).flatten(2).transpose(1, 2)  # (B, H * W, C)
+        q, k, v = self.qkv(pixels).chunk(3, dim=-1)
+        context_k, context_v = self.context_kv(context).chunk(2, dim=-1)
+        k, v = torch.cat([context_k, k], dim=1), torch.cat([context_v, v], dim=1)
+        q, k, v = (y.view(B, -1, self.heads, C // self.heads).transpose(1, 2) for y in (q, k, v))
+        # Padding tokens of the context are not looked at; pixels always are.
+        mask = F.pad(context_mask, (0, H * W), value=True)[:, None, None]  # (B, 1, 1, N + H * W)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y = self.out(y.transpose(1, 2).reshape(B, H * W, C))
+        return x + y.transpose(1, 2).view(B, C, H, W)
+
+
+class Level(nn.Module):
+    """A residual block, and attention where the resolution is low enough to afford it."""
+
+    def __init__(self, c_in, c_out, emb_dim, dropout, attend):
+        super().__init__()
+        self.res = ResBlock(c_in, c_out, emb_dim, dropout)
+        self.attention = Attention(c_out, **attend) if attend else None
+
+    def forward(self, x, emb, context, context_mask):
+        x = self.res(x, emb)
+        return x if self.attention is None else self.attention(x, context, context_mask)
+
+
+class UNet(nn.Module):
+    """Down, across and up again, with a skip from each step down to its step up (DDPM appendix B).
+
+    channels, multiples: level i has channels * multiples[i] channels at 1 / 2^i of the side.
+    blocks: residual blocks a level going down (one more going up). attention_levels: the levels
+    that attend; () builds no attention at all. stem: pixel_unshuffle by so much first and
+    pixel_shuffle last, so that a large picture is worked on as a smaller one with more channels.
+    """
+
+    def __init__(self, in_channels, out_channels, channels, multiples, blocks, emb_dim,
+                 attention_levels=(), head_channels=32, context_dim=None, dropout=0.0, stem=1):  # fmt: skip
+        super().__init__()
+        self.stem = stem
+        attend = {"head_channels": head_channels, "context_dim": context_dim}
+        widths = [channels * m for m in multiples]
+        self.conv_in = nn.Conv2d(in_channels * stem**2, widths[0], 3, padding=1)
+
+        self.down, skips, c = nn.ModuleList(), [widths[0]], widths[0]
+        for i, width in enumerate(widths):
+            for _ in range(blocks):
+                self.down.append(Level(c, width, emb_dim, dropout, attend if i in attention_levels else None))
+                c = width
+                skips.append(c)
+            if i < len(widths) - 1:
+                self.down.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
+                skips.append(c)
+
+        in_middle = attend if len(widths) - 1 in attention_levels else None
+        self.middle = nn.ModuleList(
+            [Level(c, c, emb_dim, dropout, in_middle), Level(c, c, emb_dim, dropout, None)]
+        )
+
+        self.up = nn.ModuleList()
+        for i, width in reversed(list(enumerate(widths))):
+            for _ in range(blocks + 1):
+                c_in = c + skips.pop()
+                self.up.append(Level(c_in, width, emb_dim, dropout, attend if i in attention_levels else None))
+                c = width
+            if i > 0:
+                self.up.append(nn.Conv2d(c, c, 3, padding=1))
+
+        self.norm_out = group_norm(c)
+        self.conv_out = zero(nn.Conv2d(c, out_channels * stem**2, 3, padding=1))
+
+    def forward(self, x, emb, context=None, context_mask=None):
+        """x (B, in_channels, H, W), emb (B, E), context (B, N, X), context_mask (B, N) bool.
+
+        Returns (B, out_channels, H, W). H and W: multiples of stem * 2^(levels - 1).
+        """
+        x = F.pixel_unshuffle(x, self.stem) if self.stem > 1 else x
+        # Channels last in memory: what convolutions on CPUs and tensor cores like best.
+        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
+        skips = [x]
+        for layer in self.down:
+            x = layer(x, emb, context, context_mask) if isinstance(layer, Level) else layer(x)
+            skips.append(x)
+        for layer in self.middle:
+            x = layer(x, emb, context, context_mask)
+        for layer in self.up:
+            if isinstance(layer, Level):
+                x = layer(torch.cat([x, skips.pop()], dim=1), emb, context, context_mask)
+            else:
+                x = layer(F.interpolate(x, scale_factor=2, mode="nearest"))
+        x = self.conv_out(F.silu(self.norm_out(x)))
+        return F.pixel_shuffle(x, self.stem) if self.stem > 1 else x
+
+
+# --- the decoder -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    dim: int  # D, size of CLIP's embeddings
+    text_width: int  # width of CLIP's token features
+    text_len: int  # L, CLIP's context length
+    size: int = 64  # side of the pictures, pixels
+    channels: int = 32  # Paper: 512, 3 blocks, 3.5B parameters. We: small. Because: one machine.
+    multiples: tuple = (1, 2, 3, 4)
+    blocks: int = 1
+    attention_levels: tuple = (2, 3)  # 16x16 and 8x8. Paper: 32, 16 and 8.
+    head_channels: int = 32  # Paper: 64
+    context_width: int = 128  # X
+    text_depth: int = 2  # blocks of the text transformer. Paper: 24
+    dropout: float = 0.0  # Paper: 0.1, for 800K iterations
+    drop_image_emb: float = 0.1  # share of examples that see the learned null embedding instead
+    drop_caption: float = 0.5  # share of examples trained without their caption
+    predict: str = "v"  # Paper: "noise". We: v. Because: flat pictures stay grainy for long.
+    variance: str = "learned"  # or "fixed_small", "fixed_large"
+    diffusion_steps: int = 1000  # T
+    sample_steps: int = 32  # Paper: 250. We: 32. Because: seconds, not minutes, on a CPU.
+
+
+IMAGE_TOKENS = 4  # context tokens made of the image embedding (paper sec. 2.1)
+
+
+class Decoder(nn.Module):
+    """Diffusion decoder conditioned on a CLIP image embedding and a caption (paper sec. 2.1)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        X, E = config.context_width, 4 * config.channels
+        self.time = TimeEmbedding(config.channels, E)
+        # Pathway 1: the embedding joins the timestep. Pathway 2: it becomes four context tokens.
+        self.null_image_emb = nn.Parameter(torch.randn(config.dim) / math.sqrt(config.dim))
+        self.image_to_time = nn.Linear(config.dim, E)
+        self.image_to_tokens = nn.Linear(config.dim, IMAGE_TOKENS * X)
+        # The caption: GLIDE trains its own text transformer and adds its last token to the
+        # timestep embedding. Ours starts from CLIP's token features. Because: little data.
+        self.text_in = nn.Linear(config.text_width, X)
+        self.text_position = nn.Parameter(0.02 * torch.randn(config.text_len, X))
+        self.text_blocks = nn.ModuleList(Block(X, heads=X // 32) for _ in range(config.text_depth))
+        self.text_norm = nn.LayerNorm(X)
+        self.null_caption = nn.Parameter(torch.zeros(E))
+        self.text_to_time = nn.Linear(X, E)
+
+        out_channels = 6 if config.variance == "learned" else 3
+        self.unet = UNet(
+            3, out_channels, config.channels, config.multiples, config.blocks, E,
+            config.attention_levels, config.head_channels, X, config.dropout,
+        ).to(memory_format=torch.channels_last)  # fmt: skip
+        self.diffusion = GaussianDiffusion(
+            T=config.diffusion_steps, schedule="cosine", predict=config.predict,
+            variance=config.variance, clip_x_0=True,
+        )  # fmt: skip
+
+    def encode_caption(self, text_enc, text_mask):
+        """CLIP's token features (B, L, W), mask (B, L) -> context tokens (B, L, X), last one (B, X)."""
+        x = self.text_in(text_enc) + self.text_position
+        # Not causal, as the whole caption is known; padding is never looked at. The first token
+        # is always real, so no row of the mask is empty.
+        for block in self.text_blocks:
+            x, _ = block(x, text_mask[:, None].expand(-1, x.shape[1], -1))
+        x = self.text_norm(x)
+        end_of_text = text_mask.sum(dim=1) - 1
+        return x, x[torch.arange(len(x), device=x.device), end_of_text]
+
+    def condition(self, image_emb, text_enc, text_mask, keep_image_emb, keep_caption):
+        """Everything the U-Net is told, once per picture: none of it depends on the timestep.
+
+        image_emb (B, D) unit norm; text_enc (B, L, W); text_mask (B, L) bool; keep_* (B,) bool.
+        Returns cond_emb (B, E), context (B, 4 + L, X), context_mask (B, 4 + L).
+        """
+        null = self.null_image_emb.to(image_emb.dtype)
+        image_emb = torch.where(keep_image_emb[:, None], image_emb, null)
+        image_emb = image_emb * math.sqrt(image_emb.shape[-1])  # entries of size 1, not 1 / sqrt(D)
+        image_tokens = self.image_to_tokens(image_emb).unflatten(1, (IMAGE_TOKENS, -1))
+
+        tokens, last = self.encode_caption(text_enc, text_mask)
+        last = torch.where(keep_caption[:, None], self.text_to_time(last), self.null_caption.to(last.dtype))
+        text_mask = text_mask & keep_caption[:, None]
+        return {
+            "cond_emb": self.image_to_time(image_emb) + last,
+            "context": torch.cat([image_tokens, tokens], dim=1),
+            "context_mask": F.pad(text_mask, (IMAGE_TOKENS, 0), value=True),
+        }
+
+    def forward(self, x_t, t, cond_emb, context, context_mask):
+        """One look at the noised pictures x_t (B, 3, H, W) at t (B,) -> (B, 3 or 6, H, W)."""
+        return self.unet(x_t, self.time(t) + cond_emb, context, context_mask)
+
+    def loss(self, batch):
+        """batch: image (B, 3, H, W) in [-1, 1], image_emb (B, D), text_enc (B, L, W), text_mask."""
+        B, device = len(batch["image"]), batch["image"].device
+        # Two independent coins an example: 5% see a caption but no embedding (paper fig. 8).
+        keep_image_emb = torch.rand(B, device=device) >= self.config.drop_image_emb
+        keep_caption = torch.rand(B, device=device) >= self.config.drop_caption
+        text = batch["text_enc"], batch["text_mask"]
+        cond = self.condition(batch["image_emb"], *text, keep_image_emb, keep_caption)
+        losses = self.diffusion.training_loss(lambda x_t, t: self(x_t, t, **cond), batch["image"])
+        return losses.mean()
+
+    @torch.no_grad()
+    def network(self, image_emb, text_enc, text_mask, scale=1.0):
+        """The guided network of some conditions, as every sampler and the inversion want it.
+
+        image_emb (B, D), or None: the caption alone. text_enc (B, L, W) with text_mask (B, L),
+        or None: the embedding alone. scale: uncond + scale * (cond - uncond); off at 1.
+        Returns a function of (x_t, t).
+        """
+        B = len(text_enc if image_emb is None else image_emb)
+        device = self.null_image_emb.device
+        yes, no = torch.ones(B, dtype=torch.bool, device=device), torch.zeros(B, dtype=torch.bool, device=device)
+        keep_image_emb, keep_caption = (no if x is None else yes for x in (image_emb, text_enc))
+        if image_emb is None:
+            image_emb = self.null_image_emb.expand(B, -1)
+        if text_enc is None:
+            text_enc = torch.zeros(B, self.config.text_len, self.config.text_width, device=device)
+            text_mask = torch.ones(B, self.config.text_len, dtype=torch.bool, device=device)
+        cond = self.condition(image_emb, text_enc, text_mask, keep_image_emb, keep_caption)
+        uncond = self.condition(image_emb, text_enc, text_mask, no, no)
+        return guided(self, cond, uncond, scale)
+
+    @torch.no_grad()
+    def sample(self, image_emb=None, text_enc=None, text_mask=None, scale=1.0, steps=None, eta=None,
+               size=None, generators=None, x_T=None, on_step=None):  # fmt: skip
+        """Draw pictures (B, 3, size, size) in [-1, 1]; see network() for the conditions and scale.
+
+        steps: of the T diffusion steps. eta: None for ancestral sampling with the learned
+        variance (paper), a number for DDIM (0 is deterministic given x_T).
+        generators: one torch.Generator a picture. x_T: (B, 3, size, size) starting noise.
+        """
+        network = self.network(image_emb, text_enc, text_mask, scale)
+        B = len(text_enc if image_emb is None else image_emb)
+        size = size or self.config.size
+        settings = {"steps": steps or self.config.sample_steps, "generators": generators}
+        settings |= {"x_T": x_T, "on_step": on_step}
+        if eta is None:
+            return self.diffusion.sample(network, (B, 3, size, size), **settings)
+        return self.diffusion.ddim_sample(network, (B, 3, size, size), eta=eta, **settings)

@@ -1,0 +1,307 @@
+"""The pipeline put together: a caption goes in, pictures come out (paper fig. 2, bottom).
+
+    python sample.py text "a large red circle above a small blue square" -n 4 --size 256
+
+    caption -> CLIP text -> prior -> image_emb -> decoder -> 64 -> upsampler1 -> 256 -> upsampler2 -> 1024
+
+The one idea of this file: a picture is a function of the weights, the caption and its own seed.
+Each stage draws its noise from a generator made from (seed, stage), one a picture, and pictures
+are drawn one at a time; so picture k of four is the picture that its seed gives alone, and the
+small one is the start of the large one.
+
+Letters: B pictures, D CLIP embedding, H, W picture sides.
+Read next: evaluate.py, which measures what comes out.
+"""
+
+import argparse
+import functools
+import sys
+import textwrap
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+import checkpoint as checkpoints
+from data import UserError
+
+STAGE_SEEDS = {"prior": 1, "decoder": 2, "upsampler1": 3, "upsampler2": 4}
+SIZES = (64, 256, 1024)  # of the paper's three stages
+
+# --- the machine -----------------------------------------------------------------------------
+
+
+def choose_device(name):
+    """"auto", "cpu", "cuda", "cuda:1", ... -> torch.device. Raises UserError if it isn't there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as e:
+        raise UserError(f"--device {name}: not a device; use auto, cpu or cuda") from e
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: this machine has no CUDA device; use --device cpu")
+    return device
+
+
+def autocast(device):
+    """Compute in bfloat16 where the hardware multiplies it fast; weights stay in float32."""
+    device = torch.device(device)
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16()
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+
+
+def cpu_has_bf16():
+    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+# --- the pipeline ----------------------------------------------------------------------------
+
+
+def default_weights():
+    """weights/shapes if it is there, else the newest folder under runs/ with a decoder in it."""
+    here = Path(__file__).parent
+    if (here / "weights/shapes/decoder.pt").exists():
+        return here / "weights/shapes"
+    runs = sorted(Path("runs").glob("*/decoder.pt"), key=lambda p: p.stat().st_mtime)
+    if not runs:
+        raise UserError("no weights found: train with 'python train.py all --preset tiny', or give --weights")
+    return runs[-1].parent
+
+
+def generators(seeds, stage):
+    """One generator a picture, from its seed and the stage: more steps here move no noise there."""
+    return [torch.Generator().manual_seed(seed * 8 + STAGE_SEEDS[stage]) for seed in seeds]
+
+
+class Pipeline:
+    """Every trained stage of a folder, and the path from a caption to pictures.
+
+    stages: which of prior, decoder, upsampler1, upsampler2 to load (a missing upsampler is left
+    out; the others raise UserError). sizes: the sides it can draw, ascending.
+    """
+
+    def __init__(self, folder, device="cpu", size=64, stages=("prior", "decoder")):
+        self.folder, self.device = Path(folder), torch.device(device)
+        if not self.folder.is_dir():
+            raise UserError(f"no folder {folder}: give --weights the --out folder of a training")
+        self.stages = {s: checkpoints.load_stage(folder, s, device) for s in stages}
+        spec = next((m.clip["spec"] for m in self.stages.values() if m.clip), "small")
+        self.clip = checkpoints.load_clip(folder, spec, device)
+        for stage, model in self.stages.items():
+            checkpoints.check_clip(model, self.clip, self.folder / f"{stage}.pt")
+        self.sizes = [self.stages["decoder"].config.size] if "decoder" in stages else []
+        for stage in ("upsampler1", "upsampler2"):
+            if self.sizes and self.sizes[-1] < size and (self.folder / f"{stage}.pt").exists():
+                model = checkpoints.load_stage(folder, stage, device)
+                if model.config.low_size != self.sizes[-1]:
+                    raise UserError(f"{self.folder}/{stage}.pt enlarges {model.config.low_size} px, "
+                                    f"not {self.sizes[-1]}: train it with the decoder's preset")  # fmt: skip
+                self.stages[stage] = model
+                self.sizes.append(model.config.size)
+
+    def text(self, captions):
+        """Captions -> text_emb (B, D), text_enc (B, L, W), text_mask (B, L)."""
+        return self.clip.encode_text(captions)
+
+    def embed(self, text, seeds, scale=1.0, steps=None, on_step=None):
+        """The prior: text() of B captions and B seeds -> image_emb (B, D), unit norm."""
+        with autocast(self.device):
+            return self.stages["prior"].sample(
+                *text, scale=scale, steps=steps, generators=generators(seeds, "prior"), on_step=on_step
+            )
+
+    def decode(self, image_emb, text, seeds, scale=2.0, steps=None, eta=None, on_step=None):
+        """The decoder: image_emb (B, D) or None, text() or None -> pictures (B, 3, H, W) in [-1, 1]."""
+        _, text_enc, text_mask = text or (None, None, None)
+        with autocast(self.device):
+            return self.stages["decoder"].sample(
+                image_emb, text_enc, text_mask, scale=scale, steps=steps, eta=eta,
+                generators=generators(seeds, "decoder"), on_step=on_step,
+            )  # fmt: skip
+
+    def upsample(self, pictures, seeds, size, on_step=None):
+        """Pictures -> the same at `size`, through as many upsamplers as that takes."""
+        for stage in ("upsampler1", "upsampler2"):
+            if pictures.shape[-1] < size and stage in self.stages:
+                with autocast(self.device):
+                    pictures = self.stages[stage].sample(
+                        pictures, generators=generators(seeds, stage), on_step=on_step
+                    )
+        return pictures
+
+
+def reachable_size(pipeline, size):
+    """The largest side up to `size` that the trained stages can draw; says so if it is smaller."""
+    if size in pipeline.sizes:
+        return size
+    if size < pipeline.sizes[0] or size not in SIZES:
+        choices = sorted({*pipeline.sizes, *SIZES})
+        raise UserError(f"--size {size}: these weights draw {', '.join(map(str, choices))} pixels")
+    largest = max(s for s in pipeline.sizes if s <= size)
+    print(f"{pipeline.folder} has no upsampler to {size} pixels: stopping at {largest}")
+    return largest
+
+
+# --- pictures on disk ------------------------------------------------------------------------
+
+
+def to_pil(picture):
+    """(3, H, W) in [-1, 1] -> PIL RGB. Fixed limits: never each picture's own minimum and maximum."""
+    picture = ((picture.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(picture.permute(1, 2, 0).cpu().numpy())
+
+
+def draw_grid(pictures, captions=None, columns=4, cell=None):
+    """Pictures (n, 3, H, W) in rows, each with its caption under it -> PIL image.
+
+    cell: side of a picture in the grid, pixels (default: at least 128, so that small ones show).
+    """
+    H = pictures.shape[-1]
+    cell = cell or max(H, 128)
+    font = ImageFont.load_default(max(10, cell // 12))
+    captions = captions or [""] * len(pictures)
+    lines = [textwrap.wrap(c, width=max(8, int(cell / font.getlength("e")))) for c in captions]
+    line = int(font.size * 1.25)
+    under = 6 + line * max(len(x) for x in lines) if any(captions) else 0
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (cell + 4) + 4, rows * (cell + under + 4) + 4), "white")
+    pen = ImageDraw.Draw(sheet)
+    for k, picture in enumerate(pictures):
+        x, y = 4 + k % columns * (cell + 4), 4 + k // columns * (cell + under + 4)
+        resample = Image.Resampling.NEAREST if cell % H == 0 else Image.Resampling.BICUBIC
+        sheet.paste(to_pil(picture).resize((cell, cell), resample), (x, y))
+        for i, words in enumerate(lines[k]):
+            pen.text((x, y + cell + 2 + i * line), words, fill="black", font=font)
+    return sheet
+
+
+def save_picture(image, path, **options):
+    """image.save, with a full disk or a bad path as a UserError."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        image.save(path, **options)
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot write {path}: {e}") from e
+
+
+def slug(caption):
+    """A caption as a file name."""
+    return "-".join("".join(c if c.isalnum() else " " for c in caption.lower()).split())[:60]
+
+
+class Film:
+    """Collects (x_t, predicted x_0) at each denoising step, side by side, for an animated GIF."""
+
+    def __init__(self):
+        self.frames = []
+
+    def __call__(self, k, t, x_t, pred_x_0):
+        both = torch.cat([x_t[0].float(), pred_x_0[0].float()], dim=2).clamp(-1, 1)  # (3, H, 2W)
+        image = to_pil(both)
+        self.frames.append(image.resize((image.width * 4, image.height * 4), Image.Resampling.NEAREST))
+
+    def save(self, path):
+        durations = [80] * (len(self.frames) - 1) + [1500]  # milliseconds
+        save_picture(self.frames[0], path, save_all=True, append_images=self.frames[1:],
+                     duration=durations, loop=0)  # fmt: skip
+
+
+# --- the command line ------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Defaults in the help; a wrong argument becomes one line instead of a page of usage."""
+
+    def __init__(self, *args, **kwargs):
+        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message):
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def exit_code(main):
+    """Make main(argv=None) return 0, or 2 after a user's mistake: one line on stderr, no traceback."""
+
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        try:
+            main(argv)
+        except UserError as e:
+            print(f"error: {e}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt as e:
+            print(f"stopped. {e}", file=sys.stderr)
+            return 130  # what a shell reports after Ctrl-C
+        return 0
+
+    return wrapped
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: must be 1 or more")
+    return value
+
+
+def text_command(args):
+    """Captions -> a PNG a picture, a grid of all, and with --film the denoising of each."""
+    for caption in args.caption:
+        if not caption.strip():
+            raise UserError("the caption is empty: write what the picture should show")
+    pipeline = Pipeline(args.weights or default_weights(), choose_device(args.device), args.size)
+    size = reachable_size(pipeline, args.size)
+    out = Path(args.out)
+    folder, grid_path = (out.parent, out) if out.suffix == ".png" else (out, None)
+    jobs = [(caption, args.seed + k) for caption in args.caption for k in range(args.n)]
+    pictures = []
+    for caption, seed in tqdm(jobs, "pictures", disable=None):
+        film = Film() if args.film else None
+        text = pipeline.text([caption])
+        image_emb = pipeline.embed(text, [seed], args.prior_scale, args.prior_steps)
+        picture = pipeline.decode(image_emb, text, [seed], args.scale, args.steps, on_step=film)
+        picture = pipeline.upsample(picture, [seed], size)
+        pictures.append(picture.cpu())
+        name = f"{slug(caption)}_{seed}"
+        save_picture(to_pil(picture[0]), folder / f"{name}.png")
+        print(folder / f"{name}.png")
+        if film:
+            film.save(folder / f"{name}.gif")
+            print(folder / f"{name}.gif")
+    grid_path = grid_path or folder / f"grid_{slug(args.caption[0])}_{args.seed}.png"
+    grid = draw_grid(torch.cat(pictures), [c for c, _ in jobs], columns=args.n if args.n > 1 else 4)
+    save_picture(grid, grid_path)
+    print(grid_path)
+
+
+@exit_code
+def main(argv=None):
+    parser = Parser("sample.py", description="Draw pictures with trained stages.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    text = commands.add_parser("text", help="text to image")
+    text.add_argument("caption", nargs="+", help="what to draw; several captions in one call work")
+    text.add_argument("-n", type=positive, default=4, help="pictures a caption")
+    text.add_argument("--weights", help="folder of checkpoints (default: weights/shapes, else the "
+                      "newest under runs/)", default=argparse.SUPPRESS)  # fmt: skip
+    text.add_argument("--size", type=int, default=64, help="side of the pictures: 64, 256 or 1024 pixels")
+    text.add_argument("--prior-scale", type=float, default=1.0, help="guidance of the prior; off at 1")
+    text.add_argument("--scale", type=float, default=2.0, help="guidance of the decoder; off at 1")
+    text.add_argument("--prior-steps", type=int, default=None, help="sampling steps of the prior, 1 to T")
+    text.add_argument("--steps", type=int, default=None, help="sampling steps of the decoder, 1 to T")
+    text.add_argument("--seed", type=int, default=0, help="of the first picture; the next has seed + 1")
+    text.add_argument("--out", default="samples", help="folder for the pictures, or a .png for the grid")
+    text.add_argument("--film", action="store_true", help="also write the denoising as animated GIFs")
+    text.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    args = parser.parse_args(argv)
+    args.weights = getattr(args, "weights", None)
+    text_command(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,474 @@
+"""Training: one loop, every stage.
+
+    python train.py all --preset tiny          # every stage, minutes on a laptop's CPU
+    python train.py decoder --preset base --resume
+    torchrun --nproc-per-node 4 train.py prior --data coco --root COCO --clip ViT-B-32:laion2b_s34b_b79k
+
+The one idea of this file: batch number k and the noise of step k are functions of (seed, k) and
+of nothing else. No random state has to be saved, so a training that was killed and resumed
+arrives at the same weights, bit for bit, as one that was not.
+
+What differs between stages is here, above the loop, in three small tables: how large the model
+is and how long it trains (PRESETS), what a batch is (Batches), what to look at (previews). The
+loop itself knows no stage. The prior, the decoder and the upsamplers never see each other:
+each needs only CLIP and the data (paper sec. 2), so they can be trained in any order.
+Read next: sample.py, which puts the trained stages together.
+"""
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+import checkpoint as checkpoints
+from clip_model import SmallClipConfig, Tokenizer, embed, make_vocab
+from data import UserError, load_data
+from decoder import DecoderConfig
+from prior import PriorConfig
+from sample import Parser, autocast, choose_device, draw_grid, exit_code, positive
+from upsampler import UpsamplerConfig, training_pair
+
+ORDER = ("clip", "prior", "decoder", "upsampler1", "upsampler2")
+
+# --- how large, how long ---------------------------------------------------------------------
+
+# Per stage: fields of the model's config, then of the training. Paper: table 3.
+PRESETS = {
+    # Draws at 32 px, then 32 -> 64 -> 256: minutes on two CPU cores.
+    "tiny": {
+        "data": 20_000,
+        "clip": ({"image_size": 32}, {"steps": 350, "batch_size": 256, "lr": 1e-3}),
+        "prior": ({"width": 192, "depth": 3}, {"steps": 1500, "batch_size": 256, "lr": 1e-3}),
+        "decoder": (
+            {"size": 32, "multiples": (1, 2, 3), "attention_levels": (1, 2)},
+            {"steps": 1500, "batch_size": 32, "lr": 1e-3},
+        ),
+        "upsampler1": (
+            {"low_size": 32, "size": 64, "crop": 32, "channels": 24, "multiples": (1, 2), "blocks": 1},
+            {"steps": 300, "batch_size": 32, "lr": 1e-3},
+        ),
+        "upsampler2": (
+            {"low_size": 64, "size": 256, "crop": 64, "channels": 32, "multiples": (1, 2), "blocks": 1,
+             "stem": 2, "degradation": "bsr", "schedule": "linear", "sample_steps": 15},
+            {"steps": 300, "batch_size": 16, "lr": 1e-3},
+        ),
+    },  # fmt: skip
+    # The paper's sizes: 64 -> 256 -> 1024.
+    "base": {
+        "data": 100_000,
+        "clip": ({"vision_width": 32}, {"steps": 6000, "batch_size": 256, "lr": 1e-3}),
+        "prior": ({"width": 256, "depth": 5}, {"steps": 30_000, "batch_size": 256, "lr": 5e-4}),
+        "decoder": (
+            {"channels": 40},
+            {"steps": 20_000, "batch_size": 64, "lr": 5e-4, "half_size_until": 0.8},
+        ),
+        "upsampler1": (
+            {"channels": 48, "multiples": (1, 2), "blocks": 1, "stem": 2},
+            {"steps": 8000, "batch_size": 32, "lr": 5e-4},
+        ),
+        "upsampler2": (
+            {"low_size": 256, "size": 1024, "crop": 256, "channels": 48, "multiples": (1, 2), "blocks": 1,
+             "stem": 4, "degradation": "bsr", "schedule": "linear", "sample_steps": 15},
+            {"steps": 4000, "batch_size": 8, "lr": 5e-4},
+        ),
+    },  # fmt: skip
+}
+
+# Paper: table 3's Adam settings, for batches of thousands. We: one setting. Because: small batches.
+ADAM = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 1e-2}
+EMA_DECAY = 0.9995  # Paper: .9999 (AR prior .999), for 600K steps and more. We: shorter runs.
+CLIP_GRADIENT = 1.0  # largest norm of all gradients together
+
+
+def make_model(stage, preset, data, clip):
+    """A fresh model of the preset's size, fitted to the CLIP and the data it will be trained with."""
+    fields = PRESETS[preset][stage][0]
+    if stage == "clip":
+        vocab = make_vocab(c for i in range(len(data)) for c in data.captions(i))
+        config = SmallClipConfig(vocab=vocab, **fields)
+    elif stage == "prior":
+        config = PriorConfig(dim=clip.dim, text_width=clip.text_width, text_len=clip.text_len, **fields)
+    elif stage == "decoder":
+        config = DecoderConfig(dim=clip.dim, text_width=clip.text_width, text_len=clip.text_len, **fields)
+    else:
+        config = UpsamplerConfig(**fields)
+    return checkpoints.STAGES[stage][0](config)
+
+
+# --- what a batch is -------------------------------------------------------------------------
+
+
+class Batches(torch.utils.data.Dataset):
+    """batches[step] is the training batch of that step, made from (seed, step) alone.
+
+    Over several processes, each makes its own slice of the same global batch.
+    """
+
+    def __init__(self, stage, config, data, embeddings, settings, rank=0, world=1):
+        self.stage, self.config, self.data, self.embeddings = stage, config, data, embeddings
+        self.settings, self.rank, self.world = settings, rank, world
+        if stage == "clip":
+            self.tokenizer = Tokenizer(config.context_length, config.vocab)
+
+    def __getitem__(self, step):
+        size, n = self.settings["batch_size"], len(self.data)
+        rng = np.random.default_rng([self.settings["seed"], step])
+        indices = rng.choice(n, size, replace=n < size)[self.rank :: self.world]
+        rng = np.random.default_rng([self.settings["seed"], step, self.rank])
+        return self.make(step, [int(i) for i in indices], rng)
+
+    def make(self, step, indices, rng):
+        config, data = self.config, self.data
+        if self.stage == "clip":
+            captions = [c[rng.integers(len(c))] for c in map(data.captions, indices)]
+            images = torch.stack([data.image(i, config.image_size) for i in indices])
+            return {"image": images, "tokens": self.tokenizer(captions)}
+        if self.stage == "prior":
+            return self.embeddings.batch(indices, rng)
+        if self.stage == "decoder":
+            # Most steps may run at half the side: the U-Net is convolutional, the same weights
+            # serve both sizes, and a picture of a quarter of the pixels costs a quarter.
+            half = step < self.settings["half_size_until"] * self.settings["steps"]
+            size = config.size // 2 if half else config.size
+            images = torch.stack([data.image(i, size) for i in indices])
+            return {"image": images} | self.embeddings.batch(indices, rng)
+        pairs = [training_pair(data, i, config, rng) for i in indices]
+        return {"image": torch.stack([p[0] for p in pairs]), "low": torch.stack([p[1] for p in pairs])}
+
+
+def loader(batches, start, stop, workers):
+    """The batches start..stop-1 in order, made ahead of time by worker processes."""
+
+    def ignore_ctrl_c(worker):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides when to stop
+
+    return torch.utils.data.DataLoader(
+        batches, batch_size=None, sampler=range(start, stop), num_workers=workers,
+        worker_init_fn=ignore_ctrl_c, pin_memory=torch.cuda.is_available(),
+    )  # fmt: skip
+
+
+# --- what to look at -------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def preview(stage, model, batches, step, device):
+    """Figures of the averaged model on 16 pictures of the validation set, and pictures if it draws.
+
+    Returns (figures: dict of floats, pictures: (n, 3, H, W) or None, captions or None).
+    """
+    indices = [i % len(batches.data) for i in range(16)]
+    batch = {k: v.to(device) for k, v in batches.make(10**9, indices, np.random.default_rng(0)).items()}
+    generators = [torch.Generator().manual_seed(i) for i in range(16)]
+    with autocast(device):
+        if stage == "clip":
+            image_emb, text_emb, _ = model.model(batch["image"], batch["tokens"])
+            right = (image_emb @ text_emb.T).argmax(dim=1).cpu() == torch.arange(16)
+            return {"match_of_16": right.float().mean().item()}, None, None
+        if stage == "prior":
+            text = batch["text_emb"], batch["text_enc"], batch["text_mask"]
+            drawn = model.sample(*text, generators=generators)
+            cosine = lambda other: (drawn * other).sum(dim=1).mean().item()  # noqa: E731
+            return {"cos_true": cosine(batch["image_emb"]), "cos_text": cosine(batch["text_emb"]),
+                    "cos_unrelated": cosine(batch["image_emb"].roll(1, 0))}, None, None  # fmt: skip
+        if stage == "decoder":
+            drawn = model.sample(batch["image_emb"], scale=2.0, generators=generators,
+                                 size=batch["image"].shape[-1])  # fmt: skip
+        else:
+            drawn = model.sample(batch["low"], generators=generators)
+    mse = (drawn - batch["image"]).square().mean().item()
+    if stage == "decoder":
+        return {}, drawn, [batches.data.captions(i)[-1] for i in range(16)]
+    low = nn.functional.interpolate(batch["low"], drawn.shape[-2:], mode="nearest")
+    rows = torch.stack([low, drawn, batch["image"]], dim=1).flatten(0, 1)
+    return {"psnr": 10 * math.log10(4 / mse)}, rows, ["input", "drawn", "target"] * 16
+
+
+# --- the loop --------------------------------------------------------------------------------
+
+
+class Ema:
+    """A running average of a model's weights; sampling from it is smoother (paper table 3).
+
+        decay_n = min(decay, (1 + n) / (10 + n)),  e <- decay_n e + (1 - decay_n) p
+
+    The first steps average over little, or the random start would linger for thousands of steps.
+    Buffers (counters, running statistics) are copied: an average of them would mean nothing.
+    """
+
+    def __init__(self, model, decay=EMA_DECAY):
+        self.decay, self.updates = decay, 0
+        self.weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        self.averaged = {k for k, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model):
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        state = model.state_dict()
+        names = [k for k in state if k in self.averaged]
+        torch._foreach_lerp_([self.weights[k] for k in names], [state[k] for k in names], 1 - decay)
+        for k in state.keys() - self.averaged:
+            self.weights[k].copy_(state[k])
+
+
+class Loss(nn.Module):
+    """model.loss as forward(), which is where DistributedDataParallel hooks in."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch):
+        return self.model.loss(batch)
+
+
+def learning_rate(step, settings):
+    """Linear warm-up over the first 5% (at most 500 steps), then constant or half a cosine to 0."""
+    warm_up = min(500, max(1, settings["steps"] // 20))
+    rate = settings["lr"] * min(1.0, (step + 1) / warm_up)
+    if settings["decay"] == "cosine":
+        rate *= 0.5 * (1 + math.cos(math.pi * step / settings["steps"]))
+    return rate
+
+
+def train(stage, model, batches, val_batches, settings, path, device, clip=None, resume=None):
+    """Train one stage up to settings["steps"], writing checkpoints, metrics and pictures.
+
+    path: of the checkpoint; metrics go to metrics.jsonl and pictures to samples/ beside it.
+    resume: the checkpoint dictionary to continue from. Raises UserError if the loss is not finite.
+    """
+    rank, world = batches.rank, batches.world
+    (path.parent / "samples").mkdir(parents=True, exist_ok=True)
+    steps, first = settings["steps"], resume["step"] if resume else 0
+    model.to(device).train()
+    ema = Ema(model)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True, **ADAM)
+    if resume:
+        model.load_state_dict(resume["model"])
+        optimizer.load_state_dict(resume["optimizer"])
+        ema.weights = {k: v.to(device) for k, v in resume["ema"].items()}
+        ema.updates = first
+    loss_of = Loss(model)
+    if world > 1:
+        loss_of = nn.parallel.DistributedDataParallel(loss_of, find_unused_parameters=True)
+    averaged = checkpoints.STAGES[stage][0](model.config).to(device).eval()  # draws the previews
+
+    def save(step):
+        if rank == 0:
+            checkpoints.save_checkpoint(path, {
+                "stage": stage, "config": checkpoints.config_dict(model), "step": step,
+                "ema": ema.weights, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "clip": clip, "run": settings,
+            })  # fmt: skip
+
+    def report(step, figures):
+        if rank == 0:
+            with open(path.parent / "metrics.jsonl", "a") as f:
+                f.write(json.dumps({"stage": stage, "step": step} | figures) + "\n")
+
+    def look(step):
+        averaged.load_state_dict(ema.weights)
+        figures, pictures, captions = preview(stage, averaged, val_batches, step, device)
+        if pictures is not None:
+            folder = path.parent / "samples"
+            draw_grid(pictures, captions, columns=6 if len(pictures) > 16 else 4).save(
+                folder / f"{stage}_{step:06d}.png"
+            )
+        if figures:
+            report(step, figures)
+            bar.write(f"{stage} {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()))
+
+    every_log = max(1, min(50, steps // 20))
+    losses, started, pause = [], time.time(), Interrupt()
+    bar = tqdm(total=steps, initial=first, desc=stage, disable=True if rank else None, mininterval=0.5)
+    try:
+        for step, batch in enumerate(loader(batches, first, steps, settings["workers"]), first):
+            batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+            torch.manual_seed(hash((settings["seed"], step, rank)) % 2**62)  # this step's noise
+            with autocast(device):
+                loss = loss_of(batch)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRADIENT)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, settings)
+            optimizer.step()
+            if hasattr(model, "clamp"):
+                model.clamp()
+            ema.update(model)
+            losses.append(loss.detach())
+            bar.update()
+
+            done = step + 1
+            last = done == steps or pause.asked
+            saving, looking = (done % settings[k] == 0 or last for k in ("save_every", "sample_every"))
+            if done % every_log == 0 or saving or looking:
+                # The only place that waits for the device: figures are read here, not every step.
+                smooth = torch.stack(losses).mean().item()
+                if not math.isfinite(smooth):
+                    raise UserError(f"{stage}, step {done}: the loss is {smooth}. The checkpoint before it "
+                                    "is kept: try a smaller --lr and --resume")  # fmt: skip
+                speed = settings["batch_size"] * len(losses) / (time.time() - started)
+                bar.set_postfix(loss=f"{smooth:.4f}", images_per_s=f"{speed:.0f}")
+                report(done, {"loss": smooth, "lr": learning_rate(step, settings), "images_per_s": speed})
+                if saving:
+                    save(done)
+                if looking and rank == 0 and not pause.asked:
+                    look(done)
+                losses, started = [], time.time()
+            if pause.asked:
+                raise KeyboardInterrupt(f"{stage} is saved at step {done} in {path}: --resume goes on")
+    finally:
+        bar.close()
+        pause.restore()
+
+
+class Interrupt:
+    """Ctrl-C asks the loop to stop after the step it is in, where everything fits together."""
+
+    def __init__(self):
+        self.asked, self.before = False, signal.signal(signal.SIGINT, self.ask)
+
+    def ask(self, *_):
+        self.asked = True
+        self.restore()  # a second Ctrl-C stops at once
+
+    def restore(self):
+        signal.signal(signal.SIGINT, self.before)
+
+
+# --- the command line ------------------------------------------------------------------------
+
+
+def prepare(stage, args, clip):
+    """Everything `train` needs for one stage: (model, batches, val_batches, settings, resume)."""
+    preset = PRESETS[args.preset]
+    settings = {"decay": args.decay, "half_size_until": 0.0} | preset[stage][1]
+    given = {"steps": args.steps, "batch_size": args.batch_size, "lr": args.lr}
+    settings |= {k: v for k, v in given.items() if v is not None}
+    settings |= {"seed": args.seed, "data": args.data, "workers": args.workers, "preset": args.preset}
+    settings["save_every"] = args.save_every or max(1, min(500, settings["steps"] // 10))
+    settings["sample_every"] = args.sample_every or max(1, settings["steps"] // 5)
+    if settings["batch_size"] % world_size():
+        raise UserError(f"--batch-size {settings['batch_size']} does not divide over {world_size()} processes")
+
+    limit = args.limit or (preset["data"] if args.data == "shapes" else None)
+    data = load_data(args.data, args.root, "train", limit)
+    val = load_data(args.data, args.root, "val", 512 if args.data == "shapes" else args.limit)
+    settings["fingerprint"] = data.fingerprint()
+
+    path, resume = Path(args.out) / f"{stage}.pt", None
+    if path.exists() and args.resume:
+        resume = checkpoints.load_checkpoint(path, stage)
+        if "optimizer" not in resume:
+            raise UserError(f"{path} has only the averaged weights: it can draw, but not be resumed")
+        model = checkpoints.build(resume, path)
+        for key in ("batch_size", "lr", "seed", "steps", "decay", "fingerprint"):
+            if resume["run"].get(key) != settings[key]:
+                print(f"note: {path} was trained with {key} {resume['run'].get(key)}, now {settings[key]}")
+    elif path.exists():
+        raise UserError(f"{path} is already there: --resume continues it, another --out starts afresh")
+    else:
+        torch.manual_seed(args.seed)
+        model = make_model(stage, args.preset, data, clip)
+
+    embeddings = [None, None]
+    if stage in ("prior", "decoder"):
+        embeddings = embed_both(clip, data, val, Path(args.out) / "cache")
+    batches, val_batches = (
+        Batches(stage, model.config, d, e, settings, rank(), world_size())
+        for d, e in zip((data, val), embeddings, strict=True)
+    )
+    return model, batches, val_batches, settings, resume
+
+
+def embed_both(clip, data, val, folder):
+    """Embeddings of the training and validation pictures; one process computes, the others wait."""
+    if rank() > 0:
+        dist.barrier()
+    with autocast(clip.mean.device):
+        both = [embed(clip, d, folder) for d in (data, val)]
+    if rank() == 0 and world_size() > 1:
+        dist.barrier()
+    return both
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def run_stage(stage, args, device):
+    clip = None
+    if stage in ("prior", "decoder"):
+        clip = checkpoints.load_clip(args.out, args.clip, device)
+    model, batches, val_batches, settings, resume = prepare(stage, args, clip)
+    path = Path(args.out) / f"{stage}.pt"
+    if resume and resume["step"] >= settings["steps"]:
+        print(f"{stage}: already trained to step {resume['step']} in {path}")
+        return
+    if rank() == 0:
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"{stage}: {millions:.1f}M parameters, {settings['steps']} steps of {settings['batch_size']} "
+              f"on {device}, to {path}")  # fmt: skip
+    clip = clip and {"spec": args.clip, "identity": clip.identity}
+    train(stage, model, batches, val_batches, settings, path, device, clip, resume)
+
+
+@exit_code
+def main(argv=None):
+    parser = Parser("train.py", description="Train one stage, or all of them in turn.")
+    parser.add_argument("stage", help=", ".join(ORDER) + ", or all")
+    parser.add_argument("--data", default="shapes", help="shapes, cifar10, cifar100, coco or folder")
+    parser.add_argument("--root", default=None, help="folder of the data (not for shapes)")
+    parser.add_argument("--limit", type=positive, default=None, help="use so many images at the most")
+    parser.add_argument("--clip", default="small", help="small, trained here, or open_clip's MODEL:TAG_OR_FILE")
+    parser.add_argument("--preset", default="tiny", help="sizes and steps: " + ", ".join(PRESETS))
+    parser.add_argument("--out", default=None, help="folder of the run (default: runs/DATA-PRESET)")
+    parser.add_argument("--steps", type=positive, default=None, help="training steps (default: the preset's)")
+    parser.add_argument("--batch-size", type=positive, default=None, help="pictures a step, over all processes")
+    parser.add_argument("--lr", type=float, default=None, help="highest learning rate (default: the preset's)")
+    parser.add_argument("--decay", default="cosine", choices=("cosine", "constant"), help="of the rate")
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoints in --out")
+    parser.add_argument("--save-every", type=positive, default=None, help="steps between checkpoints")
+    parser.add_argument("--sample-every", type=positive, default=None, help="steps between sample grids")
+    parser.add_argument("--workers", type=int, default=2, help="processes that prepare batches")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and noise")
+    args = parser.parse_args(argv)
+    if args.stage not in (*ORDER, "all"):
+        raise UserError(f"unknown stage '{args.stage}': use {', '.join(ORDER)} or all")
+    if args.preset not in PRESETS:
+        raise UserError(f"unknown preset '{args.preset}': use {' or '.join(PRESETS)}")
+    args.out = args.out or f"runs/{args.data}-{args.preset}"
+
+    device = choose_device(args.device)
+    if "RANK" in os.environ:  # started by torchrun
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        stages = [s for s in ORDER if args.stage in (s, "all") and not (s == "clip" and args.clip != "small")]
+        for stage in stages:
+            run_stage(stage, args, device)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,287 @@
+"""The two diffusion upsamplers of unCLIP: 64 -> 256 and 256 -> 1024 (paper sec. 2.1, table 3).
+
+The decoder draws a 64x64 picture. Two more diffusion models enlarge it by 4 each. They see the
+small picture and nothing else: no CLIP embedding, no caption, no guidance.
+
+The one idea of this file: **a network without attention runs at any picture size.** A convolution
+does the same thing everywhere, so the network is trained on random crops of a quarter of the side
+(1/16 of the pixels) and still runs at the full size. One attention layer would break this: it would
+compare 16 times as many places with each other as it was trained for, at 256 times the cost. (What
+still sees the whole picture is group norm; a mean over more pixels is much the same mean.)
+
+The other half is about data: in training the small picture is a real one shrunk perfectly, in
+sampling it is a drawing, with small faults of its own. So the small picture is corrupted a little
+in training, and the upsampler learns not to trust its every pixel (paper sec. 2.1).
+
+Letters: B batch; H, W target height and width; h, w low-resolution height and width; f = H / h the
+factor; T diffusion steps; E timestep embedding. "low" is short for low-resolution picture.
+Read next: train.py.
+"""
+
+import io
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from data import UserError
+from decoder import TimeEmbedding, UNet
+from diffusion import GaussianDiffusion
+
+
+@dataclass(frozen=True)
+class UpsamplerConfig:
+    # Paper (table 3), first | second: channels 320 | 192, multiples 1,2,3,4 | 1,1,2,2,4,4, blocks
+    # 3 | 2, dropout 0.1 | none: 700M | 300M parameters. We: small. Because: one machine.
+    low_size: int = 64  # side of the pictures that come in, pixels
+    size: int = 256  # side of the pictures that go out, pixels
+    crop: int = 64  # side of the training crops, pixels of the target: a quarter of `size`
+    channels: int = 32  # of the U-Net's finest level
+    multiples: tuple = (1, 2, 3, 4)  # of `channels`, a level; each next level halves the sides
+    blocks: int = 1  # residual blocks a level
+    stem: int = 1  # k: the U-Net works on patches of k x k pixels as if they were one (faster)
+    dropout: float = 0.0
+    degradation: str = "blur"  # of the low pictures: "blur" (first), "bsr" (second), or "none"
+    schedule: str = "cosine"  # "cosine" (first), "linear" (second)
+    predict: str = "v"  # Paper: "noise". We: v. Because: flat pictures stay grainy for long.
+    diffusion_steps: int = 1000  # T
+    sample_steps: int = 27  # of DDIM: 27 (first), 15 (second)
+
+    @property
+    def factor(self):
+        """How many target pixels a low-resolution pixel becomes along a side: f."""
+        return self.size // self.low_size
+
+    @property
+    def divisor(self):
+        """Target sides must be multiples of this, or the U-Net's halvings leave a remainder."""
+        return self.stem * 2 ** (len(self.multiples) - 1)
+
+    def __post_init__(self):
+        if self.low_size < 1 or self.size % self.low_size or self.factor < 2:
+            raise UserError(
+                f"size {self.size} is not a multiple of low_size {self.low_size}: "
+                f"choose a size of 2, 3, 4, ... times low_size"
+            )
+        step = math.lcm(self.factor, self.divisor)
+        if not 0 < self.crop <= self.size or self.crop % step:
+            raise UserError(
+                f"crop {self.crop} does not fit: choose a multiple of {step} up to size {self.size}"
+            )
+        if self.degradation not in DEGRADATIONS:
+            raise UserError(
+                f"unknown degradation {self.degradation!r}: choose from {', '.join(DEGRADATIONS)}"
+            )
+
+
+# --- the low-resolution picture: resize, then corrupt ----------------------------------------
+
+
+def area_average(picture, f):
+    """Shrink by f: a low-resolution pixel is the mean of its f x f block. (3, H, W) -> (3, h, w).
+
+    Never the nearest pixel: that skips f^2 - 1 of f^2 pixels, and fine stripes become false coarse
+    ones (aliasing) which the upsampler would then learn to explain.
+    """
+    return F.avg_pool2d(picture, f)
+
+
+def gaussian_blur(low, kernel, sigma):
+    """Blur (3, h, w) by a gaussian of std `sigma` pixels, cut off to `kernel` x `kernel` (odd).
+
+    A 2-D gaussian is the product of two 1-D ones, so rows and columns are blurred one after the
+    other. The picture's edge pixels are repeated outwards, as if it went on in the same colour.
+    """
+    radius = kernel // 2
+    offsets = torch.arange(-radius, radius + 1, dtype=low.dtype, device=low.device)
+    weights = torch.exp(-offsets**2 / (2 * sigma**2))
+    weights = (weights / weights.sum()).expand(3, 1, 1, kernel)  # sum 1: same brightness
+    low = F.pad(low[None], (radius,) * 4, mode="replicate")  # (1, 3, h + 2r, w + 2r)
+    low = F.conv2d(low, weights, groups=3)  # along the rows
+    return F.conv2d(low, weights.transpose(2, 3), groups=3)[0]  # down the columns: (3, h, w)
+
+
+def degrade_none(low, rng):
+    """No corruption, to see what the corruption is good for."""
+    return low
+
+
+def degrade_blur(low, rng=None):
+    """The first upsampler's corruption: kernel 3, sigma 0.6 (paper sec. 2.1). Nothing is random."""
+    return gaussian_blur(low, kernel=3, sigma=0.6)
+
+
+# The second upsampler's is more varied: the BSR degradation (paper sec. 2.1) of BSRGAN
+# (2103.14006), here blur, resize, noise and JPEG in random order. Paper: parameters not stated.
+# We: the ranges below. Because: they start at almost nothing (in sampling nothing is corrupted)
+# and end at a fault that one sees. Each step keeps (3, h, w) and [-1, 1], so any order works.
+
+
+def bsr_blur(low, rng):
+    """Blur with a random sigma; 0.2 pixels is no blur at all."""
+    return gaussian_blur(low, kernel=7, sigma=rng.uniform(0.2, 1.2))
+
+
+def bsr_resize(low, rng):
+    """Shrink to 50 .. 100% of the side and back again: what was finer is lost."""
+    h, w = low.shape[-2:]
+    scale = rng.uniform(0.5, 1.0)
+    small = (max(1, round(h * scale)), max(1, round(w * scale)))
+    # antialias=True averages before it picks pixels, for the reason given in area_average.
+    low = F.interpolate(low[None], small, mode="bicubic", antialias=True)
+    low = F.interpolate(low, (h, w), mode="bicubic")[0]
+    return low.clamp(-1, 1)  # bicubic overshoots beside sharp edges
+
+
+def bsr_noise(low, rng):
+    """Add gaussian noise with a std of up to 0.06: 8 of the 255 grey levels."""
+    noise = rng.standard_normal(tuple(low.shape), dtype=np.float32)
+    return (low + rng.uniform(0.0, 0.06) * torch.from_numpy(noise)).clamp(-1, 1)
+
+
+def bsr_jpeg(low, rng):
+    """Save as a JPEG of random quality and load it again: 8x8 blocks and ringing edges."""
+    levels = ((low + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)  # (h, w, 3), 0 .. 255
+    file = io.BytesIO()
+    Image.fromarray(levels.numpy()).save(file, "JPEG", quality=int(rng.integers(50, 96)))
+    levels = torch.from_numpy(np.array(Image.open(file)))
+    return levels.permute(2, 0, 1).float() / 127.5 - 1  # (3, h, w), -1 .. 1
+
+
+BSR_STEPS = (bsr_blur, bsr_resize, bsr_noise, bsr_jpeg)
+
+
+def degrade_bsr(low, rng):
+    """All four BSR steps, each with a random strength, in one of their 24 orders at random."""
+    for k in rng.permutation(len(BSR_STEPS)):
+        low = BSR_STEPS[k](low, rng)
+    return low
+
+
+DEGRADATIONS = {"none": degrade_none, "blur": degrade_blur, "bsr": degrade_bsr}
+
+# How far a degradation looks around a pixel, in low-resolution pixels: the blur's kernel of 3 sees
+# one neighbour; BSR's JPEG works on blocks of 8 (its blur sees 3, its resize a few).
+MARGINS = {"none": 0, "blur": 1, "bsr": 8}
+
+
+def training_pair(dataset, i, config, rng):
+    """Cut a random training crop from picture i, and make its degraded low-resolution version.
+
+        window (crop and margin) -> area average -> degrade -> cut the margin off -> low
+
+    The degradation comes *before* the crop. The other way round, the crop's edge would be blurred
+    into an invented border, on every training example, and the network would learn that border.
+
+    dataset: has image(i, size, crop=(top, left, side)) -> (3, side, side) in [-1, 1]
+    rng:     numpy Generator; the same state gives the same pair
+    Returns target (3, crop, crop) and low (3, crop / f, crop / f), both float32 in [-1, 1].
+    """
+    f, margin = config.factor, MARGINS[config.degradation]
+    side = config.crop // f  # of the crop, in low-resolution pixels
+    # Places are drawn in low-resolution pixels: a crop then never starts inside an f x f block.
+    top, left = (int(n) for n in rng.integers(0, config.low_size - side + 1, size=2))
+
+    # The window is a square around the crop. At the picture's border it slides inwards: there the
+    # degradation meets the picture's true edge, as it does in the whole picture.
+    window_side = min(side + 2 * margin, config.low_size)
+    window_top = min(max(top - margin, 0), config.low_size - window_side)
+    window_left = min(max(left - margin, 0), config.low_size - window_side)
+    window = dataset.image(i, config.size, crop=(window_top * f, window_left * f, window_side * f))
+
+    y, x = top - window_top, left - window_left  # the crop's place in the window
+    low = DEGRADATIONS[config.degradation](area_average(window, f), rng)[:, y:y + side, x:x + side]
+    y, x = y * f, x * f
+    target = window[:, y:y + config.crop, x:x + config.crop]
+    return target.contiguous(), low.contiguous()  # do not keep the whole window alive
+
+
+# --- the model -------------------------------------------------------------------------------
+
+
+class Upsampler(nn.Module):
+    """p(high-resolution picture | low-resolution picture) as a diffusion model."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        E = 4 * config.channels
+        # The noise level is the only thing the U-Net is told besides its 6 input channels.
+        self.time = TimeEmbedding(config.channels, E)
+        self.unet = UNet(
+            in_channels=3 + 3,  # x_t, and the low picture enlarged to the same size
+            out_channels=3,
+            channels=config.channels,
+            multiples=config.multiples,
+            blocks=config.blocks,
+            emb_dim=E,
+            attention_levels=(),  # none, at any level: see the top of this file
+            dropout=config.dropout,
+            stem=config.stem,
+        ).to(memory_format=torch.channels_last)
+        self.diffusion = GaussianDiffusion(
+            T=config.diffusion_steps, schedule=config.schedule, predict=config.predict,
+            clip_x_0=True,
+        )  # fmt: skip
+
+    def condition(self, low):
+        """Enlarge the low picture to the target's size, bicubic: (B, 3, h, w) -> (B, 3, H, W).
+
+        This blurry enlargement is already most of the answer; the network adds the fine detail.
+        """
+        f = self.config.factor
+        h, w = low.shape[-2:]
+        if h * f % self.config.divisor or w * f % self.config.divisor:
+            raise UserError(
+                f"a low-resolution picture of {h}x{w} becomes {h * f}x{w * f}: both must be "
+                f"multiples of {self.config.divisor}; resize or crop the picture"
+            )
+        return F.interpolate(low.float(), scale_factor=f, mode="bicubic")
+
+    def forward(self, x_t, t, cond):
+        """The network's output for x_t (B, 3, H, W) at noise levels t (B,) and condition(low)."""
+        x = torch.cat([x_t, cond], dim=1)  # (B, 6, H, W)
+        return self.unet(x, self.time(t))  # (B, 3, H, W): v, or the noise
+
+    def loss(self, batch):
+        """Mean diffusion loss of a batch of training pairs, a scalar.
+
+        batch: "image" (B, 3, crop, crop) target crops and "low" (B, 3, crop / f, crop / f) their
+               degraded low-resolution versions, in [-1, 1]: what training_pair returns, stacked
+        """
+        image, cond = batch["image"], self.condition(batch["low"])
+        if image.shape != cond.shape:
+            raise UserError(
+                f"images {tuple(image.shape)} and low {tuple(batch['low'].shape)} do not fit: "
+                f"the images must be {self.config.factor} times as large; see training_pair"
+            )
+        losses = self.diffusion.training_loss(lambda x_t, t: self(x_t, t, cond), image)
+        return losses.mean()
+
+    @torch.no_grad()
+    def sample(self, low, steps=None, generators=None, on_step=None):
+        """Enlarge pictures by the factor f with DDIM, eta 0 (paper table 3: sampling variance).
+
+        low:        (B, 3, h, w) in [-1, 1] on the model's device, from the decoder or the stage
+                    before; any h, w, not only low_size. Not degraded here: only in training
+        steps:      DDIM steps, 1 .. T; None for the configuration's (paper: 27 and 15)
+        generators: one CPU torch.Generator a picture, so that a picture depends on its seed only
+        on_step:    called as on_step(k, t, x_t, pred_x_0) after each step
+        Returns (B, 3, f * h, f * w) in [-1, 1]. The model stays in the mode (train/eval) it was in.
+        """
+        # Made once, outside the loop. Each step then holds x_t, this, and the network's own memory.
+        cond = self.condition(low)
+        steps = self.config.sample_steps if steps is None else steps
+        was_training = self.training
+        self.eval()  # no dropout while drawing
+        try:
+            return self.diffusion.ddim_sample(
+                lambda x_t, t: self(x_t, t, cond), cond.shape, steps,
+                generators=generators, on_step=on_step,
+            )  # fmt: skip
+        finally:
+            self.train(was_training)  # also after an error or Ctrl-C
