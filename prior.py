@@ -6,7 +6,7 @@ embeddings that a picture with this caption could have. Here it is a diffusion m
 "pixels" are the D numbers of an embedding and whose network is a causal transformer:
 
     [caption tokens, L] [text embedding] | [timestep] [noised image embedding] [query] -> z_i
-     \______ the prefix: P = L + 1 _____/  \________ the suffix: 3 tokens _________/
+    <------ the prefix: P = L + 1 ----->   <--------- the suffix: 3 tokens --------->
 
 The one idea of this file: the mask is causal and the caption comes first, so the prefix knows
 nothing of t or of the noised embedding. Its keys and values are therefore computed *once* per

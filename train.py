@@ -46,7 +46,7 @@ PRESETS = {
     # Draws at 32 px, then 32 -> 64 -> 256: minutes on two CPU cores.
     "tiny": {
         "data": 20_000,
-        "clip": ({"image_size": 32}, {"steps": 350, "batch_size": 256, "lr": 1e-3}),
+        "clip": ({"image_size": 32, "vision_width": 24}, {"steps": 350, "batch_size": 256, "lr": 2e-3}),
         "prior": ({"width": 192, "depth": 3}, {"steps": 1500, "batch_size": 256, "lr": 1e-3}),
         "decoder": (
             {"size": 32, "multiples": (1, 2, 3), "attention_levels": (1, 2)},
@@ -65,7 +65,7 @@ PRESETS = {
     # The paper's sizes: 64 -> 256 -> 1024.
     "base": {
         "data": 100_000,
-        "clip": ({"vision_width": 32}, {"steps": 6000, "batch_size": 256, "lr": 1e-3}),
+        "clip": ({"vision_width": 24}, {"steps": 3000, "batch_size": 256, "lr": 2e-3}),
         "prior": ({"width": 256, "depth": 5}, {"steps": 30_000, "batch_size": 256, "lr": 5e-4}),
         "decoder": (
             {"channels": 40},
