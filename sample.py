@@ -250,6 +250,13 @@ def positive(text):
     return value
 
 
+def positive_number(text):
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: must be a number above 0")
+    return value
+
+
 def text_command(args):
     """Captions -> a PNG a picture, a grid of all, and with --film the denoising of each."""
     for caption in args.caption:

@@ -34,7 +34,7 @@ from clip_model import SmallClipConfig, Tokenizer, embed, make_vocab
 from data import UserError, load_data
 from decoder import DecoderConfig
 from prior import PriorConfig
-from sample import Parser, autocast, choose_device, draw_grid, exit_code, positive
+from sample import Parser, autocast, choose_device, draw_grid, exit_code, positive, positive_number
 from upsampler import UpsamplerConfig, training_pair
 
 ORDER = ("clip", "prior", "decoder", "upsampler1", "upsampler2")
@@ -47,7 +47,7 @@ PRESETS = {
     "tiny": {
         "data": 20_000,
         "clip": ({"image_size": 32, "vision_width": 24}, {"steps": 350, "batch_size": 256, "lr": 2e-3}),
-        "prior": ({"width": 192, "depth": 3}, {"steps": 1500, "batch_size": 256, "lr": 1e-3}),
+        "prior": ({"width": 192, "depth": 3}, {"steps": 700, "batch_size": 128, "lr": 1e-3}),
         "decoder": (
             {"size": 32, "multiples": (1, 2, 3), "attention_levels": (1, 2)},
             {"steps": 1500, "batch_size": 32, "lr": 1e-3},
@@ -440,7 +440,7 @@ def main(argv=None):
     parser.add_argument("--out", default=None, help="folder of the run (default: runs/DATA-PRESET)")
     parser.add_argument("--steps", type=positive, default=None, help="training steps (default: the preset's)")
     parser.add_argument("--batch-size", type=positive, default=None, help="pictures a step, over all processes")
-    parser.add_argument("--lr", type=float, default=None, help="highest learning rate (default: the preset's)")
+    parser.add_argument("--lr", type=positive_number, default=None, help="highest learning rate (default: the preset's)")
     parser.add_argument("--decay", default="cosine", choices=("cosine", "constant"), help="of the rate")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoints in --out")
     parser.add_argument("--save-every", type=positive, default=None, help="steps between checkpoints")

@@ -1,0 +1,307 @@
+"""train.py: one loop for every stage, resumable to the bit, and safe against mistakes."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import checkpoint as checkpoints
+import train
+from conftest import MICRO, ROOT
+from data import Shapes
+from train import ADAM, Batches, Ema, learning_rate, make_model
+
+train.PRESETS["micro"] = MICRO
+UPSAMPLER = ["upsampler1", "--preset", "micro", "--batch-size", "4", "--limit", "16"]
+# For a process of its own: the micro preset does not exist there, so it is put in first.
+PREFIX = "import sys; sys.path[:0] = ['tests']; import conftest, train; train.PRESETS['micro'] = conftest.MICRO; "
+
+
+def command(*arguments):
+    return [sys.executable, "-c", PREFIX + "sys.exit(train.main())", *map(str, arguments)]
+
+
+def weights(folder, stage="upsampler1", key="model"):
+    return torch.load(folder / f"{stage}.pt", weights_only=True)[key]
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- the schedule, the average, the batches --------------------------------------------------
+
+
+def test_rate_warms_up_linearly_then_follows_half_a_cosine():
+    settings = {"steps": 1000, "lr": 0.2, "decay": "cosine"}
+    warm_up = [0.2 * (s + 1) / 50 * 0.5 * (1 + math.cos(math.pi * s / 1000)) for s in range(50)]
+    np.testing.assert_allclose([learning_rate(s, settings) for s in range(50)], warm_up)
+    assert learning_rate(500, settings) == pytest.approx(0.1)
+    assert learning_rate(1000, settings) == pytest.approx(0, abs=1e-12)
+    assert learning_rate(700, settings | {"decay": "constant"}) == 0.2
+
+
+def test_ema_of_constant_weights_is_p_plus_d_to_the_k_times_the_start():
+    model = torch.nn.Linear(3, 2)
+    ema = Ema(model, decay=0.5)
+    ema.updates = 1000  # past the warm-up
+    start = {k: v.clone() for k, v in ema.weights.items()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.5)
+    for _ in range(3):
+        ema.update(model)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(ema.weights[name], p + 0.5**3 * (start[name] - p))
+
+
+def test_ema_warm_up_follows_one_plus_n_over_ten_plus_n():
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    ema = Ema(model, decay=0.9)
+    torch.nn.init.ones_(model.weight)
+    expected = 0.0
+    for n in range(200):
+        ema.update(model)
+        d = min(0.9, (1 + n) / (10 + n))
+        expected = d * expected + (1 - d)
+        assert ema.weights["weight"].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_ema_copies_buffers_and_never_averages_them():
+    model = torch.nn.BatchNorm1d(2)
+    ema = Ema(model)
+    model.running_mean.fill_(7)
+    model.num_batches_tracked.fill_(5)
+    ema.update(model)
+    assert ema.weights["running_mean"].tolist() == [7, 7] and ema.weights["num_batches_tracked"] == 5
+
+
+def upsampler_batches(rank=0, world=1, batch_size=8):
+    config = make_model("upsampler1", "micro", None, None).config
+    return Batches("upsampler1", config, Shapes(50), None, {"batch_size": batch_size, "seed": 3}, rank, world)
+
+
+def test_a_batch_is_a_function_of_seed_and_step():
+    first, again = upsampler_batches()[7], upsampler_batches()[7]
+    assert_same(first, again)
+    assert not torch.equal(first["image"], upsampler_batches()[8]["image"])
+
+
+def test_processes_share_one_global_batch():
+    seen = {}
+
+    class Recorder(Batches):
+        def make(self, step, indices, rng):
+            seen[self.rank, self.world] = indices
+
+    for r, w in ((0, 1), (0, 2), (1, 2)):
+        Recorder("prior", None, Shapes(50), None, {"batch_size": 8, "seed": 3}, r, w)[5]
+    whole = seen[0, 1]
+    assert len(set(whole)) == 8
+    assert seen[0, 2] == whole[0::2] and seen[1, 2] == whole[1::2]
+
+
+# --- a run, and what it leaves ---------------------------------------------------------------
+
+
+def test_all_trains_every_stage_and_leaves_checkpoints_metrics_and_pictures(micro_run):
+    for stage in train.ORDER:
+        saved = checkpoints.load_checkpoint(micro_run / f"{stage}.pt", stage)
+        assert saved["step"] == 3
+        losses = [m["loss"] for m in metrics(micro_run) if m["stage"] == stage and "loss" in m]
+        assert losses and all(math.isfinite(x) for x in losses)
+    for stage, rows in (("decoder", 4), ("upsampler1", 8), ("upsampler2", 8)):
+        grid = Image.open(micro_run / "samples" / f"{stage}_000003.png")
+        assert grid.height >= rows * 128
+    assert {"cos_true", "cos_text", "cos_unrelated"} < {k for m in metrics(micro_run) for k in m}
+
+
+def test_stages_are_trained_for_the_clip_beside_them(micro_run):
+    identity = checkpoints.load_clip(micro_run).identity
+    for stage in ("prior", "decoder"):
+        assert checkpoints.load_checkpoint(micro_run / f"{stage}.pt")["clip"]["identity"] == identity
+
+
+def test_decoder_runs_its_first_steps_at_half_the_side():
+    config = train.DecoderConfig(dim=4, text_width=4, text_len=4, size=16)
+
+    class NoText:
+        def batch(self, indices, rng):
+            return {}
+
+    settings = {"batch_size": 2, "seed": 0, "steps": 10, "half_size_until": 0.4}
+    batches = Batches("decoder", config, Shapes(4), NoText(), settings)
+    assert [batches[s]["image"].shape[-1] for s in (0, 3, 4, 9)] == [8, 8, 16, 16]
+
+
+# --- interruptions ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    run = [*UPSAMPLER, "--steps", 30, "--save-every", 5, "--sample-every", 1000, "--out", folder]
+    assert train.main([str(a) for a in run]) == 0
+    return folder
+
+
+def start_and_wait(tmp_path, steps_before):
+    run = command(*UPSAMPLER, "--steps", 30, "--save-every", 5, "--sample-every", 1000, "--out", tmp_path)
+    process = subprocess.Popen(run, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 100
+    while time.time() < deadline and process.poll() is None:
+        log = tmp_path / "metrics.jsonl"
+        if log.exists() and len(log.read_text().splitlines()) >= steps_before:
+            return process
+        time.sleep(0.002)
+    raise AssertionError(process.communicate())
+
+
+def test_kill_9_then_resume_ends_with_the_same_bits(tmp_path, uninterrupted):
+    process = start_and_wait(tmp_path, 9)
+    process.kill()
+    process.wait()
+    saved = checkpoints.load_checkpoint(tmp_path / "upsampler1.pt")["step"]
+    assert 5 <= saved < 30 and saved % 5 == 0  # lost no more than the steps since then
+    subprocess.run(
+        command(*UPSAMPLER, "--steps", 30, "--save-every", 5, "--sample-every", 1000,
+                "--out", tmp_path, "--resume"), cwd=ROOT, check=True, capture_output=True,
+    )  # fmt: skip
+    for key in ("model", "ema"):
+        assert_same(weights(tmp_path, key=key), weights(uninterrupted, key=key))
+
+
+def test_ctrl_c_saves_the_step_it_is_in_and_resume_goes_on(tmp_path, uninterrupted):
+    process = start_and_wait(tmp_path, 7)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume" in errors and "Traceback" not in errors
+    step = checkpoints.load_checkpoint(tmp_path / "upsampler1.pt")["step"]
+    assert 7 <= step < 30 and f"step {step}" in errors
+    run = [*UPSAMPLER, "--steps", 30, "--save-every", 5, "--sample-every", 1000, "--out", tmp_path, "--resume"]
+    assert train.main([str(a) for a in run]) == 0
+    assert_same(weights(tmp_path), weights(uninterrupted))
+
+
+def test_a_finished_stage_is_left_alone(tmp_path, capsys):
+    run = [*UPSAMPLER, "--steps", "2", "--out", str(tmp_path)]
+    assert train.main(run) == 0
+    before = (tmp_path / "upsampler1.pt").read_bytes()
+    assert train.main(run) == 2  # without --resume nothing is overwritten
+    assert "--resume" in capsys.readouterr().err
+    assert train.main([*run, "--resume"]) == 0
+    assert "already trained" in capsys.readouterr().out
+    assert (tmp_path / "upsampler1.pt").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsys):
+    run = [*UPSAMPLER, "--out", str(tmp_path), "--save-every", "2", "--workers", "0"]
+    loss, calls = checkpoints.Upsampler.loss, []
+
+    def breaks_at_step_5(self, batch):
+        calls.append(1)
+        return loss(self, batch) * (math.nan if len(calls) == 5 else 1)
+
+    monkeypatch.setattr(checkpoints.Upsampler, "loss", breaks_at_step_5)
+    assert train.main([*run, "--steps", "8"]) == 2
+    errors = capsys.readouterr().err
+    assert "step 5" in errors and "nan" in errors and "--lr" in errors
+    assert checkpoints.load_checkpoint(tmp_path / "upsampler1.pt")["step"] == 4
+    assert all(p.isfinite().all() for p in weights(tmp_path).values())
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch, capsys):
+    run = [*UPSAMPLER, "--out", str(tmp_path), "--save-every", "2", "--workers", "0"]
+    save, calls = torch.save, []
+
+    def second_time_full(what, file):
+        calls.append(1)
+        if len(calls) == 2:
+            file.write(b"half of it")
+            raise OSError(28, "No space left on device")
+        save(what, file)
+
+    monkeypatch.setattr(torch, "save", second_time_full)
+    assert train.main([*run, "--steps", "8"]) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert checkpoints.load_checkpoint(tmp_path / "upsampler1.pt")["step"] == 2
+
+
+# --- several processes -----------------------------------------------------------------------
+
+
+def test_two_processes_take_the_step_of_the_averaged_gradient(tmp_path):
+    """torchrun with gloo on this machine, against both halves computed here by hand."""
+    script = tmp_path / "run.py"
+    script.write_text(PREFIX.replace("'tests'", f"'{ROOT}', '{ROOT / 'tests'}'") + "sys.exit(train.main())")
+    run = [*UPSAMPLER, "--steps", 2, "--workers", 0, "--decay", "constant", "--out", tmp_path / "two"]
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29631",
+         str(script), *map(str, run)],
+        cwd=ROOT, check=True, capture_output=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+    torch.manual_seed(0)
+    model = make_model("upsampler1", "micro", None, None).train()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True, lr=1e-3, **ADAM)
+    settings = {"batch_size": 4, "seed": 0}
+    for step in range(2):
+        for rank in range(2):
+            batch = Batches("upsampler1", model.config, Shapes(16), None, settings, rank, 2)[step]
+            torch.manual_seed(hash((0, step, rank)) % 2**62)
+            with train.autocast("cpu"):
+                loss = model.loss(batch) / 2
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), train.CLIP_GRADIENT)
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = model.state_dict()
+    for name, value in weights(tmp_path / "two").items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
+
+
+# --- mistakes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["painter"], "unknown stage 'painter'"),
+        (["clip", "--preset", "huge"], "unknown preset 'huge'"),
+        (["clip", "--batch-size", "0"], "must be 1 or more"),
+        (["clip", "--steps", "0"], "must be 1 or more"),
+        (["clip", "--steps", "many"], "--steps"),
+        (["clip", "--data", "folder"], "--root"),
+        (["clip", "--data", "folder", "--root", "/no/such/folder"], "/no/such/folder"),
+        (["clip", "--data", "imagenet"], "imagenet"),
+        (["prior", "--preset", "micro"], "clip.pt"),
+        (["clip", "--device", "abacus"], "abacus"),
+        (["clip", "--lr", "-1"], "--lr"),
+        (["clip", "--wat"], "--wat"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_exit_code_2(arguments, says, capsys, tmp_path):
+    assert train.main([*arguments, "--out", str(tmp_path / "run")]) == 2
+    errors = capsys.readouterr().err.strip()
+    assert errors.startswith("error: ") and says in errors and "\n" not in errors
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_a_device_says_so(capsys, tmp_path):
+    assert train.main(["clip", "--device", "cuda", "--out", str(tmp_path)]) == 2
+    assert "--device cpu" in capsys.readouterr().err
