@@ -49,43 +49,54 @@ def save_checkpoint(path, checkpoint):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
+        if temporary.is_file():  # unlink itself fails where the folder is a file
+            temporary.unlink()
         kept = "; the previous checkpoint is untouched" if path.exists() else ""
-        raise UserError(f"cannot write {path} ({e}): make room or choose another --out{kept}") from e
+        raise UserError(
+            f"cannot write {path} ({e}): make room or choose another --out{kept}"
+        ) from e
 
 
 def load_checkpoint(path, stage=None):
-    """The dictionary at `path`. Raises UserError where it is missing, broken, unsafe or another's."""
+    """The dictionary at `path`. UserError where it is missing, broken, unsafe or another's."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"no weights at {path}: train this stage with train.py, or give another folder")
+        raise UserError(
+            f"no weights at {path}: train this stage with train.py, or give another folder"
+        )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         raise UserError(f"{path} is not a file of plain weights (it may hold code, which is never "
-                        "run): delete it and train or copy it again") from e  # fmt: skip
+                        "run): delete it and train or copy it again") from e
     except Exception as e:  # torch has many ways to say that a file is cut short
-        raise UserError(f"{path} is damaged ({type(e).__name__}): delete it and train or copy it again") from e
+        raise UserError(
+            f"{path} is damaged ({type(e).__name__}): delete it and train or copy it again"
+        ) from e
     needed = {"stage", "config", "ema", "step"}
     if not isinstance(checkpoint, dict) or not needed <= set(checkpoint):
-        raise UserError(f"{path} is not a checkpoint of this project: it lacks {', '.join(sorted(needed))}")
+        raise UserError(
+            f"{path} is not a checkpoint of this project: it lacks {', '.join(sorted(needed))}"
+        )
     if stage is not None and checkpoint["stage"] != stage:
-        raise UserError(f"{path} holds the stage '{checkpoint['stage']}', not '{stage}': check the file's name")
+        raise UserError(
+            f"{path} holds the stage '{checkpoint['stage']}', not '{stage}': check the file's name"
+        )
     return checkpoint
 
 
 def build(checkpoint, path="the checkpoint"):
     """The model that `checkpoint` describes, with its averaged weights, in eval mode."""
-    make_model, make_config = STAGES[checkpoint["stage"]]
     try:
+        make_model, make_config = STAGES[checkpoint["stage"]]
         config = make_config(**{k: as_tuple(v) for k, v in checkpoint["config"].items()})
         model = make_model(config)
         # Shipped weights are stored in half precision; load_state_dict turns them into float32.
         model.load_state_dict(checkpoint["ema"])
-    except (TypeError, KeyError, RuntimeError) as e:
+    except (TypeError, KeyError, ValueError, AttributeError, RuntimeError, UserError) as e:
         reason = str(e).splitlines()[0]
         raise UserError(f"{path}: weights and configuration do not fit this version ({reason}): "
-                        "train this stage again") from e  # fmt: skip
+                        "train this stage again") from e
     return model.eval()
 
 
@@ -108,7 +119,7 @@ def load_stage(folder, stage, device="cpu"):
 
 
 def load_clip(folder, spec="small", device="cpu"):
-    """The frozen CLIP: `folder`/clip.pt where spec is "small", else an open_clip MODEL:TAG_OR_FILE."""
+    """The frozen CLIP: `folder`/clip.pt if spec is "small", else open_clip's MODEL:TAG_OR_FILE."""
     if spec == "small":
         clip = freeze_small_clip(load_stage(folder, "clip"))
     else:
@@ -119,5 +130,5 @@ def load_clip(folder, spec="small", device="cpu"):
 def check_clip(model, clip, path):
     """Raise UserError where a stage meets another CLIP than the one it was trained for."""
     if model.clip and model.clip["identity"] != clip.identity:
-        raise UserError(f"{path} was trained for the CLIP {model.clip['identity']}, not {clip.identity}: "
-                        "embeddings of different CLIPs do not mix; train this stage again")  # fmt: skip
+        raise UserError(f"{path} was trained for the CLIP {model.clip['identity']}, not "
+                        f"{clip.identity}: embeddings of two CLIPs do not mix; train it again")

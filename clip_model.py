@@ -66,7 +66,10 @@ class Tokenizer:
             room = self.context_length - 2  # for the start and end tokens
             if len(pieces) > room:
                 dropped = self.bpe.decode(pieces[room:]).strip()
-                warn(f"the caption is longer than CLIP's {self.context_length} tokens; dropped: '{dropped}'")
+                warn(
+                    f"the caption is longer than CLIP's {self.context_length} tokens; "
+                    f"dropped: '{dropped}'"
+                )
             pieces = [self.bpe.sot_token_id, *pieces[:room], self.bpe.eot_token_id]
             row[: len(pieces)] = torch.tensor(self.renumber(pieces, caption))
         return ids
@@ -79,7 +82,9 @@ class Tokenizer:
         known = self.vocab[places] == pieces
         if not known.all():
             unknown = self.bpe.decode(np.array(pieces)[~known].tolist()).strip()
-            warn(f"this CLIP has never seen '{unknown}' (in '{caption}'), so it cannot know what it means")
+            warn(
+                f"this CLIP has never seen '{unknown}' (in '{caption}'): it cannot know its meaning"
+            )
         return np.where(known, places + 2, 1)
 
 
@@ -117,7 +122,7 @@ class SmallClipConfig:
 
 
 class SmallClip(nn.Module):
-    """open_clip's CLIP at a size that trains on a laptop: a narrow ResNet and a text transformer."""
+    """open_clip's CLIP at a size for a laptop: a narrow ResNet and a text transformer."""
 
     def __init__(self, config):
         super().__init__()
@@ -133,8 +138,10 @@ class SmallClip(nn.Module):
         self.model = open_clip.CLIP(config.dim, vision, text)
 
     def loss(self, batch):
-        """batch: image (B, 3, H, W) in [-1, 1] at CLIP's own size, tokens (B, L). Returns a scalar."""
-        image_emb, text_emb, scale = self.model(batch["image"], batch["tokens"])  # scale: exp'd already
+        """batch: image (B, 3, H, W) in [-1, 1] at CLIP's size, tokens (B, L). Returns a scalar."""
+        image_emb, text_emb, scale = self.model(
+            batch["image"], batch["tokens"]
+        )  # scale: exp'd already
         return clip_loss(image_emb.float(), text_emb.float(), scale)
 
     def clamp(self):
@@ -177,7 +184,7 @@ class FrozenClip(nn.Module):
         for key in ("mean", "std"):
             value = torch.tensor(settings.get(key, (0.5, 0.5, 0.5))).view(3, 1, 1)
             self.register_buffer(key, value, persistent=False)
-        text_emb, text_enc, _ = self.encode_text(["a"])
+        text_emb, text_enc, _ = self.encode_ids(torch.zeros(1, tokenizer.context_length, dtype=torch.long))
         self.dim, self.text_len, self.text_width = text_emb.shape[1], *text_enc.shape[1:]
         self.identity = f"{name}:{weights_hash(model)}"
 
@@ -195,15 +202,20 @@ class FrozenClip(nn.Module):
             ).clamp(0, 1)
         return F.normalize(self.model.encode_image((images - self.mean) / self.std).float(), dim=-1)
 
-    @torch.no_grad()
     def encode_text(self, captions):
         """B captions -> text_emb (B, D) unit norm, text_enc (B, L, W), text_mask (B, L) bool."""
-        ids = self.tokenizer(captions).to(self.mean.device)
+        return self.encode_ids(self.tokenizer(captions).to(self.mean.device))
+
+    @torch.no_grad()
+    def encode_ids(self, ids):
+        """The same from token ids (B, L)."""
         # The features of every token pass through ln_final on their way to the pooled embedding;
         # a hook reads them there, in both of open_clip's layouts of a text tower.
         seen = []
         tower = self.model if hasattr(self.model, "ln_final") else self.model.text
-        hook = tower.ln_final.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        hook = tower.ln_final.register_forward_hook(
+            lambda module, inputs, output: seen.append(output)
+        )
         try:
             text_emb = F.normalize(self.model.encode_text(ids).float(), dim=-1)
         finally:
@@ -240,10 +252,15 @@ def load_open_clip(spec):
                         "print(open_clip.list_models())' lists them")  # fmt: skip
     if not pretrained:
         raise UserError(f"--clip {name}: say which weights, as {name}:TAG or {name}:FILE")
+    text = open_clip.get_model_config(name)["text_cfg"]
+    if "hf_tokenizer_name" in text or "embed_cls" in text:  # SigLIP, CLIPA, CoCa, ...
+        raise UserError(f"--clip {name}: its captions are not read as CLIP's are (another tokenizer "
+                        "or another place for the embedding); choose a plain CLIP, as ViT-B-32")  # fmt: skip
     try:
         model = open_clip.create_model(name, pretrained=pretrained, weights_only=True)
     except Exception as e:
-        raise UserError(f"--clip {spec}: cannot load these weights ({str(e).splitlines()[0]}); "
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise UserError(f"--clip {spec}: cannot load these weights ({reason}); "
                         "give a tag of this model or a local weights file") from e  # fmt: skip
     return FrozenClip(model, Tokenizer(open_clip.get_tokenizer(name).context_length), name)
 
@@ -261,7 +278,14 @@ class Embeddings:
 
     def __init__(self, folder, dim, text_len, text_width):
         self.text_len, self.dim, self.text_width = text_len, dim, text_width
-        for name in ("image_emb", "text_emb", "text_enc", "starts", "caption_ids", "caption_starts"):
+        for name in (
+            "image_emb",
+            "text_emb",
+            "text_enc",
+            "starts",
+            "caption_ids",
+            "caption_starts",
+        ):
             setattr(self, name, np.load(folder / f"{name}.npy", mmap_mode="r"))
 
     def __len__(self):
@@ -301,7 +325,9 @@ def embed(clip, data, folder, batch_size=128):
         np.save(folder / "caption_starts.npy", np.cumsum([0] + [len(cs) for cs in captions]))
         embed_captions(clip, list(unique), folder, batch_size)
         embed_images(clip, data, folder, batch_size)
-        meta.write_text(json.dumps({"key": key, "captions": len(unique), "images": len(data)}))
+        temporary = meta.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"key": key, "captions": len(unique), "images": len(data)}))
+        temporary.replace(meta)
     return Embeddings(folder, clip.dim, clip.text_len, clip.text_width)
 
 

@@ -55,7 +55,7 @@ def zero(module):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions and a skip; the embedding scales and shifts the second norm (ADM sec. 4.3)."""
+    """Two convolutions and a skip; the embedding scales and shifts a norm (ADM sec. 4.3)."""
 
     def __init__(self, c_in, c_out, emb_dim, dropout=0.0):
         super().__init__()
@@ -125,7 +125,8 @@ class UNet(nn.Module):
     """
 
     def __init__(self, in_channels, out_channels, channels, multiples, blocks, emb_dim,
-                 attention_levels=(), head_channels=32, context_dim=None, dropout=0.0, stem=1):  # fmt: skip
+                 attention_levels=(), head_channels=32, context_dim=None, dropout=0.0,
+                 stem=1):
         super().__init__()
         self.stem = stem
         attend = {"head_channels": head_channels, "context_dim": context_dim}
@@ -135,7 +136,9 @@ class UNet(nn.Module):
         self.down, skips, c = nn.ModuleList(), [widths[0]], widths[0]
         for i, width in enumerate(widths):
             for _ in range(blocks):
-                self.down.append(Level(c, width, emb_dim, dropout, attend if i in attention_levels else None))
+                self.down.append(
+                    Level(c, width, emb_dim, dropout, attend if i in attention_levels else None)
+                )
                 c = width
                 skips.append(c)
             if i < len(widths) - 1:
@@ -151,7 +154,9 @@ class UNet(nn.Module):
         for i, width in reversed(list(enumerate(widths))):
             for _ in range(blocks + 1):
                 c_in = c + skips.pop()
-                self.up.append(Level(c_in, width, emb_dim, dropout, attend if i in attention_levels else None))
+                self.up.append(
+                    Level(c_in, width, emb_dim, dropout, attend if i in attention_levels else None)
+                )
                 c = width
             if i > 0:
                 self.up.append(nn.Conv2d(c, c, 3, padding=1))
@@ -235,14 +240,14 @@ class Decoder(nn.Module):
         self.unet = UNet(
             3, out_channels, config.channels, config.multiples, config.blocks, E,
             config.attention_levels, config.head_channels, X, config.dropout,
-        ).to(memory_format=torch.channels_last)  # fmt: skip
+        ).to(memory_format=torch.channels_last)
         self.diffusion = GaussianDiffusion(
             T=config.diffusion_steps, schedule="cosine", predict=config.predict,
             variance=config.variance, clip_x_0=True,
-        )  # fmt: skip
+        )
 
     def encode_caption(self, text_enc, text_mask):
-        """CLIP's token features (B, L, W), mask (B, L) -> context tokens (B, L, X), last one (B, X)."""
+        """text_enc (B, L, W), text_mask (B, L) -> context tokens (B, L, X), the last one (B, X)."""
         x = self.text_in(text_enc) + self.text_position
         # Not causal, as the whole caption is known; padding is never looked at. The first token
         # is always real, so no row of the mask is empty.
@@ -264,7 +269,9 @@ class Decoder(nn.Module):
         image_tokens = self.image_to_tokens(image_emb).unflatten(1, (IMAGE_TOKENS, -1))
 
         tokens, last = self.encode_caption(text_enc, text_mask)
-        last = torch.where(keep_caption[:, None], self.text_to_time(last), self.null_caption.to(last.dtype))
+        last = torch.where(
+            keep_caption[:, None], self.text_to_time(last), self.null_caption.to(last.dtype)
+        )
         text_mask = text_mask & keep_caption[:, None]
         return {
             "cond_emb": self.image_to_time(image_emb) + last,
@@ -297,7 +304,10 @@ class Decoder(nn.Module):
         """
         B = len(text_enc if image_emb is None else image_emb)
         device = self.null_image_emb.device
-        yes, no = torch.ones(B, dtype=torch.bool, device=device), torch.zeros(B, dtype=torch.bool, device=device)
+        yes, no = (
+            torch.ones(B, dtype=torch.bool, device=device),
+            torch.zeros(B, dtype=torch.bool, device=device),
+        )
         keep_image_emb, keep_caption = (no if x is None else yes for x in (image_emb, text_enc))
         if image_emb is None:
             image_emb = self.null_image_emb.expand(B, -1)
@@ -310,7 +320,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def sample(self, image_emb=None, text_enc=None, text_mask=None, scale=1.0, steps=None, eta=None,
-               size=None, generators=None, x_T=None, on_step=None):  # fmt: skip
+               size=None, generators=None, x_T=None, on_step=None):
         """Draw pictures (B, 3, size, size) in [-1, 1]; see network() for the conditions and scale.
 
         steps: of the T diffusion steps. eta: None for ancestral sampling with the learned
@@ -320,8 +330,8 @@ class Decoder(nn.Module):
         network = self.network(image_emb, text_enc, text_mask, scale)
         B = len(text_enc if image_emb is None else image_emb)
         size = size or self.config.size
-        settings = {"steps": steps or self.config.sample_steps, "generators": generators}
-        settings |= {"x_T": x_T, "on_step": on_step}
+        steps = self.config.sample_steps if steps is None else steps
+        settings = {"steps": steps, "generators": generators, "x_T": x_T, "on_step": on_step}
         if eta is None:
             return self.diffusion.sample(network, (B, 3, size, size), **settings)
         return self.diffusion.ddim_sample(network, (B, 3, size, size), eta=eta, **settings)

@@ -34,7 +34,7 @@ from data import BACKGROUNDS, COLOURS, SHAPES
 from data import Claim, Scene, Shapes, Thing, UserError, parse_caption, render, to_tensor
 from sample import (
     Parser, Pipeline, choose_device, default_weights, draw_grid, exit_code, positive, save_picture,
-)  # fmt: skip
+)
 
 S = 64
 G = 24
@@ -318,7 +318,7 @@ def judge_judge(args):
 
 
 def draw(pipeline, captions, args, image_emb=None):
-    """Captions -> pictures at the judge's size, 16 at a time; image_emb (n, D) replaces the prior."""
+    """Captions -> pictures at the judge's size; image_emb (n, D) replaces the prior."""
     pictures = []
     for k in tqdm(range(0, len(captions), 16), "drawing", disable=None):
         seeds = range(args.seed + k, args.seed + k + len(captions[k : k + 16]))
@@ -333,7 +333,7 @@ def draw(pipeline, captions, args, image_emb=None):
 
 
 def judge_captions(args):
-    """Draw validation captions and judge the pictures: from the true embedding, from text, held out.
+    """Draw validation captions and judge the pictures, in three rows.
 
     true_embedding: CLIP's embedding of the scene itself takes the prior's place, so its row shows
     what the decoder loses and the next row what the prior loses on top. held_out: captions with a
@@ -350,8 +350,9 @@ def judge_captions(args):
         if row == "true_embedding":
             size = pipeline.clip.image_size
             image_emb = torch.cat([
-                pipeline.clip.encode_image(data.image(i, size)[None].to(device)) for i in range(args.n)
-            ])  # fmt: skip
+                pipeline.clip.encode_image(data.image(i, size)[None].to(device))
+                for i in range(args.n)
+            ])
         pictures = draw(pipeline, captions, args, image_emb)
         claims = [parse_caption(caption) for caption in captions]
         table[row] = shares([score(judge(p), c) for p, c in zip(pictures, claims, strict=True)])
@@ -365,7 +366,9 @@ def judge_captions(args):
 def add_drawing_options(sub):
     """The options of every command that draws pictures with trained weights."""
     sub.add_argument("--weights", help="folder of checkpoints (default: as sample.py)")
-    sub.add_argument("--prior-scale", type=float, default=1.0, help="guidance of the prior; off at 1")
+    sub.add_argument(
+        "--prior-scale", type=float, default=1.0, help="guidance of the prior; off at 1"
+    )
     sub.add_argument("--scale", type=float, default=2.0, help="guidance of the decoder; off at 1")
     sub.add_argument("--prior-steps", type=int, help="sampling steps of the prior")
     sub.add_argument("--steps", type=int, help="sampling steps of the decoder")
@@ -386,7 +389,9 @@ def build_parser():
         return sub
 
     command("judge", judge_judge, "measure the judge on fresh drawings")
-    add_drawing_options(command("captions", judge_captions, "text to image, judged by its captions"))
+    add_drawing_options(
+        command("captions", judge_captions, "text to image, judged by its captions")
+    )
     return parser
 
 

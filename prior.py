@@ -40,7 +40,9 @@ class Block(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         self.norm_2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
 
     def forward(self, x, mask, past=None):
         """x: (B, N, M); mask: (B or 1, N, P + N) bool, True = may look.
@@ -49,7 +51,7 @@ class Block(nn.Module):
         Returns x (B, N, M) and the new tokens' own keys and values (B, 2, heads, N, M / heads).
         """
         B, N, M = x.shape
-        # One matrix gives queries, keys and values: (B, N, 3M) -> three of (B, heads, N, M / heads).
+        # One matrix gives queries, keys and values, each (B, heads, N, M / heads).
         qkv = self.qkv(self.norm_1(x)).view(B, N, 3, self.heads, M // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         own = torch.stack([k, v], dim=1)
@@ -163,7 +165,7 @@ class DiffusionPrior(nn.Module):
         self.diffusion = GaussianDiffusion(
             T=config.diffusion_steps, schedule="cosine", predict=config.predict,
             variance="fixed_small", clip_x_0=False,
-        )  # fmt: skip
+        )
 
     def suffix(self, x_t, t):
         """x_t (B, D) noised scaled embeddings, t (B,) -> the three tokens (B, 3, M)."""
@@ -172,7 +174,7 @@ class DiffusionPrior(nn.Module):
         return tokens + self.position
 
     def read_out(self, x):
-        """The transformer's output at the final query -> predicted embedding, (..., M) -> (..., D)."""
+        """The output at the final query, (..., M), -> the predicted embedding, (..., D)."""
         return self.out(self.norm(x))
 
     def forward(self, x_t, t, text_emb, text_enc, text_mask, keep=None):
@@ -189,7 +191,9 @@ class DiffusionPrior(nn.Module):
 
         key_mask = torch.cat([key_mask, key_mask.new_ones(B, 3 * K)], dim=1)
         # Which group each token is in: 0 for the prefix, 1..K for the copies.
-        group = torch.cat([torch.zeros(P), torch.arange(1, K + 1).repeat_interleave(3)]).to(x.device)
+        group = torch.cat([torch.zeros(P), torch.arange(1, K + 1).repeat_interleave(3)]).to(
+            x.device
+        )
         same_group = (group[:, None] == group) | (group == 0)  # (N, N): rows look at columns
         x, _ = run_blocks(self.blocks, x, causal_mask(key_mask) & same_group)
         return self.read_out(x[:, P + 2 :: 3]).reshape(B * K, -1)
@@ -207,7 +211,9 @@ class DiffusionPrior(nn.Module):
             text = batch["text_emb"], batch["text_enc"], batch["text_mask"]
             return self(x_t, t, *text, keep=keep)
 
-        return self.diffusion.training_loss(network, x_0.repeat_interleave(self.config.copies, 0)).mean()
+        return self.diffusion.training_loss(
+            network, x_0.repeat_interleave(self.config.copies, 0)
+        ).mean()
 
     def encode_caption(self, text_emb, text_enc, text_mask, keep=None):
         """Run the prefix once: its keys and values, and which of its tokens are real."""
@@ -218,14 +224,16 @@ class DiffusionPrior(nn.Module):
     def cached_network(self, x_t, t, cache, key_mask):
         """One denoising step given the prefix's keys and values: three tokens in, (B, D) out."""
         see_prefix = key_mask[:, None].expand(-1, 3, -1)  # (B, 3, P)
-        see_self = torch.ones(3, 3, dtype=torch.bool, device=x_t.device).tril().expand(len(x_t), 3, 3)
+        see_self = (
+            torch.ones(3, 3, dtype=torch.bool, device=x_t.device).tril().expand(len(x_t), 3, 3)
+        )
         mask = torch.cat([see_prefix, see_self], dim=2)
         x, _ = run_blocks(self.blocks, self.suffix(x_t, t), mask, cache)
         return self.read_out(x[:, -1])
 
     @torch.no_grad()
     def sample(self, text_emb, text_enc, text_mask, scale=1.0, steps=None, generators=None,
-               candidates=2, on_step=None):  # fmt: skip
+               candidates=2, on_step=None):
         """Draw image embeddings for captions.
 
         text_emb (B, D) unit norm, text_enc (B, L, W), text_mask (B, L): from the frozen CLIP.
@@ -247,8 +255,9 @@ class DiffusionPrior(nn.Module):
             generators = [g for g in generators for _ in range(candidates)]
         x_0 = self.diffusion.sample(
             guided(self.cached_network, cond, uncond, scale), (B * candidates, D),
-            steps=steps or self.config.sample_steps, generators=generators, on_step=on_step,
-        )  # fmt: skip
+            steps=self.config.sample_steps if steps is None else steps,
+            generators=generators, on_step=on_step,
+        )
         image_emb = F.normalize(x_0.float(), dim=-1).view(B, candidates, D)
         return rerank(image_emb, text_emb)
 

@@ -2,7 +2,7 @@
 
     python sample.py text "a large red circle above a small blue square" -n 4 --size 256
 
-    caption -> CLIP text -> prior -> image_emb -> decoder -> 64 -> upsampler1 -> 256 -> upsampler2 -> 1024
+    caption -> CLIP -> prior -> image_emb -> decoder: 64 px -> upsampler1: 256 -> upsampler2: 1024
 
 The one idea of this file: a picture is a function of the weights, the caption and its own seed.
 Each stage draws its noise from a generator made from (seed, stage), one a picture, and pictures
@@ -33,7 +33,7 @@ SIZES = (64, 256, 1024)  # of the paper's three stages
 
 
 def choose_device(name):
-    """"auto", "cpu", "cuda", "cuda:1", ... -> torch.device. Raises UserError if it isn't there."""
+    """ "auto", "cpu", "cuda", "cuda:1", ... -> torch.device. Raises UserError if it isn't there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -68,7 +68,9 @@ def default_weights():
         return here / "weights/shapes"
     runs = sorted(Path("runs").glob("*/decoder.pt"), key=lambda p: p.stat().st_mtime)
     if not runs:
-        raise UserError("no weights found: train with 'python train.py all --preset tiny', or give --weights")
+        raise UserError(
+            "no weights found: train with 'python train.py all --preset tiny', or give --weights"
+        )
     return runs[-1].parent
 
 
@@ -98,8 +100,8 @@ class Pipeline:
             if self.sizes and self.sizes[-1] < size and (self.folder / f"{stage}.pt").exists():
                 model = checkpoints.load_stage(folder, stage, device)
                 if model.config.low_size != self.sizes[-1]:
-                    raise UserError(f"{self.folder}/{stage}.pt enlarges {model.config.low_size} px, "
-                                    f"not {self.sizes[-1]}: train it with the decoder's preset")  # fmt: skip
+                    raise UserError(f"{self.folder}/{stage}.pt enlarges {model.config.low_size}, "
+                                    f"not {self.sizes[-1]}: train it with the decoder's preset")
                 self.stages[stage] = model
                 self.sizes.append(model.config.size)
 
@@ -111,24 +113,29 @@ class Pipeline:
         """The prior: text() of B captions and B seeds -> image_emb (B, D), unit norm."""
         with autocast(self.device):
             return self.stages["prior"].sample(
-                *text, scale=scale, steps=steps, generators=generators(seeds, "prior"), on_step=on_step
+                *text,
+                scale=scale,
+                steps=steps,
+                generators=generators(seeds, "prior"),
+                on_step=on_step,
             )
 
     def decode(self, image_emb, text, seeds, scale=2.0, steps=None, eta=None, on_step=None):
-        """The decoder: image_emb (B, D) or None, text() or None -> pictures (B, 3, H, W) in [-1, 1]."""
+        """The decoder: image_emb (B, D) or None, text() or None -> (B, 3, H, W) in [-1, 1]."""
         _, text_enc, text_mask = text or (None, None, None)
         with autocast(self.device):
             return self.stages["decoder"].sample(
                 image_emb, text_enc, text_mask, scale=scale, steps=steps, eta=eta,
                 generators=generators(seeds, "decoder"), on_step=on_step,
-            )  # fmt: skip
+            )
 
     def upsample(self, pictures, seeds, size, on_step=None):
         """Pictures -> the same at `size`, through as many upsamplers as that takes."""
         for stage in ("upsampler1", "upsampler2"):
-            if pictures.shape[-1] < size and stage in self.stages:
+            model = self.stages.get(stage)
+            if model and model.config.low_size == pictures.shape[-1] < size:
                 with autocast(self.device):
-                    pictures = self.stages[stage].sample(
+                    pictures = model.sample(
                         pictures, generators=generators(seeds, stage), on_step=on_step
                     )
         return pictures
@@ -150,7 +157,7 @@ def reachable_size(pipeline, size):
 
 
 def to_pil(picture):
-    """(3, H, W) in [-1, 1] -> PIL RGB. Fixed limits: never each picture's own minimum and maximum."""
+    """(3, H, W) in [-1, 1] -> PIL RGB. Fixed limits, never a picture's own minimum and maximum."""
     picture = ((picture.float().clamp(-1, 1) + 1) * 127.5).round().byte()
     return Image.fromarray(picture.permute(1, 2, 0).cpu().numpy())
 
@@ -203,12 +210,14 @@ class Film:
     def __call__(self, k, t, x_t, pred_x_0):
         both = torch.cat([x_t[0].float(), pred_x_0[0].float()], dim=2).clamp(-1, 1)  # (3, H, 2W)
         image = to_pil(both)
-        self.frames.append(image.resize((image.width * 4, image.height * 4), Image.Resampling.NEAREST))
+        self.frames.append(
+            image.resize((image.width * 4, image.height * 4), Image.Resampling.NEAREST)
+        )
 
     def save(self, path):
         durations = [80] * (len(self.frames) - 1) + [1500]  # milliseconds
         save_picture(self.frames[0], path, save_all=True, append_images=self.frames[1:],
-                     duration=durations, loop=0)  # fmt: skip
+                     duration=durations, loop=0)
 
 
 # --- the command line ------------------------------------------------------------------------
@@ -226,7 +235,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def exit_code(main):
-    """Make main(argv=None) return 0, or 2 after a user's mistake: one line on stderr, no traceback."""
+    """Make main(argv=None) return 0, or 2 after a user's mistake: one line on stderr."""
 
     @functools.wraps(main)
     def wrapped(argv=None):
@@ -295,15 +304,29 @@ def main(argv=None):
     text.add_argument("caption", nargs="+", help="what to draw; several captions in one call work")
     text.add_argument("-n", type=positive, default=4, help="pictures a caption")
     text.add_argument("--weights", help="folder of checkpoints (default: weights/shapes, else the "
-                      "newest under runs/)", default=argparse.SUPPRESS)  # fmt: skip
-    text.add_argument("--size", type=int, default=64, help="side of the pictures: 64, 256 or 1024 pixels")
-    text.add_argument("--prior-scale", type=float, default=1.0, help="guidance of the prior; off at 1")
+                      "newest under runs/)", default=argparse.SUPPRESS)
+    text.add_argument(
+        "--size", type=int, default=64, help="side of the pictures: 64, 256 or 1024 pixels"
+    )
+    text.add_argument(
+        "--prior-scale", type=float, default=1.0, help="guidance of the prior; off at 1"
+    )
     text.add_argument("--scale", type=float, default=2.0, help="guidance of the decoder; off at 1")
-    text.add_argument("--prior-steps", type=int, default=None, help="sampling steps of the prior, 1 to T")
-    text.add_argument("--steps", type=int, default=None, help="sampling steps of the decoder, 1 to T")
-    text.add_argument("--seed", type=int, default=0, help="of the first picture; the next has seed + 1")
-    text.add_argument("--out", default="samples", help="folder for the pictures, or a .png for the grid")
-    text.add_argument("--film", action="store_true", help="also write the denoising as animated GIFs")
+    text.add_argument(
+        "--prior-steps", type=int, default=None, help="sampling steps of the prior, 1 to T"
+    )
+    text.add_argument(
+        "--steps", type=int, default=None, help="sampling steps of the decoder, 1 to T"
+    )
+    text.add_argument(
+        "--seed", type=int, default=0, help="of the first picture; the next has seed + 1"
+    )
+    text.add_argument(
+        "--out", default="samples", help="folder for the pictures, or a .png for the grid"
+    )
+    text.add_argument(
+        "--film", action="store_true", help="also write the denoising as animated GIFs"
+    )
     text.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args(argv)
     args.weights = getattr(args, "weights", None)

@@ -2,7 +2,7 @@
 
     python train.py all --preset tiny          # every stage, minutes on a laptop's CPU
     python train.py decoder --preset base --resume
-    torchrun --nproc-per-node 4 train.py prior --data coco --root COCO --clip ViT-B-32:laion2b_s34b_b79k
+    torchrun --nproc-per-node 4 train.py prior --data folder --root PICTURES
 
 The one idea of this file: batch number k and the noise of step k are functions of (seed, k) and
 of nothing else. No random state has to be saved, so a training that was killed and resumed
@@ -30,12 +30,10 @@ from torch import nn
 from tqdm import tqdm
 
 import checkpoint as checkpoints
-from clip_model import SmallClipConfig, Tokenizer, embed, make_vocab
+from clip_model import Tokenizer, embed, make_vocab
 from data import UserError, load_data
-from decoder import DecoderConfig
-from prior import PriorConfig
 from sample import Parser, autocast, choose_device, draw_grid, exit_code, positive, positive_number
-from upsampler import UpsamplerConfig, training_pair
+from upsampler import training_pair
 
 ORDER = ("clip", "prior", "decoder", "upsampler1", "upsampler2")
 
@@ -46,22 +44,26 @@ PRESETS = {
     # Draws at 32 px, then 32 -> 64 -> 256: minutes on two CPU cores.
     "tiny": {
         "data": 20_000,
-        "clip": ({"image_size": 32, "vision_width": 24}, {"steps": 350, "batch_size": 256, "lr": 2e-3}),
+        "clip": (
+            {"image_size": 32, "vision_width": 24},
+            {"steps": 350, "batch_size": 256, "lr": 2e-3},
+        ),
         "prior": ({"width": 192, "depth": 3}, {"steps": 700, "batch_size": 128, "lr": 1e-3}),
         "decoder": (
             {"size": 32, "multiples": (1, 2, 3), "attention_levels": (1, 2)},
             {"steps": 1500, "batch_size": 32, "lr": 1e-3},
         ),
         "upsampler1": (
-            {"low_size": 32, "size": 64, "crop": 32, "channels": 24, "multiples": (1, 2), "blocks": 1},
+            # Paper: crops of a quarter of the side. We: half of these small pictures.
+            {"low_size": 32, "size": 64, "crop": 32, "channels": 24, "multiples": (1, 2)},
             {"steps": 300, "batch_size": 32, "lr": 1e-3},
         ),
         "upsampler2": (
-            {"low_size": 64, "size": 256, "crop": 64, "channels": 32, "multiples": (1, 2), "blocks": 1,
+            {"low_size": 64, "size": 256, "crop": 64, "channels": 32, "multiples": (1, 2),
              "stem": 2, "degradation": "bsr", "schedule": "linear", "sample_steps": 15},
             {"steps": 300, "batch_size": 16, "lr": 1e-3},
         ),
-    },  # fmt: skip
+    },
     # The paper's sizes: 64 -> 256 -> 1024.
     "base": {
         "data": 100_000,
@@ -72,15 +74,15 @@ PRESETS = {
             {"steps": 20_000, "batch_size": 64, "lr": 5e-4, "half_size_until": 0.8},
         ),
         "upsampler1": (
-            {"channels": 48, "multiples": (1, 2), "blocks": 1, "stem": 2},
+            {"channels": 48, "multiples": (1, 2), "stem": 2},
             {"steps": 8000, "batch_size": 32, "lr": 5e-4},
         ),
         "upsampler2": (
-            {"low_size": 256, "size": 1024, "crop": 256, "channels": 48, "multiples": (1, 2), "blocks": 1,
+            {"low_size": 256, "size": 1024, "crop": 256, "channels": 48, "multiples": (1, 2),
              "stem": 4, "degradation": "bsr", "schedule": "linear", "sample_steps": 15},
             {"steps": 4000, "batch_size": 8, "lr": 5e-4},
         ),
-    },  # fmt: skip
+    },
 }
 
 # Paper: table 3's Adam settings, for batches of thousands. We: one setting. Because: small batches.
@@ -90,18 +92,14 @@ CLIP_GRADIENT = 1.0  # largest norm of all gradients together
 
 
 def make_model(stage, preset, data, clip):
-    """A fresh model of the preset's size, fitted to the CLIP and the data it will be trained with."""
-    fields = PRESETS[preset][stage][0]
+    """A fresh model of the preset's size, fitted to the CLIP and the data it is trained with."""
+    fields = dict(PRESETS[preset][stage][0])
     if stage == "clip":
-        vocab = make_vocab(c for i in range(len(data)) for c in data.captions(i))
-        config = SmallClipConfig(vocab=vocab, **fields)
-    elif stage == "prior":
-        config = PriorConfig(dim=clip.dim, text_width=clip.text_width, text_len=clip.text_len, **fields)
-    elif stage == "decoder":
-        config = DecoderConfig(dim=clip.dim, text_width=clip.text_width, text_len=clip.text_len, **fields)
-    else:
-        config = UpsamplerConfig(**fields)
-    return checkpoints.STAGES[stage][0](config)
+        fields["vocab"] = make_vocab(c for i in range(len(data)) for c in data.captions(i))
+    if stage in ("prior", "decoder"):
+        fields |= {"dim": clip.dim, "text_width": clip.text_width, "text_len": clip.text_len}
+    make, make_config = checkpoints.STAGES[stage]
+    return make(make_config(**fields))
 
 
 # --- what a batch is -------------------------------------------------------------------------
@@ -142,7 +140,8 @@ class Batches(torch.utils.data.Dataset):
             images = torch.stack([data.image(i, size) for i in indices])
             return {"image": images} | self.embeddings.batch(indices, rng)
         pairs = [training_pair(data, i, config, rng) for i in indices]
-        return {"image": torch.stack([p[0] for p in pairs]), "low": torch.stack([p[1] for p in pairs])}
+        image, low = zip(*pairs, strict=True)
+        return {"image": torch.stack(image), "low": torch.stack(low)}
 
 
 def loader(batches, start, stop, workers):
@@ -154,7 +153,7 @@ def loader(batches, start, stop, workers):
     return torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(start, stop), num_workers=workers,
         worker_init_fn=ignore_ctrl_c, pin_memory=torch.cuda.is_available(),
-    )  # fmt: skip
+    )
 
 
 # --- what to look at -------------------------------------------------------------------------
@@ -162,12 +161,13 @@ def loader(batches, start, stop, workers):
 
 @torch.no_grad()
 def preview(stage, model, batches, step, device):
-    """Figures of the averaged model on 16 pictures of the validation set, and pictures if it draws.
+    """Figures of the averaged model on 16 pictures of the validation set, and what it draws.
 
     Returns (figures: dict of floats, pictures: (n, 3, H, W) or None, captions or None).
     """
     indices = [i % len(batches.data) for i in range(16)]
-    batch = {k: v.to(device) for k, v in batches.make(10**9, indices, np.random.default_rng(0)).items()}
+    batch = batches.make(step, indices, np.random.default_rng(0))
+    batch = {k: v.to(device) for k, v in batch.items()}
     generators = [torch.Generator().manual_seed(i) for i in range(16)]
     with autocast(device):
         if stage == "clip":
@@ -178,16 +178,17 @@ def preview(stage, model, batches, step, device):
             text = batch["text_emb"], batch["text_enc"], batch["text_mask"]
             drawn = model.sample(*text, generators=generators)
             cosine = lambda other: (drawn * other).sum(dim=1).mean().item()  # noqa: E731
-            return {"cos_true": cosine(batch["image_emb"]), "cos_text": cosine(batch["text_emb"]),
-                    "cos_unrelated": cosine(batch["image_emb"].roll(1, 0))}, None, None  # fmt: skip
+            true, text_emb = batch["image_emb"], batch["text_emb"]
+            figures = {"cos_true": cosine(true), "cos_text": cosine(text_emb)}
+            return figures | {"cos_unrelated": cosine(true.roll(1, 0))}, None, None
         if stage == "decoder":
-            drawn = model.sample(batch["image_emb"], scale=2.0, generators=generators,
-                                 size=batch["image"].shape[-1])  # fmt: skip
+            size = batch["image"].shape[-1]  # half the side in the first part of some trainings
+            drawn = model.sample(batch["image_emb"], scale=2.0, generators=generators, size=size)
         else:
             drawn = model.sample(batch["low"], generators=generators)
-    mse = (drawn - batch["image"]).square().mean().item()
     if stage == "decoder":
-        return {}, drawn, [batches.data.captions(i)[-1] for i in range(16)]
+        return {}, drawn, [batches.data.captions(i)[-1] for i in indices]
+    mse = (drawn - batch["image"]).square().mean().item()
     low = nn.functional.interpolate(batch["low"], drawn.shape[-2:], mode="nearest")
     rows = torch.stack([low, drawn, batch["image"]], dim=1).flatten(0, 1)
     return {"psnr": 10 * math.log10(4 / mse)}, rows, ["input", "drawn", "target"] * 16
@@ -267,9 +268,9 @@ def train(stage, model, batches, val_batches, settings, path, device, clip=None,
         if rank == 0:
             checkpoints.save_checkpoint(path, {
                 "stage": stage, "config": checkpoints.config_dict(model), "step": step,
-                "ema": ema.weights, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "clip": clip, "run": settings,
-            })  # fmt: skip
+                "ema": ema.weights, "clip": clip, "run": settings,
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+            })
 
     def report(step, figures):
         if rank == 0:
@@ -289,10 +290,11 @@ def train(stage, model, batches, val_batches, settings, path, device, clip=None,
             bar.write(f"{stage} {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()))
 
     every_log = max(1, min(50, steps // 20))
-    losses, started, pause = [], time.time(), Interrupt()
-    bar = tqdm(total=steps, initial=first, desc=stage, disable=True if rank else None, mininterval=0.5)
+    losses, started, begun, pause = [], time.time(), time.time(), Interrupt()
+    bar = tqdm(total=steps, initial=first, desc=stage, disable=True if rank else None)
     try:
-        for step, batch in enumerate(loader(batches, first, steps, settings["workers"]), first):
+        ready = loader(batches, first, steps, settings["workers"])
+        for step, batch in enumerate(ready, first):
             batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
             torch.manual_seed(hash((settings["seed"], step, rank)) % 2**62)  # this step's noise
             with autocast(device):
@@ -311,26 +313,31 @@ def train(stage, model, batches, val_batches, settings, path, device, clip=None,
 
             done = step + 1
             last = done == steps or pause.asked
-            saving, looking = (done % settings[k] == 0 or last for k in ("save_every", "sample_every"))
+            saving = done % settings["save_every"] == 0 or last
+            looking = done % settings["sample_every"] == 0 or done == steps
             if done % every_log == 0 or saving or looking:
                 # The only place that waits for the device: figures are read here, not every step.
                 smooth = torch.stack(losses).mean().item()
                 if not math.isfinite(smooth):
-                    raise UserError(f"{stage}, step {done}: the loss is {smooth}. The checkpoint before it "
-                                    "is kept: try a smaller --lr and --resume")  # fmt: skip
+                    raise UserError(f"{stage}, step {done}: the loss is {smooth}. The last "
+                                    "checkpoint is kept: try a smaller --lr, with --resume")
                 speed = settings["batch_size"] * len(losses) / (time.time() - started)
                 bar.set_postfix(loss=f"{smooth:.4f}", images_per_s=f"{speed:.0f}")
-                report(done, {"loss": smooth, "lr": learning_rate(step, settings), "images_per_s": speed})
+                rate = learning_rate(step, settings)
+                report(done, {"loss": smooth, "lr": rate, "images_per_s": speed})
                 if saving:
                     save(done)
-                if looking and rank == 0 and not pause.asked:
+                if looking and rank == 0:
                     look(done)
                 losses, started = [], time.time()
             if pause.asked:
-                raise KeyboardInterrupt(f"{stage} is saved at step {done} in {path}: --resume goes on")
+                raise KeyboardInterrupt(f"{path} is saved at step {done}: --resume goes on")
     finally:
         bar.close()
         pause.restore()
+    if rank == 0:
+        minutes = (time.time() - begun) / 60
+        print(f"{stage}: steps {first} to {steps} took {minutes:.1f} minutes, loss {smooth:.4f}")
 
 
 class Interrupt:
@@ -356,11 +363,12 @@ def prepare(stage, args, clip):
     settings = {"decay": args.decay, "half_size_until": 0.0} | preset[stage][1]
     given = {"steps": args.steps, "batch_size": args.batch_size, "lr": args.lr}
     settings |= {k: v for k, v in given.items() if v is not None}
-    settings |= {"seed": args.seed, "data": args.data, "workers": args.workers, "preset": args.preset}
+    settings |= {k: getattr(args, k) for k in ("seed", "data", "workers", "preset")}
     settings["save_every"] = args.save_every or max(1, min(500, settings["steps"] // 10))
     settings["sample_every"] = args.sample_every or max(1, settings["steps"] // 5)
     if settings["batch_size"] % world_size():
-        raise UserError(f"--batch-size {settings['batch_size']} does not divide over {world_size()} processes")
+        raise UserError(f"--batch-size {settings['batch_size']}: not a multiple of the "
+                        f"{world_size()} processes")
 
     limit = args.limit or (preset["data"] if args.data == "shapes" else None)
     data = load_data(args.data, args.root, "train", limit)
@@ -371,13 +379,13 @@ def prepare(stage, args, clip):
     if path.exists() and args.resume:
         resume = checkpoints.load_checkpoint(path, stage)
         if "optimizer" not in resume:
-            raise UserError(f"{path} has only the averaged weights: it can draw, but not be resumed")
+            raise UserError(f"{path} has only averaged weights: it can draw, but not be resumed")
         model = checkpoints.build(resume, path)
         for key in ("batch_size", "lr", "seed", "steps", "decay", "fingerprint"):
             if resume["run"].get(key) != settings[key]:
-                print(f"note: {path} was trained with {key} {resume['run'].get(key)}, now {settings[key]}")
+                print(f"note: {path}: {key} was {resume['run'].get(key)}, is {settings[key]} now")
     elif path.exists():
-        raise UserError(f"{path} is already there: --resume continues it, another --out starts afresh")
+        raise UserError(f"{path} is there: --resume continues it, another --out starts afresh")
     else:
         torch.manual_seed(args.seed)
         model = make_model(stage, args.preset, data, clip)
@@ -422,8 +430,8 @@ def run_stage(stage, args, device):
         return
     if rank() == 0:
         millions = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"{stage}: {millions:.1f}M parameters, {settings['steps']} steps of {settings['batch_size']} "
-              f"on {device}, to {path}")  # fmt: skip
+        print(f"{stage}: {millions:.1f}M parameters, {settings['steps']} steps of "
+              f"{settings['batch_size']} on {device}, to {path}")
     clip = clip and {"spec": args.clip, "identity": clip.identity}
     train(stage, model, batches, val_batches, settings, path, device, clip, resume)
 
@@ -431,23 +439,24 @@ def run_stage(stage, args, device):
 @exit_code
 def main(argv=None):
     parser = Parser("train.py", description="Train one stage, or all of them in turn.")
-    parser.add_argument("stage", help=", ".join(ORDER) + ", or all")
-    parser.add_argument("--data", default="shapes", help="shapes, cifar10, cifar100, coco or folder")
-    parser.add_argument("--root", default=None, help="folder of the data (not for shapes)")
-    parser.add_argument("--limit", type=positive, default=None, help="use so many images at the most")
-    parser.add_argument("--clip", default="small", help="small, trained here, or open_clip's MODEL:TAG_OR_FILE")
-    parser.add_argument("--preset", default="tiny", help="sizes and steps: " + ", ".join(PRESETS))
-    parser.add_argument("--out", default=None, help="folder of the run (default: runs/DATA-PRESET)")
-    parser.add_argument("--steps", type=positive, default=None, help="training steps (default: the preset's)")
-    parser.add_argument("--batch-size", type=positive, default=None, help="pictures a step, over all processes")
-    parser.add_argument("--lr", type=positive_number, default=None, help="highest learning rate (default: the preset's)")
-    parser.add_argument("--decay", default="cosine", choices=("cosine", "constant"), help="of the rate")
-    parser.add_argument("--resume", action="store_true", help="continue from the checkpoints in --out")
-    parser.add_argument("--save-every", type=positive, default=None, help="steps between checkpoints")
-    parser.add_argument("--sample-every", type=positive, default=None, help="steps between sample grids")
-    parser.add_argument("--workers", type=int, default=2, help="processes that prepare batches")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and noise")
+    add = parser.add_argument
+    add("stage", help=", ".join(ORDER) + ", or all")
+    add("--data", default="shapes", help="shapes, cifar10, cifar100, coco or folder")
+    add("--root", help="folder of the data (not for shapes)")
+    add("--limit", type=positive, help="use so many images at the most (default: all)")
+    add("--clip", default="small", help="small, trained here; or open_clip's MODEL:TAG_OR_FILE")
+    add("--preset", default="tiny", help="sizes and steps: " + ", ".join(PRESETS))
+    add("--out", help="folder of the run (default: runs/DATA-PRESET)")
+    add("--steps", type=positive, help="training steps (default: the preset's)")
+    add("--batch-size", type=positive, help="pictures a step, over all processes")
+    add("--lr", type=positive_number, help="highest learning rate (default: the preset's)")
+    add("--decay", default="cosine", choices=("cosine", "constant"), help="of the learning rate")
+    add("--resume", action="store_true", help="continue from the checkpoints in --out")
+    add("--save-every", type=positive, help="steps between checkpoints")
+    add("--sample-every", type=positive, help="steps between sample grids")
+    add("--workers", type=int, default=2, help="processes that prepare batches")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--seed", type=int, default=0, help="of weights, batches and noise")
     args = parser.parse_args(argv)
     if args.stage not in (*ORDER, "all"):
         raise UserError(f"unknown stage '{args.stage}': use {', '.join(ORDER)} or all")
@@ -462,8 +471,9 @@ def main(argv=None):
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        stages = [s for s in ORDER if args.stage in (s, "all") and not (s == "clip" and args.clip != "small")]
-        for stage in stages:
+        for stage in ORDER if args.stage == "all" else [args.stage]:
+            if stage == "clip" and args.clip != "small":
+                continue  # a pretrained CLIP is not trained
             run_stage(stage, args, device)
     finally:
         if dist.is_initialized():

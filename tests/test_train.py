@@ -88,12 +88,16 @@ def test_ema_copies_buffers_and_never_averages_them():
     model.running_mean.fill_(7)
     model.num_batches_tracked.fill_(5)
     ema.update(model)
-    assert ema.weights["running_mean"].tolist() == [7, 7] and ema.weights["num_batches_tracked"] == 5
+    assert (
+        ema.weights["running_mean"].tolist() == [7, 7] and ema.weights["num_batches_tracked"] == 5
+    )
 
 
 def upsampler_batches(rank=0, world=1, batch_size=8):
     config = make_model("upsampler1", "micro", None, None).config
-    return Batches("upsampler1", config, Shapes(50), None, {"batch_size": batch_size, "seed": 3}, rank, world)
+    return Batches(
+        "upsampler1", config, Shapes(50), None, {"batch_size": batch_size, "seed": 3}, rank, world
+    )
 
 
 def test_a_batch_is_a_function_of_seed_and_step():
@@ -134,7 +138,9 @@ def test_all_trains_every_stage_and_leaves_checkpoints_metrics_and_pictures(micr
 def test_stages_are_trained_for_the_clip_beside_them(micro_run):
     identity = checkpoints.load_clip(micro_run).identity
     for stage in ("prior", "decoder"):
-        assert checkpoints.load_checkpoint(micro_run / f"{stage}.pt")["clip"]["identity"] == identity
+        assert (
+            checkpoints.load_checkpoint(micro_run / f"{stage}.pt")["clip"]["identity"] == identity
+        )
 
 
 def test_decoder_runs_its_first_steps_at_half_the_side():
@@ -161,8 +167,12 @@ def uninterrupted(tmp_path_factory):
 
 
 def start_and_wait(tmp_path, steps_before):
-    run = command(*UPSAMPLER, "--steps", 30, "--save-every", 5, "--sample-every", 1000, "--out", tmp_path)
-    process = subprocess.Popen(run, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = command(
+        *UPSAMPLER, "--steps", 30, "--save-every", 5, "--sample-every", 1000, "--out", tmp_path
+    )
+    process = subprocess.Popen(
+        run, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.time() + 100
     while time.time() < deadline and process.poll() is None:
         log = tmp_path / "metrics.jsonl"
@@ -193,7 +203,18 @@ def test_ctrl_c_saves_the_step_it_is_in_and_resume_goes_on(tmp_path, uninterrupt
     assert process.returncode == 130 and "--resume" in errors and "Traceback" not in errors
     step = checkpoints.load_checkpoint(tmp_path / "upsampler1.pt")["step"]
     assert 7 <= step < 30 and f"step {step}" in errors
-    run = [*UPSAMPLER, "--steps", 30, "--save-every", 5, "--sample-every", 1000, "--out", tmp_path, "--resume"]
+    run = [
+        *UPSAMPLER,
+        "--steps",
+        30,
+        "--save-every",
+        5,
+        "--sample-every",
+        1000,
+        "--out",
+        tmp_path,
+        "--resume",
+    ]
     assert train.main([str(a) for a in run]) == 0
     assert_same(weights(tmp_path), weights(uninterrupted))
 
@@ -248,8 +269,20 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch, capsys
 def test_two_processes_take_the_step_of_the_averaged_gradient(tmp_path):
     """torchrun with gloo on this machine, against both halves computed here by hand."""
     script = tmp_path / "run.py"
-    script.write_text(PREFIX.replace("'tests'", f"'{ROOT}', '{ROOT / 'tests'}'") + "sys.exit(train.main())")
-    run = [*UPSAMPLER, "--steps", 2, "--workers", 0, "--decay", "constant", "--out", tmp_path / "two"]
+    script.write_text(
+        PREFIX.replace("'tests'", f"'{ROOT}', '{ROOT / 'tests'}'") + "sys.exit(train.main())"
+    )
+    run = [
+        *UPSAMPLER,
+        "--steps",
+        2,
+        "--workers",
+        0,
+        "--decay",
+        "constant",
+        "--out",
+        tmp_path / "two",
+    ]
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29631",
          str(script), *map(str, run)],

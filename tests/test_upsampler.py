@@ -362,7 +362,7 @@ def test_the_enlarged_low_picture_lies_on_the_target():
     assert_close(cond[..., 8:-8, 8:-8], picture[..., 8:-8, 8:-8], rtol=0, atol=0.01)
 
 
-@pytest.mark.parametrize("predict", ["v", "noise"])
+@pytest.mark.parametrize("predict", ["v", "noise", "x_0"])
 def test_the_loss_is_the_mean_squared_error_of_the_prediction(predict):
     picture = random_picture(16, batch=(4,))
     batch = {"image": picture, "low": F.avg_pool2d(picture, 4)}

@@ -1,0 +1,508 @@
+"""Claims about the frozen CLIP: its loss, tokens, features, preprocessing, weights and caches."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from open_clip import image_transform
+from PIL import Image
+from torch.testing import assert_close
+
+import clip_model
+from clip_model import (
+    Embeddings, FrozenClip, SmallClip, SmallClipConfig, Tokenizer, clip_loss, embed,
+    freeze_small_clip, load_open_clip, make_vocab, weights_hash,
+)  # fmt: skip
+from data import UserError, to_tensor
+
+L, D, W = 12, 16, 32
+CAPTIONS = ["a red circle", "a blue square above a green cross", "a star", "!", "one red star on gray"]
+TINY = "unclip-test-tiny"  # a CLIP with a vision transformer and the full vocabulary, 3 MB
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_on_one_thread(monkeypatch):
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+    monkeypatch.setattr(clip_model.warn, "count", 0, raising=False)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_small(**changes):
+    sizes = dict(dim=D, image_size=32, vision_width=8, text_width=W, text_layers=2, text_heads=2)
+    return SmallClip(SmallClipConfig(make_vocab(CAPTIONS), **sizes, context_length=L, **changes))
+
+
+def jitter(clip):
+    """Fresh towers answer nearly the same whatever they are shown: make the answers different."""
+    model = clip.model
+    model.token_embedding.weight.data.normal_()
+    model.ln_final.bias.data.normal_(std=0.2)
+    for name, p in model.visual.named_parameters():
+        p.data.mul_(0 if "attnpool.positional" in name else 2)
+    return clip
+
+
+@pytest.fixture(scope="module")
+def small():
+    torch.manual_seed(0)
+    return jitter(freeze_small_clip(make_small()))
+
+
+@pytest.fixture(scope="module")
+def tiny_file(tmp_path_factory):
+    """Registers the tiny open_clip model, and writes random weights of it to a file."""
+    folder = tmp_path_factory.mktemp("open_clip")
+    config = {
+        "embed_dim": D,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+        "text_cfg": {"context_length": L, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
+    }
+    (folder / f"{TINY}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder / f"{TINY}.json")
+    torch.manual_seed(0)
+    torch.save(open_clip.create_model(TINY).state_dict(), folder / "weights.pt")
+    return folder / "weights.pt"
+
+
+@pytest.fixture(scope="module", params=["small", "open_clip"])
+def clip(request, small, tiny_file):
+    """Both kinds of CLIP, behind one interface."""
+    return small if request.param == "small" else jitter(load_open_clip(f"{TINY}:{tiny_file}"))
+
+
+def unit(*shape):
+    return F.normalize(torch.randn(*shape), dim=-1)
+
+
+def pictures(B, size=32):
+    return torch.rand(B, 3, size, size) * 2 - 1
+
+
+# --- the contrastive loss -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("N, scale", [(4, 1.0), (8, 3.0), (8, 100.0)])
+def test_clip_loss_of_orthonormal_matched_pairs(N, scale):
+    rows = torch.eye(N, D, dtype=torch.float64)
+    wanted = torch.tensor(math.log(1 + (N - 1) * math.exp(-scale)), dtype=torch.float64)
+    assert_close(clip_loss(rows, rows, scale), wanted)
+
+
+def test_clip_loss_of_collapsed_embeddings_is_log_N():
+    one = unit(D).expand(6, D)
+    assert_close(clip_loss(one, one, 7.0), torch.tensor(math.log(6)))
+
+
+def test_clip_loss_is_the_same_with_pictures_and_captions_swapped():
+    image_emb, text_emb = unit(6, D), unit(6, D)
+    assert_close(clip_loss(image_emb, text_emb, 5.0), clip_loss(text_emb, image_emb, 5.0))
+
+
+def plain_clip_loss(image_emb, text_emb, scale):
+    """CLIP fig. 3, written out."""
+    logits = scale * image_emb @ text_emb.T
+    right = logits.diag()
+    by_image, by_text = (logits.logsumexp(dim=1) - right), (logits.logsumexp(dim=0) - right)
+    return (by_image.mean() + by_text.mean()) / 2
+
+
+def test_clip_loss_equals_its_formula():
+    image_emb, text_emb = unit(6, D), unit(6, D)
+    assert_close(clip_loss(image_emb, text_emb, 5.0), plain_clip_loss(image_emb, text_emb, 5.0))
+
+
+def test_clip_loss_over_processes_is_that_of_everybodys_rows(monkeypatch):
+    image_emb, text_emb = unit(6, D), unit(6, D)
+    others = {id(x): x for x in (image_emb[3:], text_emb[3:])}
+    mine = image_emb[:3], text_emb[:3]
+    rest = dict(zip(map(id, mine), others.values()))
+    monkeypatch.setattr(clip_model.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(clip_model, "all_gather", lambda x: (x, rest[id(x)]))
+    assert_close(clip_loss(*mine, 5.0), plain_clip_loss(image_emb, text_emb, 5.0))
+
+
+def test_small_clip_normalises_and_exponentiates_its_scale_once():
+    small = make_small().eval()
+    small.model.logit_scale.data.fill_(math.log(20))
+    batch = {"image": pictures(5), "tokens": Tokenizer(L, small.config.vocab)(CAPTIONS)}
+    with torch.no_grad():  # mistake 9 of shared/paper.md: exp(exp(...)) gave a loss of 1.5e5
+        image_emb = small.model.encode_image(batch["image"])
+        text_emb = small.model.encode_text(batch["tokens"])
+        image_emb, text_emb = (x / x.norm(dim=1, keepdim=True) for x in (image_emb, text_emb))
+        assert_close(small.loss(batch), plain_clip_loss(image_emb, text_emb, 20.0), rtol=1e-4, atol=1e-5)
+
+
+def test_logit_scale_is_clamped_at_100():
+    small = make_small()
+    for value, wanted in ((10.0, 100.0), (2.0, math.exp(2.0))):
+        small.model.logit_scale.data.fill_(value)
+        small.clamp()
+        assert_close(small.model.logit_scale.data.exp(), torch.tensor(wanted))
+
+
+# --- words to numbers -----------------------------------------------------------------------
+
+
+def test_tokens_are_start_pieces_end_and_zeros():
+    ids = Tokenizer(77)(CAPTIONS)
+    assert_close(ids, open_clip.get_tokenizer("ViT-B-32")(CAPTIONS))
+
+
+def test_a_small_vocabulary_renumbers_in_order():
+    vocab, full = make_vocab(CAPTIONS), Tokenizer(L)(CAPTIONS)
+    ids = Tokenizer(L, vocab)(CAPTIONS)
+    assert list(vocab) == sorted(set(vocab)) and vocab[-1] == 49407
+    for row, (small, big) in enumerate(zip(ids, full)):
+        n = len(Tokenizer(L).bpe.encode(CAPTIONS[row])) + 2
+        assert small[:n].tolist() == [vocab.index(k) + 2 for k in big[:n].tolist()]
+        assert small[n:].tolist() == [0] * (L - n)  # not the id of "!", which is 0 in the full one
+        assert small.argmax() == n - 1 and small[n - 1] == len(vocab) + 1  # end of text
+
+
+def test_an_unknown_word_becomes_1_with_a_warning(capsys):
+    known, unknown = Tokenizer(L, make_vocab(CAPTIONS))(["a red star", "a red zebra"])
+    assert_close(unknown[:3], known[:3])
+    assert unknown[3] == 1 and unknown[4] == known[4] == known.max()
+    message = capsys.readouterr().err
+    assert "'zebra'" in message and "a red zebra" in message and message.count("warning") == 1
+
+
+def test_known_words_give_no_warning(capsys):
+    Tokenizer(L, make_vocab(CAPTIONS))(CAPTIONS)
+    freeze_small_clip(SmallClip(SmallClipConfig(make_vocab(["zwei Hunde"]), dim=D, image_size=32, vision_width=8,
+                                                text_width=W, text_layers=1, text_heads=2)))  # fmt: skip
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("vocab", [None, make_vocab(CAPTIONS)])
+def test_a_caption_too_long_is_cut_with_a_warning_and_keeps_its_end(capsys, vocab):
+    words = "red star " * 5 + "blue cross"
+    ids = Tokenizer(L, vocab)([words])[0]
+    assert_close(ids[:-1], Tokenizer(20, vocab)([words])[0, : L - 1])
+    assert ids[-1] == ids.max() == (49407 if vocab is None else len(vocab) + 1)
+    assert "dropped: 'blue cross'" in capsys.readouterr().err
+    Tokenizer(L, vocab)(["red star " * 5])  # just fits
+    assert capsys.readouterr().err == ""
+
+
+def test_only_the_first_warnings_are_shown(capsys):
+    Tokenizer(L, make_vocab(CAPTIONS))(["zebra"] * 50)
+    message = capsys.readouterr().err
+    assert message.count("zebra'") == 2 * 5 and message.count("further warnings") == 1
+
+
+@pytest.mark.parametrize("caption", ["", "  ", "\n\t"])
+def test_an_empty_caption_is_a_users_mistake(caption):
+    with pytest.raises(UserError, match="empty"):
+        Tokenizer(L)(["a star", caption])
+
+
+# --- what leaves the frozen CLIP ------------------------------------------------------------
+
+
+def test_embeddings_have_unit_norm(clip):
+    assert_close(clip.encode_image(pictures(4)).norm(dim=1), torch.ones(4))
+    assert_close(clip.encode_text(CAPTIONS)[0].norm(dim=1), torch.ones(len(CAPTIONS)))
+
+
+def test_embeddings_are_those_of_the_model(clip):
+    ids = clip.tokenizer(CAPTIONS)
+    with torch.no_grad():
+        assert_close(clip.encode_text(CAPTIONS)[0], clip.model.encode_text(ids, normalize=True))
+        x = pictures(4)
+        wanted = clip.model.encode_image(((x + 1) / 2 - clip.mean) / clip.std, normalize=True)
+        assert_close(clip.encode_image(x), wanted, rtol=0, atol=1e-5)
+
+
+def test_sizes_are_those_of_what_leaves_it(clip):
+    text_emb, text_enc, text_mask = clip.encode_text(CAPTIONS)
+    assert clip.encode_image(pictures(2)).shape == (2, clip.dim)
+    assert text_emb.shape == (len(CAPTIONS), clip.dim)
+    assert text_enc.shape == (len(CAPTIONS), clip.text_len, clip.text_width)
+    assert text_mask.shape == (len(CAPTIONS), clip.text_len)
+
+
+def test_text_mask_is_true_up_to_and_including_the_end(clip):
+    captions = [*CAPTIONS, "red star " * 20]
+    _, _, text_mask = clip.encode_text(captions)
+    bpe = Tokenizer(L).bpe
+    for row, caption in zip(text_mask, captions):
+        n = min(len(bpe.encode(caption)) + 2, L)
+        assert row.tolist() == [True] * n + [False] * (L - n)
+
+
+def test_text_enc_is_what_the_pooled_embedding_is_made_of(clip):
+    text_emb, text_enc, text_mask = clip.encode_text(CAPTIONS)
+    end = text_enc[torch.arange(len(CAPTIONS)), text_mask.sum(dim=1) - 1]  # after the last norm
+    assert_close(F.normalize(end @ clip.model.text_projection, dim=-1), text_emb, rtol=0, atol=1e-5)
+
+
+def test_what_follows_the_end_is_masked_and_changes_nothing_before_it(clip):
+    ids = clip.tokenizer(CAPTIONS)
+    text_emb, text_enc, text_mask = clip.encode_ids(ids)
+    junk = torch.where(text_mask, ids, torch.randint(2, 8, ids.shape))
+    junk_emb, junk_enc, junk_mask = clip.encode_ids(junk)
+    assert_close(junk_emb, text_emb, rtol=0, atol=1e-5)
+    assert_close(junk_mask, text_mask)
+    assert_close(junk_enc[text_mask], text_enc[text_mask], rtol=0, atol=1e-5)
+    # Mistake 7 of shared/paper.md: the features behind it do change, so the mask must hide them.
+    assert (junk_enc - text_enc)[~text_mask].abs().amax(1).min() > 1e-3
+
+
+def test_features_do_not_depend_on_the_batch(clip):
+    together = clip.encode_text(CAPTIONS)
+    for k, caption in enumerate(CAPTIONS):
+        for batch, alone in zip(together, clip.encode_text([caption])):
+            assert_close(batch[k], alone[0], rtol=0, atol=1e-5)
+
+
+def test_no_hook_stays_behind(clip):
+    clip.encode_text(CAPTIONS)
+    with pytest.raises(UserError):
+        clip.encode_text([""])
+    assert not clip.model.ln_final._forward_hooks
+
+
+def test_the_clip_is_frozen(clip):
+    torch.nn.Sequential(clip).train()
+    clip.train()
+    assert not any(module.training for module in clip.modules())
+    assert not any(p.requires_grad for p in clip.parameters())
+    x = pictures(2).requires_grad_()
+    assert not clip.encode_image(x).requires_grad
+    assert not any(y.requires_grad for y in clip.encode_text(CAPTIONS))
+
+
+# --- preprocessing --------------------------------------------------------------------------
+
+
+def smooth_picture(side):
+    """A picture with edges, and with soft parts."""
+    noise = np.random.default_rng(0).integers(0, 256, (side // 4, side // 4, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("side", [32, 100, 20])
+@pytest.mark.parametrize("changes", [{}, {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "interpolation": "bilinear"}])
+def test_preprocessing_is_that_of_open_clip(monkeypatch, tiny_file, side, changes):
+    model = open_clip.create_model(TINY, pretrained=str(tiny_file))
+    model.visual.preprocess_cfg = settings = model.visual.preprocess_cfg | changes
+    clip, seen = FrozenClip(model, Tokenizer(L), TINY), []
+    monkeypatch.setattr(model, "encode_image", lambda x: seen.append(x) or torch.ones(len(x), D))
+    names = ("mean", "std", "interpolation", "resize_mode")
+    theirs = image_transform(settings["size"], is_train=False, **{k: settings[k] for k in names})
+    picture = smooth_picture(side)
+    clip.encode_image(to_tensor(picture)[None])
+    # Theirs is rounded to 8 bits after resizing; compared in [0, 1].
+    std = torch.tensor(settings["std"]).view(3, 1, 1)
+    assert_close(seen[0][0] * std, theirs(picture) * std, rtol=0, atol=0.01)
+
+
+def test_the_small_clip_is_shown_the_pictures_it_was_trained_on(monkeypatch, small):
+    seen, x = [], pictures(2)
+    monkeypatch.setattr(small.model, "encode_image", lambda x: seen.append(x) or torch.ones(len(x), D))
+    small.encode_image(x)
+    assert_close(seen[0], x, rtol=0, atol=1e-6)  # SmallClip.loss is given [-1, 1]
+
+
+# --- weights --------------------------------------------------------------------------------
+
+
+def test_open_clip_weights_come_from_a_file(tiny_file):
+    clip = load_open_clip(f"{TINY}:{tiny_file}")
+    assert clip.identity.startswith(f"{TINY}:")
+    for name, value in torch.load(tiny_file).items():
+        assert_close(clip.model.state_dict()[name], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("spec, words", [
+    ("ViT-B-33:openai", "no model 'ViT-B-33'"),
+    ("", "no model ''"),
+    ("ViT-B-32", "which weights"),
+    ("ViT-B-32:", "which weights"),
+    ("ViT-B-32:laion9b", "laion9b"),
+    ("ViT-B-32:/no/such/file.pt", "/no/such/file.pt"),
+    ("ViT-B-16-SigLIP:webli", "tokenizer"),
+    ("ViT-L-14-CLIPA:datacomp1b", "tokenizer"),
+    ("roberta-ViT-B-32:laion2b_s12b_b32k", "tokenizer"),
+    ("coca_ViT-B-32:laion2b_s13b_b90k", "tokenizer"),
+])  # fmt: skip
+def test_an_unusable_clip_is_a_users_mistake(monkeypatch, spec, words):
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *a, **k: pytest.fail("downloads"))
+    with pytest.raises(UserError) as info:
+        load_open_clip(spec)
+    assert words in str(info.value) and "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"not weights"])
+def test_a_broken_weights_file_is_a_users_mistake(tiny_file, tmp_path, content):
+    (tmp_path / "broken.pt").write_bytes(content)
+    with pytest.raises(UserError, match="broken.pt"):
+        load_open_clip(f"{TINY}:{tmp_path / 'broken.pt'}")
+    torch.save({"logit_scale": torch.tensor(1.0)}, tmp_path / "broken.pt")
+    with pytest.raises(UserError, match="broken.pt"):
+        load_open_clip(f"{TINY}:{tmp_path / 'broken.pt'}")
+
+
+def test_weights_hash_is_that_of_the_weights():
+    small = make_small()
+    before = weights_hash(small)
+    assert weights_hash(make_small()) != before
+    for p in small.parameters():
+        p.data = p.data.half().float()
+    assert weights_hash(small) == before == weights_hash(small.half())
+    small.float().model.positional_embedding.data[3, 3] += 0.1
+    assert weights_hash(small) != before
+
+
+# --- embeddings, computed once --------------------------------------------------------------
+
+
+class Data:
+    """Six pictures with one to three captions each, some of them shared."""
+
+    name = "toy"
+
+    def __init__(self, seed=0):
+        self.seed, c = seed, CAPTIONS
+        self.all = [[c[0]], [c[1], c[2], c[3]], [c[2]], [c[0], c[4]], [c[4]], [c[3], c[1]]]
+
+    def __len__(self):
+        return len(self.all)
+
+    def image(self, i, size, crop=None):
+        torch.manual_seed(100 * self.seed + i)
+        return (torch.rand(3, 1, 1) * 2 - 1).expand(3, size, size) * torch.rand(1, size, size)
+
+    def captions(self, i):
+        return self.all[i]
+
+    def fingerprint(self):
+        return f"{self.seed}"
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Counts the CLIP's passes over pictures and captions; loads in this process: faster here."""
+    counts = {"encode_image": 0, "encode_text": 0}
+    for name in counts:
+        original = getattr(FrozenClip, name)
+
+        def counted(self, x, name=name, original=original):
+            counts[name] += 1
+            return original(self, x)
+
+        monkeypatch.setattr(FrozenClip, name, counted)
+    loader = torch.utils.data.DataLoader
+    monkeypatch.setattr(torch.utils.data, "DataLoader", lambda data, batch, num_workers: loader(data, batch))
+    return lambda: (counts["encode_image"], counts["encode_text"])
+
+
+def test_embeddings_are_computed_once_and_kept(small, tmp_path, passes):
+    first = embed(small, Data(), tmp_path, batch_size=4)
+    assert passes() == (2, 2)  # 6 pictures and 5 different captions, in batches of 4
+    second = embed(small, Data(), tmp_path, batch_size=4)
+    assert passes() == (2, 2)
+    for name in ("image_emb", "text_emb", "text_enc", "starts", "caption_ids", "caption_starts"):
+        assert np.array_equal(getattr(first, name), getattr(second, name))
+
+
+def test_other_data_and_other_clips_are_computed_again(small, tmp_path, passes):
+    data = Data()
+    image_emb = embed(small, data, tmp_path).image_emb.copy()
+    other = Data(seed=1)
+    assert not np.allclose(embed(small, other, tmp_path).image_emb, image_emb, atol=1e-3)
+    assert passes() == (2, 2)
+    another = jitter(freeze_small_clip(make_small()))
+    assert another.identity != small.identity
+    assert not np.allclose(embed(another, data, tmp_path).image_emb, image_emb, atol=1e-3)
+    assert passes() == (3, 3)
+    data.name = "toy 2"
+    embed(small, data, tmp_path)
+    assert passes() == (4, 4)
+    data.all.pop()
+    assert len(embed(small, data, tmp_path)) == 5 and passes() == (5, 5)
+    assert np.array_equal(embed(small, Data(), tmp_path).image_emb, image_emb)
+    assert passes() == (5, 5)  # all of them are kept, side by side
+
+
+def test_an_interrupted_pass_is_computed_again(small, tmp_path, passes, monkeypatch):
+    wanted = embed(small, Data(), tmp_path / "whole").image_emb
+    with monkeypatch.context() as m:
+        m.setattr(clip_model, "embed_images", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            embed(small, Data(), tmp_path / "cut")
+    assert not list((tmp_path / "cut").rglob("meta.json"))
+    assert np.array_equal(embed(small, Data(), tmp_path / "cut").image_emb, wanted)
+    assert passes() == (2, 3)
+    (meta,) = (tmp_path / "cut").rglob("meta.json")
+    meta.unlink()
+    embed(small, Data(), tmp_path / "cut")
+    assert passes() == (3, 4)
+
+
+def test_a_full_disk_at_the_last_file_leaves_no_meta(small, tmp_path, passes, monkeypatch):
+    def full(path, text):
+        path.touch()
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as m:
+        m.setattr(clip_model.Path, "write_text", full)
+        with pytest.raises(OSError):
+            embed(small, Data(), tmp_path)
+    embed(small, Data(), tmp_path)
+    assert passes() == (2, 2)
+
+
+def test_a_batch_is_the_clips_own_answer(clip, tmp_path, passes):
+    """Ragged captions come back in their rows, with zeros and False behind their end."""
+    data, rng = Data(), np.random.default_rng(0)
+    stored, drawn = embed(clip, data, tmp_path, batch_size=4), {i: set() for i in range(6)}
+    indices = [4, 1, 3, 0, 1, 5]
+    for _ in range(20):
+        batch = stored.batch(indices, rng)
+        assert {x.dtype for k, x in batch.items() if k != "text_mask"} == {torch.float32}
+        pictures = torch.stack([data.image(i, clip.image_size) for i in indices])
+        assert_close(batch["image_emb"], clip.encode_image(pictures), rtol=0, atol=1e-3)
+        for row, i in enumerate(indices):
+            text_emb, text_enc, text_mask = clip.encode_text(data.captions(i))  # of all its captions
+            k = (text_emb - batch["text_emb"][row]).abs().amax(dim=1).argmin().item()
+            drawn[i].add(k)
+            wanted = text_enc[k] * text_mask[k, :, None]
+            assert_close(batch["text_emb"][row], text_emb[k], rtol=0, atol=1e-3)
+            assert_close(batch["text_enc"][row], wanted, rtol=0, atol=4e-3)
+            assert_close(batch["text_mask"][row], text_mask[k])
+    assert drawn == {0: {0}, 1: {0, 1, 2}, 2: set(), 3: {0, 1}, 4: {0}, 5: {0, 1}}
+
+
+def test_a_batch_depends_on_its_generator_alone(small, tmp_path, passes):
+    stored = embed(small, Data(), tmp_path)
+    one, same, other = (
+        stored.batch([1] * 20, np.random.default_rng(seed))["text_emb"] for seed in (3, 3, 4)
+    )
+    assert_close(one, same, rtol=0, atol=0)
+    assert not torch.equal(one, other)
+
+
+def test_embeddings_can_be_moved_to_another_folder(small, tmp_path, passes):
+    stored = embed(small, Data(), tmp_path / "here")
+    (folder,) = (tmp_path / "here").iterdir()
+    shutil.copytree(folder, tmp_path / "there")
+    again = Embeddings(tmp_path / "there", small.dim, small.text_len, small.text_width)
+    for name, value in again.batch([0, 1], np.random.default_rng(0)).items():
+        assert_close(value, stored.batch([0, 1], np.random.default_rng(0))[name])
+
+
+def test_pictures_are_loaded_at_the_clips_size_by_worker_processes(small, tmp_path):
+    data = Data()
+    wanted = small.encode_image(torch.stack([data.image(i, small.image_size) for i in range(6)]))
+    stored = torch.from_numpy(embed(small, data, tmp_path, batch_size=4).image_emb.astype(np.float32))
+    assert_close(stored, wanted, rtol=0, atol=1e-3)

@@ -1,0 +1,166 @@
+"""sample.py: captions in, pictures out; the same command gives the same bytes."""
+
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+import sample
+from sample import Pipeline, draw_grid, to_pil
+
+
+def draw(micro_run, out, *arguments, captions=("a red circle",)):
+    code = sample.main(
+        ["text", *captions, "--weights", str(micro_run), "--out", str(out), *arguments]
+    )
+    assert code == 0
+    return sorted(p.name for p in out.glob("*"))
+
+
+def test_text_writes_a_picture_each_and_a_grid_and_says_where(micro_run, tmp_path, capsys):
+    names = draw(
+        micro_run, tmp_path, "-n", "2", "--seed", "5", captions=("a red circle", "A star, on black")
+    )
+    pictures = [f"{c}_{s}.png" for c in ("a-red-circle", "a-star-on-black") for s in (5, 6)]
+    assert names == sorted([*pictures, "grid_a-red-circle_5.png"])
+    said = capsys.readouterr().out
+    assert all(str(tmp_path / name) in said for name in names)
+    assert Image.open(tmp_path / pictures[0]).size == (64, 64)
+    assert Image.open(tmp_path / "grid_a-red-circle_5.png").width == 2 * (128 + 4) + 4
+
+
+def test_out_can_name_the_grid(micro_run, tmp_path):
+    draw(micro_run, tmp_path / "here" / "sheet.png", "-n", "1")
+    assert sorted(p.name for p in (tmp_path / "here").iterdir()) == [
+        "a-red-circle_0.png",
+        "sheet.png",
+    ]
+
+
+def test_the_same_command_writes_the_same_bytes(micro_run, tmp_path):
+    for folder in ("one", "two"):
+        draw(micro_run, tmp_path / folder, "-n", "2", "--film")
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+
+
+def test_picture_k_of_a_batch_is_the_picture_its_seed_gives_alone(micro_run, tmp_path):
+    draw(micro_run, tmp_path / "batch", "-n", "3", "--seed", "4")
+    draw(micro_run, tmp_path / "alone", "-n", "1", "--seed", "6")
+    name = "a-red-circle_6.png"
+    assert (tmp_path / "batch" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    assert (tmp_path / "batch" / name).read_bytes() != (
+        tmp_path / "batch" / "a-red-circle_5.png"
+    ).read_bytes()
+
+
+def test_a_larger_picture_starts_from_the_smaller_one(micro_run):
+    pipeline = Pipeline(micro_run, size=64)
+    text = pipeline.text(["a circle"])
+    decoded = pipeline.decode(pipeline.embed(text, [1]), text, [1])
+    middle = pipeline.upsample(decoded, [1], 32)
+    assert decoded.shape[-1] == 16 and middle.shape[-1] == 32
+    again = pipeline.upsample(middle, [1], 64)
+    assert torch.equal(again, pipeline.upsample(decoded, [1], 64))
+
+
+def test_film_has_a_frame_for_each_denoising_step(micro_run, tmp_path):
+    draw(micro_run, tmp_path, "-n", "1", "--film", "--steps", "5")
+    film = Image.open(tmp_path / "a-red-circle_0.gif")
+    # Equal neighbouring frames may be merged by the writer, never added.
+    assert 2 <= film.n_frames <= 5 and film.size == (2 * 16 * 4, 16 * 4)
+
+
+def test_stops_at_the_largest_trained_size_and_says_so(micro_run, tmp_path, capsys):
+    draw(micro_run, tmp_path / "a", "-n", "1", "--size", "1024")
+    assert Image.open(tmp_path / "a" / "a-red-circle_0.png").size == (64, 64)
+    assert "stopping at 64" in capsys.readouterr().out
+
+    small = tmp_path / "small"
+    shutil.copytree(micro_run, small)
+    (small / "upsampler2.pt").unlink()
+    draw(small, tmp_path / "b", "-n", "1", "--size", "64")
+    assert Image.open(tmp_path / "b" / "a-red-circle_0.png").size == (32, 32)
+    assert "stopping at 32" in capsys.readouterr().out
+
+
+def test_guidance_and_steps_change_the_picture(micro_run):
+    pipeline = Pipeline(micro_run)
+    text = pipeline.text(["a red circle"])
+    emb = pipeline.embed(text, [0])
+    torch.testing.assert_close(emb.norm(dim=1), torch.ones(1))
+    assert not torch.equal(emb, pipeline.embed(text, [0], scale=3.0))
+    assert not torch.equal(emb, pipeline.embed(text, [0], steps=7))
+    # Three steps of training leave a decoder whose branches hardly differ, so look at the wiring.
+    scales = []
+    pipeline.stages["decoder"].sample = lambda *a, scale, steps, **k: scales.append((scale, steps))
+    pipeline.decode(emb, text, [0], scale=3.0, steps=9)
+    assert scales == [(3.0, 9)]
+
+
+def test_pixels_have_fixed_limits():
+    flat = torch.full((3, 4, 4), -0.5)
+    assert to_pil(flat).getpixel((0, 0)) == (64, 64, 64)  # (-0.5 + 1) * 127.5, rounded
+    assert to_pil(flat * 10).getpixel((0, 0)) == (0, 0, 0)
+
+
+def test_grid_shows_each_picture_with_its_caption_under_it():
+    pictures = torch.stack([torch.full((3, 128, 128), v) for v in (-1.0, 0.0, 1.0)])
+    plain, named = (
+        draw_grid(pictures),
+        draw_grid(pictures, ["black", "gray", "a very long caption " * 5]),
+    )
+    assert named.height > plain.height and named.width == plain.width == 3 * 132 + 4
+    for k, level in enumerate((0, 128, 255)):
+        assert abs(named.getpixel((4 + k * 132 + 64, 68))[0] - level) <= 1
+    under = named.crop((4, 132, 136, named.height)).convert("L")
+    assert (
+        min(under.get_flattened_data() if hasattr(under, "get_flattened_data") else under.getdata())
+        < 100
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["text", ""], "caption is empty"),
+        (["text", "a circle", "   "], "caption is empty"),
+        (["text"], "caption"),
+        (["paint", "a circle"], "paint"),
+        (["text", "a circle", "--weights", "/no/such"], "/no/such"),
+        (["text", "a circle", "-n", "0"], "must be 1 or more"),
+        (["text", "a circle", "--size", "100"], "--size 100"),
+        (["text", "a circle", "--steps", "0"], "steps"),
+        (["text", "a circle", "--steps", "1001"], "1000"),
+        (["text", "a circle", "--prior-steps", "1001"], "1000"),
+        (["text", "a circle", "--device", "abacus"], "abacus"),
+        (["text", "a circle", "--out", "/proc/no/such"], "cannot write"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_exit_code_2(arguments, says, micro_run, capsys):
+    if len(arguments) > 1 and "--weights" not in arguments:
+        arguments = [*arguments, "--weights", str(micro_run)]
+    assert sample.main(arguments) == 2
+    errors = capsys.readouterr().err.strip().splitlines()[-1]
+    assert errors.startswith("error: ") and says in errors
+
+
+def test_missing_truncated_and_foreign_weights_are_named(micro_run, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(micro_run, copy)
+    run = ["text", "a circle", "-n", "1", "--weights", str(copy), "--out", str(tmp_path)]
+
+    whole = (copy / "prior.pt").read_bytes()
+    (copy / "prior.pt").write_bytes(whole[: len(whole) // 2])
+    assert sample.main(run) == 2 and "prior.pt is damaged" in capsys.readouterr().err
+    (copy / "prior.pt").unlink()
+    assert sample.main(run) == 2 and "prior.pt" in capsys.readouterr().err
+    shutil.copy(micro_run / "decoder.pt", copy / "prior.pt")
+    assert sample.main(run) == 2 and "'decoder', not 'prior'" in capsys.readouterr().err
+    shutil.copy(micro_run / "prior.pt", copy / "prior.pt")
+
+    saved = torch.load(copy / "clip.pt", weights_only=True)
+    saved["ema"]["model.text_projection"] += 1  # another CLIP than the stages were trained for
+    torch.save(saved, copy / "clip.pt")
+    assert sample.main(run) == 2 and "do not mix" in capsys.readouterr().err
