@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffusion import GaussianDiffusion, guided, timestep_embedding
-from prior import Block
+from prior import Block, attention
 
 # --- the U-Net's parts -----------------------------------------------------------------------
 
@@ -97,7 +97,7 @@ class Attention(nn.Module):
         q, k, v = (y.view(B, -1, self.heads, C // self.heads).transpose(1, 2) for y in (q, k, v))
         # Padding tokens of the context are not looked at; pixels always are.
         mask = F.pad(context_mask, (0, H * W), value=True)[:, None, None]  # (B, 1, 1, N + H * W)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y = attention(q, k, v, mask)
         y = self.out(y.transpose(1, 2).reshape(B, H * W, C))
         return x + y.transpose(1, 2).view(B, C, H, W)
 

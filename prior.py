@@ -30,6 +30,21 @@ from diffusion import GaussianDiffusion, guided, timestep_embedding
 # --- the transformer ------------------------------------------------------------------------
 
 
+def attention(q, k, v, mask):
+    """softmax(q k^T / sqrt(d)) v, each query over the keys that mask allows (1706.03762 eq. 1).
+
+    q: (B, heads, N, d), k and v: (B, heads, M, d), mask: bool, True = may look, broadcast to
+    (B, heads, N, M); no query may be left without a key. Returns (B, heads, N, d).
+
+    On a GPU the fused version never writes the (N, M) table to memory. On a CPU, at our lengths,
+    its backward pass is several times slower than these three lines.
+    """
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return logits.masked_fill(~mask, -math.inf).softmax(dim=-1).to(v.dtype) @ v
+
+
 class Block(nn.Module):
     """Pre-norm transformer block (as GPT-2): x + attention(norm(x)), then x + mlp(norm(x))."""
 
@@ -58,7 +73,7 @@ class Block(nn.Module):
         if past is not None:
             # In front of our own keys and values go those of the tokens before us.
             k, v = torch.cat([past[:, 0], k], dim=2), torch.cat([past[:, 1], v], dim=2)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])  # (B, heads, N, .)
+        y = attention(q, k, v, mask[:, None])  # (B, heads, N, .)
         x = x + self.out(y.transpose(1, 2).reshape(B, N, M))
         return x + self.mlp(self.norm_2(x)), own
 

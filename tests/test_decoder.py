@@ -127,6 +127,24 @@ def test_every_part_of_the_unet_is_used():
     assert unused == []
 
 
+def test_each_step_up_sees_the_output_of_its_step_down():
+    unet = randomise(UNet(3, 5, channels=8, multiples=(1, 2), blocks=1, emb_dim=E))
+    x, emb = torch.randn(2, 3, 8, 8), torch.randn(2, E)
+    res = [level.res for level in (*unet.down, *unet.middle, *unet.up) if hasattr(level, "res")]
+    a = unet.conv_in(x)  # (2, 8, 8, 8)
+    b = res[0](a, emb)
+    c = unet.down[1](b)  # (2, 8, 4, 4)
+    d = res[1](c, emb)  # (2, 16, 4, 4)
+    y = res[3](res[2](d, emb), emb)  # across
+    y = res[4](torch.cat([y, d], 1), emb)
+    y = res[5](torch.cat([y, c], 1), emb)
+    y = unet.up[2](y.repeat_interleave(2, 2).repeat_interleave(2, 3))  # (2, 16, 8, 8)
+    y = res[6](torch.cat([y, b], 1), emb)
+    y = res[7](torch.cat([y, a], 1), emb)
+    wanted = unet.conv_out(F.silu(unet.norm_out(y)))
+    assert_close(unet(x, emb), wanted, rtol=0, atol=1e-5)
+
+
 def space_to_depth(x):
     """pixel_unshuffle by 2, written out: each 2 x 2 patch becomes four channels."""
     return torch.stack([x[..., i::2, j::2] for i in (0, 1) for j in (0, 1)], dim=2).flatten(1, 2)
