@@ -61,17 +61,19 @@ def randomise(model):
 
 
 class Oracle(nn.Module):
-    """In place of a U-Net: knows the picture, answers with the true v. Is told t itself."""
+    """In place of a U-Net: knows the picture and answers what is asked. Is told t itself."""
 
     def __init__(self, model, picture, offset=0.0):
         super().__init__()
         self.table, self.picture, self.offset = model.diffusion.alphas_cumprod, picture, offset
-        self.seen, self.t = [], []
+        self.seen, self.t, self.predict = [], [], model.config.predict
         model.unet, model.time = self, nn.Identity()
 
     def forward(self, x, t):
         self.seen.append(x)
         self.t.append(t.tolist())
+        if self.predict == "x_0":  # what the enlarged low picture lacks
+            return self.picture - x[:, 3:] + self.offset
         alpha_bar = self.table[t].float().view(-1, 1, 1, 1)
         noise = (x[:, :3] - alpha_bar.sqrt() * self.picture) / (1 - alpha_bar).sqrt()
         return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * self.picture + self.offset
@@ -367,7 +369,7 @@ def test_the_loss_is_the_mean_squared_error_of_the_prediction(predict):
     picture = random_picture(16, batch=(4,))
     batch = {"image": picture, "low": F.avg_pool2d(picture, 4)}
     model = Upsampler(UpsamplerConfig(**TINY, predict=predict))
-    if predict == "v":
+    if predict in ("v", "x_0"):
         Oracle(model, picture)
         assert_close(model.loss(batch), torch.tensor(0.0), rtol=0, atol=1e-6)
         Oracle(model, picture, offset=0.5)
@@ -385,6 +387,12 @@ def test_sampling_with_a_perfect_network_returns_the_target(config, steps):
     # One call a step, on the batch as it is: no guidance. From the noisiest level to the cleanest.
     assert len(oracle.t) == steps
     assert oracle.t[0] == [999, 999] and oracle.t[-1] == [0, 0]
+
+
+def test_an_untrained_network_answers_with_the_plain_enlargement():
+    model, low = Upsampler(FIRST), random_picture(4, batch=(2,))
+    enlarged = F.interpolate(low, (16, 16), mode="bicubic", align_corners=False)
+    assert_close(model.sample(low), enlarged.clamp(-1, 1), rtol=0, atol=1e-4)
 
 
 def test_drawn_pictures_stay_in_range_where_the_network_overshoots():
