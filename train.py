@@ -32,7 +32,8 @@ from tqdm import tqdm
 import checkpoint as checkpoints
 from clip_model import Tokenizer, embed, make_vocab
 from data import UserError, load_data
-from sample import Parser, autocast, choose_device, draw_grid, exit_code, positive, positive_number
+from sample import Parser, autocast, choose_device, draw_grid, exit_code, positive
+from sample import positive_number, save_picture
 from upsampler import training_pair
 
 ORDER = ("clip", "prior", "decoder", "upsampler1", "upsampler2")
@@ -58,7 +59,7 @@ PRESETS = {
             # Because: a barely trained decoder leaves grain, and blur alone teaches to trust it.
             {"low_size": 32, "size": 64, "crop": 32, "channels": 24, "multiples": (1, 2),
              "degradation": "bsr"},
-            {"steps": 300, "batch_size": 32, "lr": 1e-3},
+            {"steps": 600, "batch_size": 32, "lr": 1e-3},
         ),
         "upsampler2": (
             {"low_size": 64, "size": 256, "crop": 64, "channels": 32, "multiples": (1, 2),
@@ -244,115 +245,122 @@ def learning_rate(step, settings):
     return rate
 
 
-def train(stage, model, batches, val_batches, settings, path, device, clip=None, resume=None):
-    """Train one stage up to settings["steps"], writing checkpoints, metrics and pictures.
+class Run:
+    """What a training leaves behind in its folder; of several processes only the first writes.
 
-    path: of the checkpoint; metrics go to metrics.jsonl and pictures to samples/ beside it.
-    resume: the checkpoint dictionary to continue from. Raises UserError if the loss is not finite.
+    STAGE.pt the checkpoint, metrics.jsonl a line of figures now and then, samples/ the pictures.
     """
-    rank, world = batches.rank, batches.world
-    (path.parent / "samples").mkdir(parents=True, exist_ok=True)
-    steps, first = settings["steps"], resume["step"] if resume else 0
-    model.to(device).train()
-    ema = Ema(model)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True, **ADAM)
-    if resume:
-        model.load_state_dict(resume["model"])
-        optimizer.load_state_dict(resume["optimizer"])
-        ema.weights = {k: v.to(device) for k, v in resume["ema"].items()}
-        ema.updates = first
-    loss_of = Loss(model)
-    if world > 1:
-        loss_of = nn.parallel.DistributedDataParallel(loss_of, find_unused_parameters=True)
-    averaged = checkpoints.STAGES[stage][0](model.config).to(device).eval()  # draws the previews
 
-    def save(step):
-        if rank == 0:
-            checkpoints.save_checkpoint(path, {
-                "stage": stage, "config": checkpoints.config_dict(model), "step": step,
-                "ema": ema.weights, "clip": clip, "run": settings,
+    def __init__(self, stage, path, settings, clip, first_process):
+        self.stage, self.path, self.settings, self.clip = stage, path, settings, clip
+        self.writes = first_process
+        (path.parent / "samples").mkdir(parents=True, exist_ok=True)
+
+    def save(self, step, model, ema, optimizer):
+        if self.writes:
+            checkpoints.save_checkpoint(self.path, {
+                "stage": self.stage, "config": checkpoints.config_dict(model), "step": step,
+                "ema": ema.weights, "clip": self.clip, "run": self.settings,
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(),
             })
 
-    def report(step, figures):
-        if rank == 0:
-            with open(path.parent / "metrics.jsonl", "a") as f:
-                f.write(json.dumps({"stage": stage, "step": step} | figures) + "\n")
+    def report(self, step, figures):
+        if self.writes:
+            with open(self.path.parent / "metrics.jsonl", "a") as f:
+                f.write(json.dumps({"stage": self.stage, "step": step} | figures) + "\n")
 
-    def look(step):
-        averaged.load_state_dict(ema.weights)
-        figures, pictures, captions = preview(stage, averaged, val_batches, step, device)
+    def look(self, step, averaged, val_batches, device):
+        """Draw and measure with the averaged model, for the folder and the screen."""
+        if not self.writes:
+            return
+        figures, pictures, captions = preview(self.stage, averaged, val_batches, step, device)
         if pictures is not None:
-            folder = path.parent / "samples"
-            draw_grid(pictures, captions, columns=6 if len(pictures) > 16 else 4).save(
-                folder / f"{stage}_{step:06d}.png"
-            )
+            grid = draw_grid(pictures, captions, columns=6 if len(pictures) > 16 else 4)
+            save_picture(grid, self.path.parent / "samples" / f"{self.stage}_{step:06d}.png")
         if figures:
-            report(step, figures)
-            bar.write(f"{stage} {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()))
+            self.report(step, figures)
+            said = ", ".join(f"{k} {v:.3f}" for k, v in figures.items())
+            tqdm.write(f"{self.stage} {step}: {said}")
 
-    every_log = max(1, min(50, steps // 20))
-    losses, started, begun, pause = [], time.time(), time.time(), Interrupt()
-    bar = tqdm(total=steps, initial=first, desc=stage, disable=True if rank else None)
-    try:
+
+def train(run, model, batches, val_batches, device, resume=None):
+    """Train one stage to run.settings["steps"]; resume: the checkpoint to continue from, or None.
+
+    Raises UserError where the loss is not finite, KeyboardInterrupt (after saving) on Ctrl-C.
+    """
+    settings, steps, first = run.settings, run.settings["steps"], resume["step"] if resume else 0
+    averaged = checkpoints.STAGES[run.stage][0](model.config).to(device).eval()  # for previews
+    model.to(device).train()
+    ema, optimizer = Ema(model), torch.optim.AdamW(model.parameters(), fused=True, **ADAM)
+    if resume:
+        model.load_state_dict(resume["model"])
+        optimizer.load_state_dict(resume["optimizer"])
+        ema.weights, ema.updates = {k: v.to(device) for k, v in resume["ema"].items()}, first
+    loss_of = Loss(model)
+    if batches.world > 1:
+        loss_of = nn.parallel.DistributedDataParallel(loss_of, find_unused_parameters=True)
+
+    every_log, losses = max(1, min(50, steps // 20)), []
+    begun = started = time.time()
+    bar = tqdm(total=steps, initial=first, desc=run.stage, disable=None if run.writes else True)
+    with Interrupt() as pause, bar:
         ready = loader(batches, first, steps, settings["workers"])
         for step, batch in enumerate(ready, first):
             batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-            torch.manual_seed(hash((settings["seed"], step, rank)) % 2**62)  # this step's noise
+            torch.manual_seed(hash((settings["seed"], step, batches.rank)) % 2**62)  # the noise
             with autocast(device):
                 loss = loss_of(batch)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRADIENT)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRADIENT)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, settings)
             optimizer.step()
             if hasattr(model, "clamp"):
                 model.clamp()
             ema.update(model)
-            losses.append(loss.detach())
+            # A gradient that is not finite spoils the weights: it counts as such a loss.
+            losses.append(torch.where(norm.isfinite(), loss.detach(), norm))
             bar.update()
 
             done = step + 1
-            last = done == steps or pause.asked
-            saving = done % settings["save_every"] == 0 or last
+            saving = done % settings["save_every"] == 0 or done == steps or pause.asked
             looking = done % settings["sample_every"] == 0 or done == steps
             if done % every_log == 0 or saving or looking:
                 # The only place that waits for the device: figures are read here, not every step.
                 smooth = torch.stack(losses).mean().item()
                 if not math.isfinite(smooth):
-                    raise UserError(f"{stage}, step {done}: the loss is {smooth}. The last "
+                    raise UserError(f"{run.stage}, step {done}: the loss is {smooth}. The last "
                                     "checkpoint is kept: try a smaller --lr, with --resume")
                 speed = settings["batch_size"] * len(losses) / (time.time() - started)
                 bar.set_postfix(loss=f"{smooth:.4f}", images_per_s=f"{speed:.0f}")
                 rate = learning_rate(step, settings)
-                report(done, {"loss": smooth, "lr": rate, "images_per_s": speed})
+                run.report(done, {"loss": smooth, "lr": rate, "images_per_s": speed})
                 if saving:
-                    save(done)
-                if looking and rank == 0:
-                    look(done)
+                    run.save(done, model, ema, optimizer)
+                if looking:
+                    averaged.load_state_dict(ema.weights)
+                    run.look(done, averaged, val_batches, device)
                 losses, started = [], time.time()
             if pause.asked:
-                raise KeyboardInterrupt(f"{path} is saved at step {done}: --resume goes on")
-    finally:
-        bar.close()
-        pause.restore()
-    if rank == 0:
+                raise KeyboardInterrupt(f"{run.path} is saved at step {done}: --resume goes on")
+    if run.writes:
         minutes = (time.time() - begun) / 60
-        print(f"{stage}: steps {first} to {steps} took {minutes:.1f} minutes, loss {smooth:.4f}")
+        print(f"{run.stage}: steps {first} to {steps}, {minutes:.1f} minutes, loss {smooth:.4f}")
 
 
 class Interrupt:
     """Ctrl-C asks the loop to stop after the step it is in, where everything fits together."""
 
-    def __init__(self):
+    def __enter__(self):
         self.asked, self.before = False, signal.signal(signal.SIGINT, self.ask)
+        return self
 
     def ask(self, *_):
         self.asked = True
-        self.restore()  # a second Ctrl-C stops at once
+        self.__exit__()  # a second Ctrl-C stops at once
 
-    def restore(self):
+    def __exit__(self, *_):
         signal.signal(signal.SIGINT, self.before)
 
 
@@ -435,7 +443,8 @@ def run_stage(stage, args, device):
         print(f"{stage}: {millions:.1f}M parameters, {settings['steps']} steps of "
               f"{settings['batch_size']} on {device}, to {path}")
     clip = clip and {"spec": args.clip, "identity": clip.identity}
-    train(stage, model, batches, val_batches, settings, path, device, clip, resume)
+    run = Run(stage, path, settings, clip, rank() == 0)
+    train(run, model, batches, val_batches, device, resume)
 
 
 @exit_code

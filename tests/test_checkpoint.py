@@ -1,4 +1,4 @@
-"""Claims about checkpoints: rebuilt alone, written whole or not at all, and read without running."""
+"""Claims about checkpoints: rebuilt alone, written whole or not at all, read without running."""
 
 import errno
 import os
@@ -61,7 +61,9 @@ def prior_file(tmp_path):
 
 def fails_with(path, *words):
     """A UserError of one line that names the file and says these words."""
-    return pytest.raises(UserError, match=r"(?s)^(?!.*\n)" + "".join(f"(?=.*{w})" for w in (path, *words)))
+    return pytest.raises(
+        UserError, match=r"(?s)^(?!.*\n)" + "".join(f"(?=.*{w})" for w in (path, *words))
+    )
 
 
 def answer(model):
@@ -98,7 +100,9 @@ def test_a_rebuilt_model_gives_the_same_answer(prior_file):
 
 def test_everything_in_the_dictionary_comes_back(tmp_path):
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
-    saved = dict(stage="prior", config={}, ema={}, step=3, optimizer=optimizer.state_dict(), run={"lr": 1e-3})
+    saved = dict(
+        stage="prior", config={}, ema={}, step=3, optimizer=optimizer.state_dict(), run={"lr": 1e-3}
+    )
     save_checkpoint(tmp_path / "new" / "folder" / "x.pt", saved)
     assert load_checkpoint(tmp_path / "new" / "folder" / "x.pt", "prior") == saved
 
@@ -152,7 +156,9 @@ def test_a_failed_write_leaves_the_previous_checkpoint_as_it_was(monkeypatch, pr
 
 
 def test_a_failed_first_write_leaves_nothing(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch, "save", failing_save(OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(
+        torch, "save", failing_save(OSError(errno.ENOSPC, "No space left on device"))
+    )
     with pytest.raises(UserError) as info:
         save_checkpoint(tmp_path / "prior.pt", {})
     assert "previous" not in str(info.value) and list(tmp_path.iterdir()) == []
@@ -293,7 +299,9 @@ def test_the_small_clip_comes_back_frozen_and_itself(tmp_path):
     save_checkpoint(tmp_path / "clip.pt", describe("clip", small, ema=half))
     clip, wanted = load_clip(tmp_path), freeze_small_clip(small)
     assert clip.identity == wanted.identity  # also from half precision
-    for ours, theirs in zip(clip.encode_text(["a red star", "star"]), wanted.encode_text(["a red star", "star"])):
+    for ours, theirs in zip(
+        clip.encode_text(["a red star", "star"]), wanted.encode_text(["a red star", "star"])
+    ):
         assert_close(ours, theirs, rtol=0, atol=2e-2)
 
 

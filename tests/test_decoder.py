@@ -79,9 +79,13 @@ def test_attention_is_one_softmax_over_context_and_pixels():
     mask = flags(1, 1, 0, 1, 0, 1, 1, 1, 1, 0).view(B, N)
     wanted = x.clone()
     for b in range(B):  # the plain way: one head, one list of things to look at, no batches
-        group = F.group_norm(x[b : b + 1], group_norm(C).num_groups, layer.norm.weight, layer.norm.bias)
+        group = F.group_norm(
+            x[b : b + 1], group_norm(C).num_groups, layer.norm.weight, layer.norm.bias
+        )
         pixels = group[0].permute(1, 2, 0).reshape(H * H, C)
-        q, k, v = (pixels @ w.T + c for w, c in zip(layer.qkv.weight.chunk(3), layer.qkv.bias.chunk(3)))
+        q, k, v = (
+            pixels @ w.T + c for w, c in zip(layer.qkv.weight.chunk(3), layer.qkv.bias.chunk(3))
+        )
         tokens = context[b, mask[b]]  # masked tokens do not exist at all
         halves = zip(layer.context_kv.weight.chunk(2), layer.context_kv.bias.chunk(2))
         context_k, context_v = (tokens @ w.T + c for w, c in halves)
@@ -156,7 +160,9 @@ def test_stem_of_two_is_the_same_network_on_patches_of_two_by_two():
     plain = UNet(3 * 4, 5 * 4, **shape).eval()
     plain.load_state_dict(with_stem.state_dict())
     x, emb = torch.randn(2, 3, 16, 16), torch.randn(2, E)
-    assert_close(space_to_depth(with_stem(x, emb)), plain(space_to_depth(x), emb), rtol=0, atol=1e-5)
+    assert_close(
+        space_to_depth(with_stem(x, emb)), plain(space_to_depth(x), emb), rtol=0, atol=1e-5
+    )
 
 
 def test_unet_without_attention_levels_has_no_attention():
@@ -166,7 +172,9 @@ def test_unet_without_attention_levels_has_no_attention():
 
 def test_decoder_attends_at_16_and_8_pixels_by_default():
     config = DecoderConfig(D, W, L)
-    model = Decoder(replace(TINY, multiples=config.multiples, attention_levels=config.attention_levels))
+    model = Decoder(
+        replace(TINY, multiples=config.multiples, attention_levels=config.attention_levels)
+    )
     sides = []
     for module in model.modules():
         if isinstance(module, Attention):
@@ -220,7 +228,9 @@ def test_embedding_and_end_of_text_are_added_to_the_timestep():
         tokens = cond["context"][:, IMAGE_TOKENS:]
         image = torch.stack([image_emb[0], model.null_image_emb, image_emb[2]])
         # Example 0 ends with its token 7, example 1 with its token 2, example 2 has no caption.
-        text = torch.stack([model.text_to_time(tokens[0, 7]), model.text_to_time(tokens[1, 2]), model.null_caption])
+        text = torch.stack(
+            [model.text_to_time(tokens[0, 7]), model.text_to_time(tokens[1, 2]), model.null_caption]
+        )
         wanted = model.time(t) + model.image_to_time(image * math.sqrt(D)) + text
     assert_close(told[0], wanted, rtol=0, atol=1e-5)
 
@@ -251,7 +261,7 @@ def test_padding_tokens_of_the_caption_are_ignored():
     def answer(text_enc):
         return model(x_t.double(), t, **model.condition(emb, text_enc, text_mask, yes, yes))
 
-    with torch.no_grad():  # mistake 7 of shared/paper.md: features behind the end are junk
+    with torch.no_grad():  # seen elsewhere: features behind the end are junk
         junk = torch.where(text_mask[..., None], text_enc, 10 * torch.randn_like(text_enc))
         before = answer(text_enc)
         assert_close(answer(junk), before, rtol=0, atol=1e-10)
@@ -375,7 +385,9 @@ def test_guidance_goes_from_neither_condition_at_0_to_both_at_1_and_beyond(scale
 
 def test_guidance_runs_one_batch_at_1_and_two_in_one_else():
     model, (x_t, t), sizes = make_decoder(), noised(3), []
-    model.register_forward_pre_hook(lambda module, args, kwargs: sizes.append(len(args[0])), with_kwargs=True)
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(args[0])), with_kwargs=True
+    )
     with torch.no_grad():
         for scale in (1, 1.0, 2.0, 0.0):
             model.network(unit(3, D), *captions([L, 3, 5]), scale)(x_t, t)
@@ -391,7 +403,9 @@ def training_batch(B=8):
     return dict(image=image, image_emb=unit(B, D), text_enc=text_enc, text_mask=text_mask)
 
 
-@pytest.mark.parametrize("variance, channels", [("learned", 6), ("fixed_small", 3), ("fixed_large", 3)])
+@pytest.mark.parametrize(
+    "variance, channels", [("learned", 6), ("fixed_small", 3), ("fixed_large", 3)]
+)
 def test_learned_variance_doubles_the_channels(variance, channels):
     model, (x_t, t) = make_decoder(variance=variance), noised(2)
     assert DecoderConfig(D, W, L).variance == "learned"
@@ -408,9 +422,11 @@ def test_learned_variance_doubles_the_channels(variance, channels):
 @pytest.mark.parametrize("t", [0, 1, 25, T - 1])
 def test_loss_and_gradients_are_finite_in_bf16_at_every_noise_level(monkeypatch, t):
     model, batch = make_decoder(drop_image_emb=0.5), training_batch()
-    monkeypatch.setattr(torch, "randint", lambda low, high, shape, device: torch.full(shape, t, device=device))
+    monkeypatch.setattr(
+        torch, "randint", lambda low, high, shape, device: torch.full(shape, t, device=device)
+    )
     losses = []
-    for enabled in (False, True):  # mistake 5 of shared/paper.md: log-variances in half precision
+    for enabled in (False, True):  # seen elsewhere: log-variances in half precision
         torch.manual_seed(1)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             losses.append(model.loss(batch))
@@ -441,7 +457,7 @@ def test_flat_grey_pictures_keep_their_grey(monkeypatch, eta):
         return torch.cat([v, torch.zeros_like(v)], dim=1)
 
     monkeypatch.setattr(model, "forward", oracle)
-    pictures = model.sample(unit(3, D), eta=eta)  # mistake 8: rescaling by each one's min and max
+    pictures = model.sample(unit(3, D), eta=eta)  # seen elsewhere: rescaling by each one's min and max
     assert_close(pictures, greys.expand(3, 3, 16, 16), rtol=0, atol=1e-4)
 
 
@@ -462,7 +478,9 @@ def test_a_picture_drawn_in_a_batch_equals_the_one_drawn_alone(eta):
         one = (x[k : k + 1] for x in (emb, *text))
         alone = model.sample(*one, scale=2, eta=eta, generators=seeds([7 + k]))
         assert_close(together[k], alone[0], rtol=0, atol=1e-4)
-    assert differs(model.sample(emb, *text, scale=2, eta=eta, generators=seeds([17, 18, 19])), together)
+    assert differs(
+        model.sample(emb, *text, scale=2, eta=eta, generators=seeds([17, 18, 19])), together
+    )
 
 
 def test_ddim_without_noise_depends_on_x_T_alone():
@@ -506,5 +524,7 @@ def test_sampling_takes_the_configured_steps_or_those_asked_for():
     for steps, wanted in ((None, TINY.sample_steps), (2, 2)):
         for eta in (None, 0.0):
             visited = []
-            make_decoder().sample(unit(1, D), steps=steps, eta=eta, on_step=lambda k, t, x, x_0: visited.append(t))
+            make_decoder().sample(
+                unit(1, D), steps=steps, eta=eta, on_step=lambda k, t, x, x_0: visited.append(t)
+            )
             assert len(visited) == wanted and visited[0] == T - 1 and visited[-1] == 0

@@ -1,4 +1,4 @@
-"""Claims about the prior: its sequence and mask, the shared prefix, dropping, guidance, sampling."""
+"""Claims about the prior: sequence and mask, the shared prefix, dropping, guidance, sampling."""
 
 import math
 
@@ -8,7 +8,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from prior import Block, DiffusionPrior, PriorConfig, causal_mask, embedding_scale, rerank, run_blocks
+from prior import (
+    Block,
+    DiffusionPrior,
+    PriorConfig,
+    causal_mask,
+    embedding_scale,
+    rerank,
+    run_blocks,
+)
 
 D, W, L, M, T = 16, 12, 8, 32, 50
 TINY = dict(dim=D, text_width=W, text_len=L, width=M, depth=2, heads=2,
@@ -196,7 +204,7 @@ def test_dropping_takes_away_the_whole_caption_and_nothing_else():
 
     with torch.no_grad():
         assert_close(answer(text=other), answer(), rtol=0, atol=1e-5)
-        # Mistake 1 of shared/paper.md: without the noised embedding, guidance fails above 1.
+        # Seen elsewhere: without the noised embedding, guidance fails above 1.
         assert (answer(x_t=torch.randn(3, D)) - answer()).abs().amax(1).min() > 1e-3
         assert (answer(t=t + 5) - answer()).abs().amax(1).min() > 1e-3
         for part in range(2):  # a kept caption enters by its pooled embedding and by its tokens
@@ -222,7 +230,9 @@ def test_null_text_embedding_is_learned_from_dropped_examples_only():
 def test_rows_without_any_token_give_no_nan():
     model, (text_emb, text_enc, text_mask) = make_prior(), captions([0, 0, 3])
     batch = dict(image_emb=unit(3, D), text_emb=text_emb, text_enc=text_enc, text_mask=text_mask)
-    out = model(torch.randn(3, D), torch.tensor([0, 20, T - 1]), text_emb, text_enc, text_mask, yes(0, 1, 0))
+    out = model(
+        torch.randn(3, D), torch.tensor([0, 20, T - 1]), text_emb, text_enc, text_mask, yes(0, 1, 0)
+    )
     assert out.isfinite().all()
     model.loss(batch).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
@@ -297,7 +307,7 @@ def test_loss_does_not_scale_the_batchs_embeddings_in_place():
     text = dict(zip(("text_emb", "text_enc", "text_mask"), captions([L, 3])))
     batch = {"image_emb": unit(2, D), **text}
     before = {name: value.clone() for name, value in batch.items()}
-    model.loss(batch)  # mistake 2 of shared/paper.md: cached embeddings scaled at each use
+    model.loss(batch)  # seen elsewhere: cached embeddings scaled at each use
     for name in batch:
         assert_close(batch[name], before[name], rtol=0, atol=0)
 
@@ -312,7 +322,9 @@ def test_training_shows_k_copies_of_each_embedding_each_at_its_own_t(monkeypatch
 
     monkeypatch.setattr(model, "forward", oracle)
     text = dict(zip(("text_emb", "text_enc", "text_mask"), captions([4] * B)))
-    assert_close(model.loss({"image_emb": image_emb, **text}), torch.tensor(0.0), rtol=0, atol=1e-10)
+    assert_close(
+        model.loss({"image_emb": image_emb, **text}), torch.tensor(0.0), rtol=0, atol=1e-10
+    )
     (x_t, t), alpha_bar = seen[0], model.diffusion.alphas_cumprod
     assert (t.view(B, K)[:, 0] != t.view(B, K)[:, 1]).float().mean() > 0.9
     signal, sigma = alpha_bar[t].sqrt().float()[:, None], (1 - alpha_bar[t]).sqrt().float()[:, None]
@@ -328,7 +340,9 @@ def test_prior_learns_to_read_the_text_embedding():
     for _ in range(80):
         image_emb = unit(16, D)
         _, text_enc, text_mask = captions([1] * 16)
-        batch = dict(image_emb=image_emb, text_emb=image_emb, text_enc=0 * text_enc, text_mask=text_mask)
+        batch = dict(
+            image_emb=image_emb, text_emb=image_emb, text_enc=0 * text_enc, text_mask=text_mask
+        )
         loss = model.loss(batch)
         optimizer.zero_grad()
         loss.backward()
@@ -354,7 +368,11 @@ def test_sampling_with_an_oracle_returns_its_embedding(monkeypatch, predict):
 
     def oracle(x_t, t, cache, key_mask):
         alpha_bar = model.diffusion.alphas_cumprod[t].float()[:, None]
-        return scaled if predict == "x_0" else (x_t - alpha_bar.sqrt() * scaled) / (1 - alpha_bar).sqrt()
+        return (
+            scaled
+            if predict == "x_0"
+            else (x_t - alpha_bar.sqrt() * scaled) / (1 - alpha_bar).sqrt()
+        )
 
     monkeypatch.setattr(model, "cached_network", oracle)
     assert_close(model.sample(*text, candidates=candidates), target, rtol=0, atol=1e-4)
@@ -369,7 +387,9 @@ def test_sampling_takes_the_configured_steps_or_those_asked_for():
     assert PriorConfig(D, W, L).sample_steps == 64  # paper table 3
     for steps, wanted in ((None, TINY["sample_steps"]), (4, 4)):
         visited = []
-        make_prior().sample(*captions([L]), steps=steps, on_step=lambda k, t, x, x_0: visited.append(t))
+        make_prior().sample(
+            *captions([L]), steps=steps, on_step=lambda k, t, x, x_0: visited.append(t)
+        )
         assert len(visited) == wanted and visited[0] == T - 1 and visited[-1] == 0
 
 
