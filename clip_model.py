@@ -142,7 +142,7 @@ class SmallClip(nn.Module):
         image_emb, text_emb, scale = self.model(
             batch["image"], batch["tokens"]
         )  # scale: exp'd already
-        return clip_loss(image_emb.float(), text_emb.float(), scale)
+        return clip_loss(image_emb, text_emb, scale)
 
     def clamp(self):
         """Call after each step: CLIP keeps its temperature from running away (CLIP sec. 2.5)."""
@@ -158,7 +158,9 @@ def clip_loss(image_emb, text_emb, scale):
     """
     if dist.is_initialized():
         image_emb, text_emb = torch.cat(all_gather(image_emb)), torch.cat(all_gather(text_emb))
-    logits = scale * image_emb @ text_emb.T  # (B, B)
+    # Not in bfloat16: with 8 bits, a scale of 100 would leave logits right to about half a unit.
+    with torch.autocast(image_emb.device.type, enabled=False):
+        logits = scale.float() * image_emb.float() @ text_emb.float().T  # (B, B)
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
