@@ -94,7 +94,7 @@ def build(checkpoint, path="the checkpoint"):
         # Shipped weights are stored in half precision; load_state_dict turns them into float32.
         model.load_state_dict(checkpoint["ema"])
     except (TypeError, KeyError, ValueError, AttributeError, RuntimeError, UserError) as e:
-        reason = str(e).splitlines()[0]
+        reason = " ".join(str(e).split())[:200]
         raise UserError(f"{path}: weights and configuration do not fit this version ({reason}): "
                         "train this stage again") from e
     return model.eval()

@@ -21,7 +21,8 @@ Read next: diffusion.py; how embeddings are computed once and kept is at the end
 """
 
 import hashlib
-import json
+import os
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ from torch.distributed.nn.functional import all_gather
 from tqdm import tqdm
 
 from data import UserError
+from diffusion import at_least_float32
 
 # --- words to numbers ------------------------------------------------------------------------
 
@@ -130,11 +132,11 @@ class SmallClip(nn.Module):
         vision = open_clip.CLIPVisionCfg(
             layers=config.vision_layers, width=config.vision_width, head_width=32,
             image_size=config.image_size,
-        )  # fmt: skip
+        )
         text = open_clip.CLIPTextCfg(
             context_length=config.context_length, vocab_size=len(config.vocab) + 2,
             width=config.text_width, heads=config.text_heads, layers=config.text_layers,
-        )  # fmt: skip
+        )
         self.model = open_clip.CLIP(config.dim, vision, text)
 
     def loss(self, batch):
@@ -160,7 +162,7 @@ def clip_loss(image_emb, text_emb, scale):
         image_emb, text_emb = torch.cat(all_gather(image_emb)), torch.cat(all_gather(text_emb))
     # Not in bfloat16: with 8 bits, a scale of 100 would leave logits right to about half a unit.
     with torch.autocast(image_emb.device.type, enabled=False):
-        logits = scale.float() * image_emb.float() @ text_emb.float().T  # (B, B)
+        logits = scale * at_least_float32(image_emb) @ at_least_float32(text_emb).T  # (B, B)
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
@@ -186,7 +188,8 @@ class FrozenClip(nn.Module):
         for key in ("mean", "std"):
             value = torch.tensor(settings.get(key, (0.5, 0.5, 0.5))).view(3, 1, 1)
             self.register_buffer(key, value, persistent=False)
-        text_emb, text_enc, _ = self.encode_ids(torch.zeros(1, tokenizer.context_length, dtype=torch.long))
+        ids = torch.zeros(1, tokenizer.context_length, dtype=torch.long)
+        text_emb, text_enc, _ = self.encode_ids(ids)
         self.dim, self.text_len, self.text_width = text_emb.shape[1], *text_enc.shape[1:]
         self.identity = f"{name}:{weights_hash(model)}"
 
@@ -251,19 +254,19 @@ def load_open_clip(spec):
     name, _, pretrained = spec.partition(":")
     if name not in open_clip.list_models():
         raise UserError(f"--clip: open_clip has no model '{name}'; python -c 'import open_clip; "
-                        "print(open_clip.list_models())' lists them")  # fmt: skip
+                        "print(open_clip.list_models())' lists them")
     if not pretrained:
         raise UserError(f"--clip {name}: say which weights, as {name}:TAG or {name}:FILE")
     text = open_clip.get_model_config(name)["text_cfg"]
     if "hf_tokenizer_name" in text or "embed_cls" in text:  # SigLIP, CLIPA, CoCa, ...
-        raise UserError(f"--clip {name}: its captions are not read as CLIP's are (another tokenizer "
-                        "or another place for the embedding); choose a plain CLIP, as ViT-B-32")  # fmt: skip
+        raise UserError(f"--clip {name}: its captions are not read as CLIP's are (another "
+                        "tokenizer or place of the embedding); choose a plain CLIP, as ViT-B-32")
     try:
         model = open_clip.create_model(name, pretrained=pretrained, weights_only=True)
     except Exception as e:
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise UserError(f"--clip {spec}: cannot load these weights ({reason}); "
-                        "give a tag of this model or a local weights file") from e  # fmt: skip
+                        "give a tag of this model or a local weights file") from e
     return FrozenClip(model, Tokenizer(open_clip.get_tokenizer(name).context_length), name)
 
 
@@ -275,20 +278,20 @@ class Embeddings:
 
     image_emb (N, D) and, for the U different captions, text_emb (U, D) are half-precision arrays.
     Token features are kept without padding, one caption after another in text_enc (tokens, W):
-    caption u owns the rows starts[u] to starts[u + 1]. captions_of[i] lists picture i's captions.
+    caption u owns the rows starts[u] to starts[u + 1]. Likewise picture i owns the entries
+    caption_starts[i] to caption_starts[i + 1] of caption_ids, the numbers u of its captions.
     """
 
-    def __init__(self, folder, dim, text_len, text_width):
-        self.text_len, self.dim, self.text_width = text_len, dim, text_width
-        for name in (
-            "image_emb",
-            "text_emb",
-            "text_enc",
-            "starts",
-            "caption_ids",
-            "caption_starts",
-        ):
+    ARRAYS = ("image_emb", "text_emb", "text_enc", "starts", "caption_ids", "caption_starts")
+
+    def __init__(self, folder, text_len, text_width):
+        self.folder, self.text_len, self.text_width = folder, text_len, text_width
+        for name in self.ARRAYS:
             setattr(self, name, np.load(folder / f"{name}.npy", mmap_mode="r"))
+
+    def __reduce__(self):
+        """Sent to another process, the arrays are opened there again instead of being copied."""
+        return Embeddings, (self.folder, self.text_len, self.text_width)
 
     def __len__(self):
         return len(self.image_emb)
@@ -313,24 +316,28 @@ def embed(clip, data, folder, batch_size=128):
     """Embeddings of `data` under `clip`: from `folder` if they are there, else computed and kept.
 
     The sub-folder's name holds CLIP's identity and the data's fingerprint, so another CLIP or
-    changed data can never be served old embeddings; meta.json is written last, so a pass that
-    was interrupted leaves nothing that looks finished.
+    changed data can never be served old embeddings. It is made under another name and renamed
+    when whole: an interrupted pass, or two at once, leave nothing that only looks finished.
     """
     key = f"{clip.identity}|{data.name}|{data.fingerprint()}|{len(data)}"
     folder = Path(folder) / hashlib.sha256(key.encode()).hexdigest()[:16]
-    meta = folder / "meta.json"
-    if not (meta.exists() and json.loads(meta.read_text()).get("key") == key):
-        folder.mkdir(parents=True, exist_ok=True)
+    if not folder.exists():
+        making = folder.with_name(f"{folder.name}.{os.getpid()}")
+        making.mkdir(parents=True, exist_ok=True)
         captions = [data.captions(i) for i in range(len(data))]
         unique = {c: u for u, c in enumerate(dict.fromkeys(c for cs in captions for c in cs))}
-        np.save(folder / "caption_ids.npy", np.array([unique[c] for cs in captions for c in cs]))
-        np.save(folder / "caption_starts.npy", np.cumsum([0] + [len(cs) for cs in captions]))
-        embed_captions(clip, list(unique), folder, batch_size)
-        embed_images(clip, data, folder, batch_size)
-        temporary = meta.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"key": key, "captions": len(unique), "images": len(data)}))
-        temporary.replace(meta)
-    return Embeddings(folder, clip.dim, clip.text_len, clip.text_width)
+        try:
+            np.save(making / "caption_ids.npy", np.array([unique[c] for cs in captions for c in cs]))
+            np.save(making / "caption_starts.npy", np.cumsum([0] + [len(cs) for cs in captions]))
+            embed_captions(clip, list(unique), making, batch_size)
+            embed_images(clip, data, making, batch_size)
+            making.rename(folder)
+        except OSError:
+            if not folder.exists():  # else somebody was faster with the same
+                raise
+        finally:
+            shutil.rmtree(making, ignore_errors=True)
+    return Embeddings(folder, clip.text_len, clip.text_width)
 
 
 def embed_captions(clip, captions, folder, batch_size):

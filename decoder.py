@@ -43,7 +43,7 @@ class TimeEmbedding(nn.Module):
 
 
 def group_norm(channels):
-    """32 groups as in ADM, but no fewer than 4 channels in a group: our networks are narrow."""
+    """At most 32 groups (ADM) and at least 4 channels in each: our networks are narrow."""
     return nn.GroupNorm(math.gcd(32, channels // 4), channels)
 
 

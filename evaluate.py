@@ -32,9 +32,8 @@ from tqdm import tqdm
 
 from data import BACKGROUNDS, COLOURS, SHAPES
 from data import Claim, Scene, Shapes, Thing, UserError, parse_caption, render, to_tensor
-from sample import (
-    Parser, Pipeline, choose_device, default_weights, draw_grid, exit_code, positive, save_picture,
-)
+from sample import Parser, Pipeline, choose_device, default_weights, draw_grid, exit_code
+from sample import natural, number, positive, save_picture
 
 S = 64
 G = 24
@@ -341,6 +340,9 @@ def judge_captions(args):
     """
     device = choose_device(args.device)
     pipeline = Pipeline(args.weights or default_weights(), device, S)
+    if pipeline.sizes[-1] < 48:
+        raise UserError(f"{pipeline.folder} draws {pipeline.sizes[-1]} pixels, the judge needs 48: "
+                        "train upsampler1")
     print(f"weights: {pipeline.folder}, drawn at {pipeline.sizes[0]}, judged at {S} px")
     table = {}
     for row, split in (("true_embedding", "val"), ("text", "val"), ("held_out", "held_out")):
@@ -367,9 +369,9 @@ def add_drawing_options(sub):
     """The options of every command that draws pictures with trained weights."""
     sub.add_argument("--weights", help="folder of checkpoints (default: as sample.py)")
     sub.add_argument(
-        "--prior-scale", type=float, default=1.0, help="guidance of the prior; off at 1"
+        "--prior-scale", type=number, default=1.0, help="guidance of the prior; off at 1"
     )
-    sub.add_argument("--scale", type=float, default=2.0, help="guidance of the decoder; off at 1")
+    sub.add_argument("--scale", type=number, default=2.0, help="guidance of the decoder; off at 1")
     sub.add_argument("--prior-steps", type=int, help="sampling steps of the prior")
     sub.add_argument("--steps", type=int, help="sampling steps of the decoder")
     sub.add_argument("--out", help="folder for sheets of the judged pictures")
@@ -382,7 +384,7 @@ def build_parser():
 
     def command(name, run, text):
         sub = commands.add_parser(name, help=text, description=text)
-        sub.add_argument("--seed", type=int, default=0, help="seed of scenes and noise")
+        sub.add_argument("--seed", type=natural, default=0, help="seed of scenes and noise")
         sub.add_argument("--json", metavar="FILE", help="also write the table to this file")
         sub.add_argument("-n", type=positive, default=500, help="number of scenes")
         sub.set_defaults(run=run)

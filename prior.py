@@ -260,10 +260,10 @@ class DiffusionPrior(nn.Module):
         """
         B, D = text_emb.shape
         keep = torch.zeros(B, dtype=torch.bool, device=text_emb.device)
-        conditions = [self.encode_caption(text_emb, text_enc, text_mask)]
-        conditions += [self.encode_caption(text_emb, text_enc, text_mask, keep)]
+        cond = self.encode_caption(text_emb, text_enc, text_mask)
+        uncond = cond if scale == 1 else self.encode_caption(text_emb, text_enc, text_mask, keep)
         cond, uncond = (
-            {k: v.repeat_interleave(candidates, 0) for k, v in c.items()} for c in conditions
+            {k: v.repeat_interleave(candidates, 0) for k, v in c.items()} for c in (cond, uncond)
         )
         # An example's candidates take turns at its own generator, so the batch plays no part.
         if generators is not None:

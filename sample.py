@@ -15,6 +15,8 @@ Read next: evaluate.py, which measures what comes out.
 
 import argparse
 import functools
+import math
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -36,19 +38,20 @@ def choose_device(name):
     """ "auto", "cpu", "cuda", "cuda:1", ... -> torch.device. Raises UserError if it isn't there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as e:
-        raise UserError(f"--device {name}: not a device; use auto, cpu or cuda") from e
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: this machine has no CUDA device; use --device cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"--device {name}: not a device; use auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA "
+                        "devices; use --device cpu or auto")
     return device
 
 
 def autocast(device):
     """Compute in bfloat16 where the hardware multiplies it fast; weights stay in float32."""
     device = torch.device(device)
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16()
+    cuda = device.type == "cuda"
+    fast = torch.cuda.get_device_capability(device) >= (8, 0) if cuda else cpu_has_bf16()
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
@@ -97,13 +100,15 @@ class Pipeline:
             checkpoints.check_clip(model, self.clip, self.folder / f"{stage}.pt")
         self.sizes = [self.stages["decoder"].config.size] if "decoder" in stages else []
         for stage in ("upsampler1", "upsampler2"):
-            if self.sizes and self.sizes[-1] < size and (self.folder / f"{stage}.pt").exists():
-                model = checkpoints.load_stage(folder, stage, device)
-                if model.config.low_size != self.sizes[-1]:
-                    raise UserError(f"{self.folder}/{stage}.pt enlarges {model.config.low_size}, "
-                                    f"not {self.sizes[-1]}: train it with the decoder's preset")
-                self.stages[stage] = model
-                self.sizes.append(model.config.size)
+            wanted = self.sizes and self.sizes[-1] < size
+            if not wanted or not (self.folder / f"{stage}.pt").exists():
+                break
+            model = checkpoints.load_stage(folder, stage, device)
+            if model.config.low_size != self.sizes[-1]:
+                raise UserError(f"{self.folder}/{stage}.pt enlarges {model.config.low_size} px, "
+                                f"not {self.sizes[-1]}: train it with the decoder's preset")
+            self.stages[stage] = model
+            self.sizes.append(model.config.size)
 
     def text(self, captions):
         """Captions -> text_emb (B, D), text_enc (B, L, W), text_mask (B, L)."""
@@ -196,9 +201,14 @@ def save_picture(image, path, **options):
         raise UserError(f"cannot write {path}: {e}") from e
 
 
-def slug(caption):
-    """A caption as a file name."""
-    return "-".join("".join(c if c.isalnum() else " " for c in caption.lower()).split())[:60]
+def slugs(captions):
+    """Captions as file names: their words, cut at 60 letters, numbered where two are the same."""
+    names = []
+    for caption in captions:
+        words = "".join(c if c.isalnum() else " " for c in caption.lower()).split()
+        name = "-".join(words)[:60] or "caption"
+        names.append(name if name not in names else f"{name}-{len(names)}")
+    return names
 
 
 class Film:
@@ -242,7 +252,13 @@ def exit_code(main):
         try:
             main(argv)
         except UserError as e:
-            print(f"error: {e}", file=sys.stderr)
+            # One raised in a worker process arrives as a whole traceback, the message last.
+            message = str(e).strip().splitlines()[-1].removeprefix("data.UserError: ")
+            print(f"error: {message}", file=sys.stderr)
+            return 2
+        except OSError as e:  # a full disk, a folder that is a file, no permission, ...
+            where = f"{e.filename}: " if e.filename else ""
+            print(f"error: {where}{e.strerror or e}; check the path and the room", file=sys.stderr)
             return 2
         except KeyboardInterrupt as e:
             print(f"stopped. {e}", file=sys.stderr)
@@ -259,10 +275,24 @@ def positive(text):
     return value
 
 
-def positive_number(text):
+def natural(text):
+    value = int(text)
+    if not 0 <= value < 2**48:
+        raise argparse.ArgumentTypeError(f"{value}: must be 0 or more, and below 2^48")
+    return value
+
+
+def number(text):
     value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: must be a number above 0")
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text}: must be a finite number")
+    return value
+
+
+def positive_number(text):
+    value = number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0")
     return value
 
 
@@ -275,23 +305,25 @@ def text_command(args):
     size = reachable_size(pipeline, args.size)
     out = Path(args.out)
     folder, grid_path = (out.parent, out) if out.suffix == ".png" else (out, None)
-    jobs = [(caption, args.seed + k) for caption in args.caption for k in range(args.n)]
+    texts = [pipeline.text([caption]) for caption in args.caption]
+    names = slugs(args.caption)
+    jobs = [(c, args.seed + k) for c in range(len(names)) for k in range(args.n)]
     pictures = []
-    for caption, seed in tqdm(jobs, "pictures", disable=None):
+    for c, seed in tqdm(jobs, "pictures", disable=None):
         film = Film() if args.film else None
-        text = pipeline.text([caption])
+        text, name = texts[c], f"{names[c]}_{seed}"
         image_emb = pipeline.embed(text, [seed], args.prior_scale, args.prior_steps)
         picture = pipeline.decode(image_emb, text, [seed], args.scale, args.steps, on_step=film)
         picture = pipeline.upsample(picture, [seed], size)
         pictures.append(picture.cpu())
-        name = f"{slug(caption)}_{seed}"
         save_picture(to_pil(picture[0]), folder / f"{name}.png")
         print(folder / f"{name}.png")
         if film:
             film.save(folder / f"{name}.gif")
             print(folder / f"{name}.gif")
-    grid_path = grid_path or folder / f"grid_{slug(args.caption[0])}_{args.seed}.png"
-    grid = draw_grid(torch.cat(pictures), [c for c, _ in jobs], columns=args.n if args.n > 1 else 4)
+    grid_path = grid_path or folder / f"grid_{names[0]}_{args.seed}.png"
+    columns = args.n if args.n > 1 else 4
+    grid = draw_grid(torch.cat(pictures), [args.caption[c] for c, _ in jobs], columns)
     save_picture(grid, grid_path)
     print(grid_path)
 
@@ -309,9 +341,9 @@ def main(argv=None):
         "--size", type=int, default=64, help="side of the pictures: 64, 256 or 1024 pixels"
     )
     text.add_argument(
-        "--prior-scale", type=float, default=1.0, help="guidance of the prior; off at 1"
+        "--prior-scale", type=number, default=1.0, help="guidance of the prior; off at 1"
     )
-    text.add_argument("--scale", type=float, default=2.0, help="guidance of the decoder; off at 1")
+    text.add_argument("--scale", type=number, default=2.0, help="guidance of the decoder; off at 1")
     text.add_argument(
         "--prior-steps", type=int, default=None, help="sampling steps of the prior, 1 to T"
     )
@@ -319,7 +351,7 @@ def main(argv=None):
         "--steps", type=int, default=None, help="sampling steps of the decoder, 1 to T"
     )
     text.add_argument(
-        "--seed", type=int, default=0, help="of the first picture; the next has seed + 1"
+        "--seed", type=natural, default=0, help="of the first picture; the next has seed + 1"
     )
     text.add_argument(
         "--out", default="samples", help="folder for the pictures, or a .png for the grid"

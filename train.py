@@ -21,6 +21,7 @@ import os
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ import checkpoint as checkpoints
 from clip_model import Tokenizer, embed, make_vocab
 from data import UserError, load_data
 from sample import Parser, autocast, choose_device, draw_grid, exit_code, positive
-from sample import positive_number, save_picture
+from sample import natural, positive_number, save_picture
 from upsampler import training_pair
 
 ORDER = ("clip", "prior", "decoder", "upsampler1", "upsampler2")
@@ -131,7 +132,9 @@ class Batches(torch.utils.data.Dataset):
         config, data = self.config, self.data
         if self.stage == "clip":
             captions = [c[rng.integers(len(c))] for c in map(data.captions, indices)]
-            images = torch.stack([data.image(i, config.image_size) for i in indices])
+            # A square from anywhere along the picture; elsewhere the centre, as in the cache.
+            size = config.image_size
+            images = torch.stack([data.image(i, size, place=rng.random()) for i in indices])
             return {"image": images, "tokens": self.tokenizer(captions)}
         if self.stage == "prior":
             return self.embeddings.batch(indices, rng)
@@ -147,12 +150,12 @@ class Batches(torch.utils.data.Dataset):
         return {"image": torch.stack(image), "low": torch.stack(low)}
 
 
+def ignore_ctrl_c(worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides when to stop
+
+
 def loader(batches, start, stop, workers):
     """The batches start..stop-1 in order, made ahead of time by worker processes."""
-
-    def ignore_ctrl_c(worker):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides when to stop
-
     return torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(start, stop), num_workers=workers,
         worker_init_fn=ignore_ctrl_c, pin_memory=torch.cuda.is_available(),
@@ -186,7 +189,10 @@ def preview(stage, model, batches, step, device):
             return figures | {"cos_unrelated": cosine(true.roll(1, 0))}, None, None
         if stage == "decoder":
             size = batch["image"].shape[-1]  # half the side in the first part of some trainings
-            drawn = model.sample(batch["image_emb"], scale=2.0, generators=generators, size=size)
+            text = batch["text_enc"], batch["text_mask"]
+            drawn = model.sample(
+                batch["image_emb"], *text, scale=2.0, generators=generators, size=size
+            )
         else:
             drawn = model.sample(batch["low"], generators=generators)
     if stage == "decoder":
@@ -298,7 +304,7 @@ def train(run, model, batches, val_batches, device, resume=None):
         ema.weights, ema.updates = {k: v.to(device) for k, v in resume["ema"].items()}, first
     loss_of = Loss(model)
     if batches.world > 1:
-        loss_of = nn.parallel.DistributedDataParallel(loss_of, find_unused_parameters=True)
+        loss_of = nn.parallel.DistributedDataParallel(loss_of)
 
     every_log, losses = max(1, min(50, steps // 20)), []
     begun = started = time.time()
@@ -324,6 +330,7 @@ def train(run, model, batches, val_batches, device, resume=None):
             bar.update()
 
             done = step + 1
+            pause.agree(device)
             saving = done % settings["save_every"] == 0 or done == steps or pause.asked
             looking = done % settings["sample_every"] == 0 or done == steps
             if done % every_log == 0 or saving or looking:
@@ -344,6 +351,8 @@ def train(run, model, batches, val_batches, device, resume=None):
                 losses, started = [], time.time()
             if pause.asked:
                 raise KeyboardInterrupt(f"{run.path} is saved at step {done}: --resume goes on")
+    if dist.is_initialized():
+        dist.barrier()  # nobody reads the checkpoint before it is written
     if run.writes:
         minutes = (time.time() - begun) / 60
         print(f"{run.stage}: steps {first} to {steps}, {minutes:.1f} minutes, loss {smooth:.4f}")
@@ -359,6 +368,13 @@ class Interrupt:
     def ask(self, *_):
         self.asked = True
         self.__exit__()  # a second Ctrl-C stops at once
+
+    def agree(self, device):
+        """Of several processes all must stop after the same step, or some would wait for ever."""
+        if dist.is_initialized():
+            asked = torch.tensor(float(self.asked), device=device)
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+            self.asked = asked.item() > 0
 
     def __exit__(self, *_):
         signal.signal(signal.SIGINT, self.before)
@@ -383,7 +399,7 @@ def prepare(stage, args, clip):
     limit = args.limit or (preset["data"] if args.data == "shapes" else None)
     data = load_data(args.data, args.root, "train", limit)
     val = load_data(args.data, args.root, "val", 512 if args.data == "shapes" else args.limit)
-    settings["fingerprint"] = data.fingerprint()
+    settings |= {"fingerprint": data.fingerprint(), "world": world_size()}
 
     path, resume = Path(args.out) / f"{stage}.pt", None
     if path.exists() and args.resume:
@@ -391,7 +407,10 @@ def prepare(stage, args, clip):
         if "optimizer" not in resume:
             raise UserError(f"{path} has only averaged weights: it can draw, but not be resumed")
         model = checkpoints.build(resume, path)
-        for key in ("batch_size", "lr", "seed", "steps", "decay", "fingerprint"):
+        model.clip = resume["clip"]
+        if clip is not None:
+            checkpoints.check_clip(model, clip, path)
+        for key in ("batch_size", "lr", "seed", "steps", "decay", "fingerprint", "world"):
             if resume["run"].get(key) != settings[key]:
                 print(f"note: {path}: {key} was {resume['run'].get(key)}, is {settings[key]} now")
     elif path.exists():
@@ -465,9 +484,9 @@ def main(argv=None):
     add("--resume", action="store_true", help="continue from the checkpoints in --out")
     add("--save-every", type=positive, help="steps between checkpoints")
     add("--sample-every", type=positive, help="steps between sample grids")
-    add("--workers", type=int, default=2, help="processes that prepare batches")
+    add("--workers", type=natural, default=2, help="processes that prepare batches")
     add("--device", default="auto", help="auto, cpu or cuda")
-    add("--seed", type=int, default=0, help="of weights, batches and noise")
+    add("--seed", type=natural, default=0, help="of weights, batches and noise")
     args = parser.parse_args(argv)
     if args.stage not in (*ORDER, "all"):
         raise UserError(f"unknown stage '{args.stage}': use {', '.join(ORDER)} or all")
@@ -480,11 +499,14 @@ def main(argv=None):
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # The others wait while the first process computes embeddings, which can take hours.
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=12))
     try:
         for stage in ORDER if args.stage == "all" else [args.stage]:
             if stage == "clip" and args.clip != "small":
-                continue  # a pretrained CLIP is not trained
+                print(f"clip: {args.clip} is trained already")
+                continue
             run_stage(stage, args, device)
     finally:
         if dist.is_initialized():

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import checkpoint as checkpoints
 import train
 from conftest import MICRO, ROOT
 from data import Shapes
+from decoder import DecoderConfig
 from train import ADAM, Batches, Ema, learning_rate, make_model
 
 train.PRESETS["micro"] = MICRO
@@ -144,7 +146,7 @@ def test_stages_are_trained_for_the_clip_beside_them(micro_run):
 
 
 def test_decoder_runs_its_first_steps_at_half_the_side():
-    config = train.DecoderConfig(dim=4, text_width=4, text_len=4, size=16)
+    config = DecoderConfig(dim=4, text_width=4, text_len=4, size=16)
 
     class NoText:
         def batch(self, indices, rng):
@@ -266,28 +268,32 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch, capsys
 # --- several processes -----------------------------------------------------------------------
 
 
+def torchrun(tmp_path, *arguments):
+    script = tmp_path / "run.py"
+    here = PREFIX.replace("'tests'", f"'{ROOT}', '{ROOT / 'tests'}'")
+    script.write_text(here + "\nif __name__ == '__main__': sys.exit(train.main())")
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         str(script), *map(str, arguments)],
+        cwd=ROOT, check=True, capture_output=True, timeout=200,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def test_two_processes_train_all_stages_in_turn(tmp_path):
+    """CLIP's loss over both processes' rows too; and nobody reads a CLIP that is half trained."""
+    torchrun(tmp_path, "all", "--preset", "micro", "--workers", 0, "--out", tmp_path / "two")
+    identity = checkpoints.load_clip(tmp_path / "two").identity
+    for stage in train.ORDER:
+        saved = checkpoints.load_checkpoint(tmp_path / "two" / f"{stage}.pt", stage)
+        assert saved["step"] == 3
+        assert saved["clip"] is None or saved["clip"]["identity"] == identity
+
+
 def test_two_processes_take_the_step_of_the_averaged_gradient(tmp_path):
     """torchrun with gloo on this machine, against both halves computed here by hand."""
-    script = tmp_path / "run.py"
-    script.write_text(
-        PREFIX.replace("'tests'", f"'{ROOT}', '{ROOT / 'tests'}'") + "sys.exit(train.main())"
-    )
-    run = [
-        *UPSAMPLER,
-        "--steps",
-        2,
-        "--workers",
-        0,
-        "--decay",
-        "constant",
-        "--out",
-        tmp_path / "two",
-    ]
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29631",
-         str(script), *map(str, run)],
-        cwd=ROOT, check=True, capture_output=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    run = [*UPSAMPLER, "--steps", 2, "--workers", 0, "--decay", "constant"]
+    torchrun(tmp_path, *run, "--out", tmp_path / "two")
 
     torch.manual_seed(0)
     model = make_model("upsampler1", "micro", None, None).train()
@@ -325,6 +331,8 @@ def test_two_processes_take_the_step_of_the_averaged_gradient(tmp_path):
         (["prior", "--preset", "micro"], "clip.pt"),
         (["clip", "--device", "abacus"], "abacus"),
         (["clip", "--lr", "-1"], "--lr"),
+        (["clip", "--seed", "-1"], "--seed"),
+        (["clip", "--workers", "-1"], "--workers"),
         (["clip", "--wat"], "--wat"),
     ],
 )
@@ -332,6 +340,37 @@ def test_mistakes_end_in_one_line_and_exit_code_2(arguments, says, capsys, tmp_p
     assert train.main([*arguments, "--out", str(tmp_path / "run")]) == 2
     errors = capsys.readouterr().err.strip()
     assert errors.startswith("error: ") and says in errors and "\n" not in errors
+
+
+def test_an_out_that_is_a_file_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert train.main(["clip", "--preset", "micro", "--out", str(tmp_path / "file")]) == 2
+    errors = capsys.readouterr().err.strip()
+    assert errors.startswith("error: ") and str(tmp_path / "file") in errors and "\n" not in errors
+
+
+def test_resume_refuses_another_clip(micro_run, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(micro_run, copy)
+    saved = torch.load(copy / "clip.pt", weights_only=True)
+    saved["ema"]["model.text_projection"] += 1
+    torch.save(saved, copy / "clip.pt")
+    run = ["prior", "--preset", "micro", "--steps", "9", "--resume", "--out", str(copy)]
+    assert train.main(run) == 2 and "do not mix" in capsys.readouterr().err
+
+
+def test_a_picture_that_breaks_in_training_is_named_in_one_line(tmp_path, capsys):
+    for k in range(6):
+        Image.new("RGB", (40, 30), (40 * k, 0, 0)).save(tmp_path / f"{k}.png")
+        (tmp_path / f"{k}.txt").write_text(f"number {k}")
+    data = train.load_data("folder", str(tmp_path))  # all fine now, and remembered as fine
+    whole = data.items[0][0].read_bytes()
+    data.items[0][0].write_bytes(whole[: len(whole) // 2])
+    run = ["clip", "--data", "folder", "--root", str(tmp_path), "--preset", "micro", "--workers", "1"]
+    assert train.main([*run, "--out", str(tmp_path / "run")]) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert errors[-1].startswith("error: image") and data.items[0][0].name in errors[-1]
+    assert not any("Traceback" in line for line in errors)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
