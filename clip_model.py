@@ -21,6 +21,7 @@ Read next: diffusion.py; how embeddings are computed once and kept is at the end
 """
 
 import hashlib
+import logging
 import os
 import shutil
 import sys
@@ -261,12 +262,15 @@ def load_open_clip(spec):
     if "hf_tokenizer_name" in text or "embed_cls" in text:  # SigLIP, CLIPA, CoCa, ...
         raise UserError(f"--clip {name}: its captions are not read as CLIP's are (another "
                         "tokenizer or place of the embedding); choose a plain CLIP, as ViT-B-32")
+    logging.disable(logging.ERROR)  # open_clip logs an error of its own before it raises it
     try:
         model = open_clip.create_model(name, pretrained=pretrained, weights_only=True)
     except Exception as e:
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise UserError(f"--clip {spec}: cannot load these weights ({reason}); "
                         "give a tag of this model or a local weights file") from e
+    finally:
+        logging.disable(logging.NOTSET)
     return FrozenClip(model, Tokenizer(open_clip.get_tokenizer(name).context_length), name)
 
 
