@@ -7,7 +7,7 @@ A checkpoint is a plain dictionary that torch.load(weights_only=True) accepts:
     ema       the averaged weights, which sampling uses
     model, optimizer, step     what --resume needs (left out of shipped weights)
     clip      which CLIP the stage was trained for: {"spec", "identity"}
-    run       the command's settings, versions and figures, for people to read
+    run       the settings of the training, for people to read
 
 The one idea of this file: a stage is rebuilt from its checkpoint alone, never from flags that
 must be repeated by hand; and writing goes to a second file that replaces the first in one step,

@@ -331,7 +331,8 @@ def embed(clip, data, folder, batch_size=128):
         captions = [data.captions(i) for i in range(len(data))]
         unique = {c: u for u, c in enumerate(dict.fromkeys(c for cs in captions for c in cs))}
         try:
-            np.save(making / "caption_ids.npy", np.array([unique[c] for cs in captions for c in cs]))
+            caption_ids = np.array([unique[c] for cs in captions for c in cs])
+            np.save(making / "caption_ids.npy", caption_ids)
             np.save(making / "caption_starts.npy", np.cumsum([0] + [len(cs) for cs in captions]))
             embed_captions(clip, list(unique), making, batch_size)
             embed_images(clip, data, making, batch_size)

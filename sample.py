@@ -233,12 +233,19 @@ class Film:
 # --- the command line ------------------------------------------------------------------------
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows every default but None and False, which the help's own words explain."""
+
+    def _get_help_string(self, action):
+        said = action.default in (None, False)
+        return action.help if said else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """Defaults in the help; a wrong argument becomes one line instead of a page of usage."""
 
     def __init__(self, *args, **kwargs):
-        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, formatter_class=Help, **kwargs)
 
     def error(self, message):
         raise UserError(f"{message} (see {self.prog} --help)")
@@ -332,36 +339,20 @@ def text_command(args):
 def main(argv=None):
     parser = Parser("sample.py", description="Draw pictures with trained stages.")
     commands = parser.add_subparsers(dest="command", required=True)
-    text = commands.add_parser("text", help="text to image")
-    text.add_argument("caption", nargs="+", help="what to draw; several captions in one call work")
-    text.add_argument("-n", type=positive, default=4, help="pictures a caption")
-    text.add_argument("--weights", help="folder of checkpoints (default: weights/shapes, else the "
-                      "newest under runs/)", default=argparse.SUPPRESS)
-    text.add_argument(
-        "--size", type=int, default=64, help="side of the pictures: 64, 256 or 1024 pixels"
-    )
-    text.add_argument(
-        "--prior-scale", type=number, default=1.0, help="guidance of the prior; off at 1"
-    )
-    text.add_argument("--scale", type=number, default=2.0, help="guidance of the decoder; off at 1")
-    text.add_argument(
-        "--prior-steps", type=int, default=None, help="sampling steps of the prior, 1 to T"
-    )
-    text.add_argument(
-        "--steps", type=int, default=None, help="sampling steps of the decoder, 1 to T"
-    )
-    text.add_argument(
-        "--seed", type=natural, default=0, help="of the first picture; the next has seed + 1"
-    )
-    text.add_argument(
-        "--out", default="samples", help="folder for the pictures, or a .png for the grid"
-    )
-    text.add_argument(
-        "--film", action="store_true", help="also write the denoising as animated GIFs"
-    )
-    text.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    add = commands.add_parser("text", help="text to image").add_argument
+    add("caption", nargs="+", help="what to draw; several captions in one call work")
+    add("-n", type=positive, default=4, help="pictures a caption")
+    add("--weights", help="folder of checkpoints (default: weights/shapes, else the newest run)")
+    add("--size", type=positive, default=64, help="side of the pictures: 64, 256 or 1024 pixels")
+    add("--prior-scale", type=number, default=1.0, help="guidance of the prior; off at 1")
+    add("--scale", type=number, default=2.0, help="guidance of the decoder; off at 1")
+    add("--prior-steps", type=int, help="sampling steps of the prior, 1 to T (default: 64)")
+    add("--steps", type=int, help="sampling steps of the decoder, 1 to T (default: 32)")
+    add("--seed", type=natural, default=0, help="of the first picture; the next has seed + 1")
+    add("--out", default="samples", help="folder for the pictures, or a .png for the grid")
+    add("--film", action="store_true", help="also write the denoising as animated GIFs")
+    add("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args(argv)
-    args.weights = getattr(args, "weights", None)
     text_command(args)
 
 

@@ -74,7 +74,7 @@ PRESETS = {
         "clip": ({"vision_width": 24}, {"steps": 3000, "batch_size": 256, "lr": 2e-3}),
         "prior": ({"width": 256, "depth": 5}, {"steps": 30_000, "batch_size": 256, "lr": 5e-4}),
         "decoder": (
-            {"channels": 40},
+            {"channels": 48, "multiples": (1, 2, 3, 3)},
             {"steps": 20_000, "batch_size": 64, "lr": 5e-4, "half_size_until": 0.8},
         ),
         "upsampler1": (
@@ -355,7 +355,20 @@ def train(run, model, batches, val_batches, device, resume=None):
         dist.barrier()  # nobody reads the checkpoint before it is written
     if run.writes:
         minutes = (time.time() - begun) / 60
-        print(f"{run.stage}: steps {first} to {steps}, {minutes:.1f} minutes, loss {smooth:.4f}")
+        print(f"{run.stage}: steps {first} to {steps}, {minutes:.1f} minutes, loss {smooth:.4f}, "
+              f"{peak_memory(device):.1f} GB")
+
+
+def peak_memory(device):
+    """Most memory this process has held so far, GB: the GPU's, or on a CPU the process's own."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 class Interrupt:

@@ -228,7 +228,7 @@ class Upsampler(nn.Module):
         self.diffusion = GaussianDiffusion(
             T=config.diffusion_steps, schedule=config.schedule, predict=config.predict,
             clip_x_0=True,
-        )  # fmt: skip
+        )
 
     def condition(self, low):
         """Enlarge the low picture to the target's size, bicubic: (B, 3, h, w) -> (B, 3, H, W).
@@ -285,6 +285,6 @@ class Upsampler(nn.Module):
             return self.diffusion.ddim_sample(
                 lambda x_t, t: self(x_t, t, cond), cond.shape, steps,
                 generators=generators, on_step=on_step,
-            )  # fmt: skip
+            )
         finally:
             self.train(was_training)  # also after an error or Ctrl-C

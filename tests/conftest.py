@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -12,17 +13,19 @@ sys.path.insert(0, str(ROOT))
 MICRO = {
     "data": 24,
     "clip": (
-        {"dim": 16, "image_size": 32, "vision_width": 8, "text_width": 16, "text_layers": 1, "text_heads": 2},
+        {"dim": 16, "image_size": 32, "vision_width": 8,
+         "text_width": 16, "text_layers": 1, "text_heads": 2},
         {"steps": 3, "batch_size": 8, "lr": 1e-3},
     ),
     "prior": ({"width": 32, "depth": 1, "heads": 2}, {"steps": 3, "batch_size": 8, "lr": 1e-3}),
     "decoder": (
-        {"size": 16, "channels": 8, "multiples": (1, 2), "attention_levels": (1,), "head_channels": 8,
-         "context_width": 32, "text_depth": 1, "sample_steps": 4},
+        {"size": 16, "channels": 8, "multiples": (1, 2), "attention_levels": (1,),
+         "head_channels": 8, "context_width": 32, "text_depth": 1, "sample_steps": 4},
         {"steps": 3, "batch_size": 8, "lr": 1e-3, "half_size_until": 0.4},
     ),
     "upsampler1": (
-        {"low_size": 16, "size": 32, "crop": 16, "channels": 8, "multiples": (1, 2), "sample_steps": 3},
+        {"low_size": 16, "size": 32, "crop": 16, "channels": 8, "multiples": (1, 2),
+         "sample_steps": 3},
         {"steps": 3, "batch_size": 4, "lr": 1e-3},
     ),
     "upsampler2": (
@@ -30,7 +33,16 @@ MICRO = {
          "degradation": "bsr", "schedule": "linear", "sample_steps": 3},
         {"steps": 3, "batch_size": 4, "lr": 1e-3},
     ),
-}  # fmt: skip
+}
+
+
+@pytest.fixture
+def same_numbers_on_one_thread():
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

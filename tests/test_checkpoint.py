@@ -11,7 +11,7 @@ from torch.testing import assert_close
 import checkpoint as checkpoints
 from checkpoint import (
     build, check_clip, config_dict, load_checkpoint, load_clip, load_stage, save_checkpoint,
-)  # fmt: skip
+)
 from clip_model import SmallClip, SmallClipConfig, freeze_small_clip, make_vocab
 from data import UserError
 from decoder import Decoder, DecoderConfig
@@ -32,16 +32,10 @@ MODELS = {
     "upsampler1": lambda: Upsampler(UpsamplerConfig(
         low_size=16, size=64, crop=16, channels=8, multiples=(1, 2),
     )),
-}  # fmt: skip
+}
 
 
-@pytest.fixture(autouse=True)
-def same_numbers_on_one_thread():
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("same_numbers_on_one_thread")
 
 
 def describe(stage, model, **changes):
@@ -144,7 +138,7 @@ def failing_save(error):
 @pytest.mark.parametrize("error", [
     OSError(errno.ENOSPC, "No space left on device"),
     RuntimeError("PytorchStreamWriter failed writing file data/3"),
-])  # fmt: skip
+])
 def test_a_failed_write_leaves_the_previous_checkpoint_as_it_was(monkeypatch, prior_file, error):
     path, saved = prior_file
     before = path.read_bytes()
@@ -257,7 +251,7 @@ def test_a_missing_part_is_reported(prior_file, key):
     {"depth": 2},
     {"text_len": 9},
     {"predict": ["x_0"]},
-])  # fmt: skip
+])
 def test_a_config_that_does_not_fit_is_reported(prior_file, config):
     path, saved = prior_file
     save_checkpoint(path, saved | {"config": saved["config"] | config})

@@ -18,7 +18,7 @@ import clip_model
 from clip_model import (
     Embeddings, FrozenClip, SmallClip, SmallClipConfig, Tokenizer, clip_loss, embed,
     freeze_small_clip, load_open_clip, make_vocab, weights_hash,
-)  # fmt: skip
+)
 from data import UserError, to_tensor
 
 L, D, W = 12, 16, 32
@@ -33,13 +33,8 @@ TINY = "unclip-test-tiny"  # a CLIP with a vision transformer and the full vocab
 
 
 @pytest.fixture(autouse=True)
-def same_numbers_on_one_thread(monkeypatch):
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+def warnings_are_counted_afresh(same_numbers_on_one_thread, monkeypatch):
     monkeypatch.setattr(clip_model.warn, "count", 0, raising=False)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_small(**changes):
@@ -360,7 +355,7 @@ def test_open_clip_weights_come_from_a_file(tiny_file):
     ("ViT-L-14-CLIPA:datacomp1b", "tokenizer"),
     ("roberta-ViT-B-32:laion2b_s12b_b32k", "tokenizer"),
     ("coca_ViT-B-32:laion2b_s13b_b90k", "tokenizer"),
-])  # fmt: skip
+])
 def test_an_unusable_clip_is_a_users_mistake(monkeypatch, spec, words):
     monkeypatch.setattr(
         open_clip.factory, "download_pretrained", lambda *a, **k: pytest.fail("downloads")

@@ -197,7 +197,7 @@ def test_captions_are_parsed(text, claim):
     "text",
     ["", "a dog", "red circle", "a red small circle", "a circle near a star", "a circle on red",
      "a circle above", "a circle and a star and a cross", "a sign above a star", "a circle on a"],
-)  # fmt: skip
+)
 def test_sentences_outside_the_grammar_are_user_errors(text):
     with pytest.raises(UserError, match="grammar"):
         parse_caption(text)

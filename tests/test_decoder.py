@@ -12,24 +12,18 @@ from torch.testing import assert_close
 
 from decoder import (
     IMAGE_TOKENS, Attention, Decoder, DecoderConfig, ResBlock, TimeEmbedding, UNet, group_norm,
-)  # fmt: skip
+)
 from sample import to_pil
 
 D, W, L, X, T = 16, 12, 8, 32, 50
 TINY = DecoderConfig(
     dim=D, text_width=W, text_len=L, size=16, channels=8, multiples=(1, 2), attention_levels=(1,),
     head_channels=8, context_width=X, text_depth=1, diffusion_steps=T, sample_steps=4,
-)  # fmt: skip
+)
 E = 4 * TINY.channels
 
 
-@pytest.fixture(autouse=True)
-def same_numbers_on_one_thread():
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("same_numbers_on_one_thread")
 
 
 def randomise(model):

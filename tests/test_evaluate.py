@@ -16,7 +16,7 @@ def run(micro_run, tmp_path, *arguments):
     code = evaluate.main(
         ["captions", "--weights", str(micro_run), "-n", "6", "--steps", "2", "--prior-steps", "2",
          "--json", str(file), *arguments]
-    )  # fmt: skip
+    )
     assert code == 0
     return json.loads(file.read_text())
 

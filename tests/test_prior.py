@@ -20,16 +20,10 @@ from prior import (
 
 D, W, L, M, T = 16, 12, 8, 32, 50
 TINY = dict(dim=D, text_width=W, text_len=L, width=M, depth=2, heads=2,
-            copies=3, diffusion_steps=T, sample_steps=10)  # fmt: skip
+            copies=3, diffusion_steps=T, sample_steps=10)
 
 
-@pytest.fixture(autouse=True)
-def same_numbers_on_one_thread():
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("same_numbers_on_one_thread")
 
 
 def make_prior(**changes):

@@ -24,7 +24,8 @@ from train import ADAM, Batches, Ema, learning_rate, make_model
 train.PRESETS["micro"] = MICRO
 UPSAMPLER = ["upsampler1", "--preset", "micro", "--batch-size", "4", "--limit", "16"]
 # For a process of its own: the micro preset does not exist there, so it is put in first.
-PREFIX = "import sys; sys.path[:0] = ['tests']; import conftest, train; train.PRESETS['micro'] = conftest.MICRO; "
+PREFIX = "import sys; sys.path[:0] = ['tests']; import conftest, train; "
+PREFIX += "train.PRESETS['micro'] = conftest.MICRO; "
 
 
 def command(*arguments):
@@ -193,7 +194,7 @@ def test_kill_9_then_resume_ends_with_the_same_bits(tmp_path, uninterrupted):
     subprocess.run(
         command(*UPSAMPLER, "--steps", 30, "--save-every", 5, "--sample-every", 1000,
                 "--out", tmp_path, "--resume"), cwd=ROOT, check=True, capture_output=True,
-    )  # fmt: skip
+    )
     for key in ("model", "ema"):
         assert_same(weights(tmp_path, key=key), weights(uninterrupted, key=key))
 
@@ -277,7 +278,7 @@ def torchrun(tmp_path, *arguments):
          str(script), *map(str, arguments)],
         cwd=ROOT, check=True, capture_output=True, timeout=200,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
 
 
 def test_two_processes_train_all_stages_in_turn(tmp_path):
@@ -366,7 +367,8 @@ def test_a_picture_that_breaks_in_training_is_named_in_one_line(tmp_path, capsys
     data = train.load_data("folder", str(tmp_path))  # all fine now, and remembered as fine
     whole = data.items[0][0].read_bytes()
     data.items[0][0].write_bytes(whole[: len(whole) // 2])
-    run = ["clip", "--data", "folder", "--root", str(tmp_path), "--preset", "micro", "--workers", "1"]
+    run = ["clip", "--data", "folder", "--root", str(tmp_path), "--preset", "micro"]
+    run += ["--workers", "1"]
     assert train.main([*run, "--out", str(tmp_path / "run")]) == 2
     errors = capsys.readouterr().err.strip().splitlines()
     assert errors[-1].startswith("error: image") and data.items[0][0].name in errors[-1]

@@ -19,13 +19,7 @@ SECOND = UpsamplerConfig(**TINY, degradation="bsr", schedule="linear", sample_st
 PLAIN = UpsamplerConfig(**TINY, degradation="none")
 
 
-@pytest.fixture(autouse=True)
-def same_numbers_on_one_thread():
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("same_numbers_on_one_thread")
 
 
 def random_picture(size, seed=0, batch=()):
@@ -488,7 +482,7 @@ def test_under_bf16_autocast_the_picture_stays_float32_and_nearly_the_same():
     (dict(crop=128), "crop 128 does not fit"),
     (dict(crop=36, stem=4), "crop 36 does not fit: choose a multiple of 8"),
     (dict(degradation="blurr"), "unknown degradation 'blurr'"),
-])  # fmt: skip
+])
 def test_sizes_that_do_not_fit_are_user_errors(wrong, words):
     with pytest.raises(UserError, match=words):
         UpsamplerConfig(**TINY | wrong)
