@@ -57,6 +57,20 @@ def save_checkpoint(path, checkpoint):
         ) from e
 
 
+def export_checkpoint(path, folder):
+    """Copy a checkpoint to `folder` for drawing only: averaged weights in half precision.
+
+    About an eighth of the size: no raw weights, no optimizer, two bytes a number. CLIP's identity
+    is a hash of weights rounded to half precision, so it stays what the other stages expect.
+    Returns the new file's path.
+    """
+    checkpoint = load_checkpoint(path)
+    kept = {k: v for k, v in checkpoint.items() if k not in ("model", "optimizer")}
+    kept["ema"] = {k: v.half() if v.is_floating_point() else v for k, v in kept["ema"].items()}
+    save_checkpoint(Path(folder) / Path(path).name, kept)
+    return Path(folder) / Path(path).name
+
+
 def load_checkpoint(path, stage=None):
     """The dictionary at `path`. UserError where it is missing, broken, unsafe or another's."""
     path = Path(path)

@@ -2,6 +2,7 @@
 
     python train.py all --preset tiny          # every stage, minutes on a laptop's CPU
     python train.py decoder --preset base --resume
+    python train.py export --preset base       # what the run has, small enough to give away
     torchrun --nproc-per-node 4 train.py prior --data folder --root PICTURES
 
 The one idea of this file: batch number k and the noise of step k are functions of (seed, k) and
@@ -479,17 +480,29 @@ def run_stage(stage, args, device):
     train(run, model, batches, val_batches, device, resume)
 
 
+def export(run, folder):
+    """Small copies of every stage in `run`, for drawing only."""
+    paths = [Path(run) / f"{stage}.pt" for stage in ORDER]
+    paths = [path for path in paths if path.exists()]
+    if not paths:
+        raise UserError(f"{run} has no trained stage to export: give --out the folder of a run")
+    for path in paths:
+        copy = checkpoints.export_checkpoint(path, folder)
+        print(f"{copy}: {copy.stat().st_size / 2**20:.1f} MiB")
+
+
 @exit_code
 def main(argv=None):
     parser = Parser("train.py", description="Train one stage, or all of them in turn.")
     add = parser.add_argument
-    add("stage", help=", ".join(ORDER) + ", or all")
+    add("stage", help=", ".join(ORDER) + ", all; or export, which trains nothing")
     add("--data", default="shapes", help="shapes, cifar10, cifar100, coco or folder")
     add("--root", help="folder of the data (not for shapes)")
     add("--limit", type=positive, help="use so many images at the most (default: all)")
     add("--clip", default="small", help="small, trained here; or open_clip's MODEL:TAG_OR_FILE")
     add("--preset", default="tiny", help="sizes and steps: " + ", ".join(PRESETS))
     add("--out", help="folder of the run (default: runs/DATA-PRESET)")
+    add("--to", default="weights/shapes", help="where export puts its small copies of --out")
     add("--steps", type=positive, help="training steps (default: the preset's)")
     add("--batch-size", type=positive, help="pictures a step, over all processes")
     add("--lr", type=positive_number, help="highest learning rate (default: the preset's)")
@@ -501,11 +514,13 @@ def main(argv=None):
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--seed", type=natural, default=0, help="of weights, batches and noise")
     args = parser.parse_args(argv)
-    if args.stage not in (*ORDER, "all"):
-        raise UserError(f"unknown stage '{args.stage}': use {', '.join(ORDER)} or all")
+    if args.stage not in (*ORDER, "all", "export"):
+        raise UserError(f"unknown stage '{args.stage}': use {', '.join(ORDER)}, all or export")
     if args.preset not in PRESETS:
         raise UserError(f"unknown preset '{args.preset}': use {' or '.join(PRESETS)}")
     args.out = args.out or f"runs/{args.data}-{args.preset}"
+    if args.stage == "export":
+        return export(args.out, args.to)
 
     device = choose_device(args.device)
     if "RANK" in os.environ:  # started by torchrun

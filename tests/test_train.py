@@ -19,6 +19,7 @@ import train
 from conftest import MICRO, ROOT
 from data import Shapes
 from decoder import DecoderConfig
+from sample import Pipeline
 from train import ADAM, Batches, Ema, learning_rate, make_model
 
 train.PRESETS["micro"] = MICRO
@@ -156,6 +157,19 @@ def test_decoder_runs_its_first_steps_at_half_the_side():
     settings = {"batch_size": 2, "seed": 0, "steps": 10, "half_size_until": 0.4}
     batches = Batches("decoder", config, Shapes(4), NoText(), settings)
     assert [batches[s]["image"].shape[-1] for s in (0, 3, 4, 9)] == [8, 8, 16, 16]
+
+
+def test_an_exported_run_draws_the_same_and_is_much_smaller(micro_run, tmp_path):
+    assert train.main(["export", "--out", str(micro_run), "--to", str(tmp_path / "small")]) == 0
+    for stage in train.ORDER:
+        whole, small = micro_run / f"{stage}.pt", tmp_path / "small" / f"{stage}.pt"
+        assert small.stat().st_size < whole.stat().st_size / 3  # of tiny models, much is names
+        weights_there = checkpoints.load_stage(tmp_path / "small", stage).state_dict()
+        for name, value in checkpoints.load_stage(micro_run, stage).state_dict().items():
+            torch.testing.assert_close(weights_there[name], value, rtol=1e-3, atol=1e-4)
+    one, other = (Pipeline(folder, size=64) for folder in (micro_run, tmp_path / "small"))
+    assert one.clip.identity == other.clip.identity and one.sizes == other.sizes
+    assert train.main([*UPSAMPLER, "--resume", "--out", str(tmp_path / "small")]) == 2
 
 
 # --- interruptions ---------------------------------------------------------------------------
