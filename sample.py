@@ -94,10 +94,13 @@ class Pipeline:
         if not self.folder.is_dir():
             raise UserError(f"no folder {folder}: give --weights the --out folder of a training")
         self.stages = {s: checkpoints.load_stage(folder, s, device) for s in stages}
+        # Which CLIP to load is written in the stages themselves: embeddings of another would be
+        # numbers without meaning to them.
         spec = next((m.clip["spec"] for m in self.stages.values() if m.clip), "small")
         self.clip = checkpoints.load_clip(folder, spec, device)
         for stage, model in self.stages.items():
             checkpoints.check_clip(model, self.clip, self.folder / f"{stage}.pt")
+        # The chain of sizes, as far as it is wanted and unbroken; 64, 256, 1024 for base.
         self.sizes = [self.stages["decoder"].config.size] if "decoder" in stages else []
         for stage in ("upsampler1", "upsampler2"):
             wanted = self.sizes and self.sizes[-1] < size
@@ -115,7 +118,10 @@ class Pipeline:
         return self.clip.encode_text(captions)
 
     def embed(self, text, seeds, scale=1.0, steps=None, on_step=None):
-        """The prior: text() of B captions and B seeds -> image_emb (B, D), unit norm."""
+        """The prior: text() of B captions and B seeds -> image_emb (B, D), unit norm.
+
+        scale: guidance, off at 1. steps: of the T diffusion steps (None: the config's).
+        """
         with autocast(self.device):
             return self.stages["prior"].sample(
                 *text,
@@ -126,7 +132,12 @@ class Pipeline:
             )
 
     def decode(self, image_emb, text, seeds, scale=2.0, steps=None, eta=None, on_step=None):
-        """The decoder: image_emb (B, D) or None, text() or None -> (B, 3, H, W) in [-1, 1]."""
+        """The decoder: image_emb (B, D) or None, text() or None -> (B, 3, H, W) in [-1, 1].
+
+        Without an embedding it draws from the caption alone, without text from the embedding
+        alone (paper fig. 8). scale: guidance, off at 1. eta: None for ancestral sampling, a
+        number for DDIM.
+        """
         _, text_enc, text_mask = text or (None, None, None)
         with autocast(self.device):
             return self.stages["decoder"].sample(
@@ -138,7 +149,7 @@ class Pipeline:
         """Pictures -> the same at `size`, through as many upsamplers as that takes."""
         for stage in ("upsampler1", "upsampler2"):
             model = self.stages.get(stage)
-            if model and model.config.low_size == pictures.shape[-1] < size:
+            if model and model.config.low_size == pictures.shape[-1] < size:  # the next link
                 with autocast(self.device):
                     pictures = model.sample(
                         pictures, generators=generators(seeds, stage), on_step=on_step
@@ -175,6 +186,7 @@ def draw_grid(pictures, captions=None, columns=4, cell=None):
     H = pictures.shape[-1]
     cell = cell or max(H, 128)
     font = ImageFont.load_default(max(10, cell // 12))
+    # Captions are wrapped to the cell's width; the longest decides the height of every row.
     captions = captions or [""] * len(pictures)
     lines = [textwrap.wrap(c, width=max(8, int(cell / font.getlength("e")))) for c in captions]
     line = int(font.size * 1.25)
@@ -312,13 +324,14 @@ def text_command(args):
     size = reachable_size(pipeline, args.size)
     out = Path(args.out)
     folder, grid_path = (out.parent, out) if out.suffix == ".png" else (out, None)
-    texts = [pipeline.text([caption]) for caption in args.caption]
+    texts = [pipeline.text([caption]) for caption in args.caption]  # all mistakes before any work
     names = slugs(args.caption)
     jobs = [(c, args.seed + k) for c in range(len(names)) for k in range(args.n)]
     pictures = []
     for c, seed in tqdm(jobs, "pictures", disable=None):
         film = Film() if args.film else None
         text, name = texts[c], f"{names[c]}_{seed}"
+        # The whole of unCLIP in three lines (paper fig. 2).
         image_emb = pipeline.embed(text, [seed], args.prior_scale, args.prior_steps)
         picture = pipeline.decode(image_emb, text, [seed], args.scale, args.steps, on_step=film)
         picture = pipeline.upsample(picture, [seed], size)

@@ -42,11 +42,13 @@ ORDER = ("clip", "prior", "decoder", "upsampler1", "upsampler2")
 
 # --- how large, how long ---------------------------------------------------------------------
 
-# Per stage: fields of the model's config, then of the training. Paper: table 3.
+# Per stage: fields of the model's config that differ from its defaults, then of the training.
+# Paper (table 3): 0.8 million steps of 2048 pictures for the decoder alone. We: what one machine
+# can do in minutes (tiny) or hours (base). Because: the findings show long before the beauty does.
 PRESETS = {
     # Draws at 32 px, then 32 -> 64 -> 256: minutes on two CPU cores.
     "tiny": {
-        "data": 20_000,
+        "data": 20_000,  # scenes of the shapes data
         "clip": (
             {"image_size": 32, "vision_width": 24},
             {"steps": 350, "batch_size": 256, "lr": 2e-3},
@@ -123,13 +125,17 @@ class Batches(torch.utils.data.Dataset):
             self.tokenizer = Tokenizer(config.context_length, config.vocab)
 
     def __getitem__(self, step):
+        """The batch of a step: a dictionary of tensors, as this stage's loss() wants them."""
         size, n = self.settings["batch_size"], len(self.data)
+        # No epochs: each batch is a fresh draw without repetition, so a step needs no memory of
+        # which pictures came before it.
         rng = np.random.default_rng([self.settings["seed"], step])
         indices = rng.choice(n, size, replace=n < size)[self.rank :: self.world]
         rng = np.random.default_rng([self.settings["seed"], step, self.rank])
         return self.make(step, [int(i) for i in indices], rng)
 
     def make(self, step, indices, rng):
+        """Pictures `indices` as a batch; rng draws which caption, which crop, which degradation."""
         config, data = self.config, self.data
         if self.stage == "clip":
             captions = [c[rng.integers(len(c))] for c in map(data.captions, indices)]
@@ -138,7 +144,7 @@ class Batches(torch.utils.data.Dataset):
             images = torch.stack([data.image(i, size, place=rng.random()) for i in indices])
             return {"image": images, "tokens": self.tokenizer(captions)}
         if self.stage == "prior":
-            return self.embeddings.batch(indices, rng)
+            return self.embeddings.batch(indices, rng)  # no pixels: embeddings in, embeddings out
         if self.stage == "decoder":
             # Most steps may run at half the side: the U-Net is convolutional, the same weights
             # serve both sizes, and a picture of a quarter of the pixels costs a quarter.
@@ -156,7 +162,10 @@ def ignore_ctrl_c(worker):
 
 
 def loader(batches, start, stop, workers):
-    """The batches start..stop-1 in order, made ahead of time by worker processes."""
+    """The batches start..stop-1 in order, made ahead of time by worker processes.
+
+    batch_size=None: our data set's items are whole batches already.
+    """
     return torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(start, stop), num_workers=workers,
         worker_init_fn=ignore_ctrl_c, pin_memory=torch.cuda.is_available(),
@@ -172,16 +181,17 @@ def preview(stage, model, batches, step, device):
 
     Returns (figures: dict of floats, pictures: (n, 3, H, W) or None, captions or None).
     """
-    indices = [i % len(batches.data) for i in range(16)]
+    indices = [i % len(batches.data) for i in range(16)]  # a small data set may have fewer than 16
+    # Always the same pictures with the same noise: what changes from grid to grid is the model.
     batch = batches.make(step, indices, np.random.default_rng(0))
     batch = {k: v.to(device) for k, v in batch.items()}
     generators = [torch.Generator().manual_seed(i) for i in range(16)]
     with autocast(device):
-        if stage == "clip":
+        if stage == "clip":  # can it tell which of 16 captions belongs to a picture? Chance: 0.06
             image_emb, text_emb, _ = model.model(batch["image"], batch["tokens"])
             right = (image_emb @ text_emb.T).argmax(dim=1).cpu() == torch.arange(16)
             return {"match_of_16": right.float().mean().item()}, None, None
-        if stage == "prior":
+        if stage == "prior":  # is what it imagines closer to the truth than to anything else?
             text = batch["text_emb"], batch["text_enc"], batch["text_mask"]
             drawn = model.sample(*text, generators=generators)
             cosine = lambda other: (drawn * other).sum(dim=1).mean().item()  # noqa: E731
@@ -198,6 +208,7 @@ def preview(stage, model, batches, step, device):
             drawn = model.sample(batch["low"], generators=generators)
     if stage == "decoder":
         return {}, drawn, [batches.data.captions(i)[-1] for i in indices]
+    # Pixels span a range of 2, so PSNR = 10 log10(2^2 / mse).
     mse = (drawn - batch["image"]).square().mean().item()
     low = nn.functional.interpolate(batch["low"], drawn.shape[-2:], mode="nearest")
     rows = torch.stack([low, drawn, batch["image"]], dim=1).flatten(0, 1)
@@ -264,6 +275,7 @@ class Run:
         (path.parent / "samples").mkdir(parents=True, exist_ok=True)
 
     def save(self, step, model, ema, optimizer):
+        """Everything that resuming needs; the random numbers need no state (see the top)."""
         if self.writes:
             checkpoints.save_checkpoint(self.path, {
                 "stage": self.stage, "config": checkpoints.config_dict(model), "step": step,
@@ -272,6 +284,7 @@ class Run:
             })
 
     def report(self, step, figures):
+        """A line of JSON: easy to read by eye, by grep and by json.loads."""
         if self.writes:
             with open(self.path.parent / "metrics.jsonl", "a") as f:
                 f.write(json.dumps({"stage": self.stage, "step": step} | figures) + "\n")
@@ -295,6 +308,7 @@ def train(run, model, batches, val_batches, device, resume=None):
 
     Raises UserError where the loss is not finite, KeyboardInterrupt (after saving) on Ctrl-C.
     """
+    # Three copies of the weights: `model` is trained, `ema` averages it, `averaged` draws.
     settings, steps, first = run.settings, run.settings["steps"], resume["step"] if resume else 0
     averaged = checkpoints.STAGES[run.stage][0](model.config).to(device).eval()  # for previews
     model.to(device).train()
@@ -307,6 +321,7 @@ def train(run, model, batches, val_batches, device, resume=None):
     if batches.world > 1:
         loss_of = nn.parallel.DistributedDataParallel(loss_of)
 
+    # Losses stay on the device until they are logged: reading one makes the CPU wait for the GPU.
     every_log, losses = max(1, min(50, steps // 20)), []
     begun = started = time.time()
     bar = tqdm(total=steps, initial=first, desc=run.stage, disable=None if run.writes else True)
@@ -316,15 +331,16 @@ def train(run, model, batches, val_batches, device, resume=None):
             batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
             torch.manual_seed(hash((settings["seed"], step, batches.rank)) % 2**62)  # the noise
             with autocast(device):
-                loss = loss_of(batch)
+                loss = loss_of(batch)  # the one line that depends on the stage
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            # A rare huge gradient, at a very clean or very noisy level, is cut to length 1.
             norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRADIENT)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, settings)
             optimizer.step()
             if hasattr(model, "clamp"):
-                model.clamp()
+                model.clamp()  # CLIP's temperature
             ema.update(model)
             # A gradient that is not finite spoils the weights: it counts as such a loss.
             losses.append(torch.where(norm.isfinite(), loss.detach(), norm))
@@ -398,7 +414,11 @@ class Interrupt:
 
 
 def prepare(stage, args, clip):
-    """Everything `train` needs for one stage: (model, batches, val_batches, settings, resume)."""
+    """Everything `train` needs for one stage: (model, batches, val_batches, settings, resume).
+
+    The settings are the preset's, then what the command line says. resume: the checkpoint of an
+    earlier training in --out, or None. Raises UserError rather than write over one.
+    """
     preset = PRESETS[args.preset]
     settings = {"decay": args.decay, "half_size_until": 0.0} | preset[stage][1]
     given = {"steps": args.steps, "batch_size": args.batch_size, "lr": args.lr}
@@ -455,15 +475,18 @@ def embed_both(clip, data, val, folder):
 
 
 def rank():
+    """Which of the processes this is: 0 when there is one."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size():
+    """How many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def run_stage(stage, args, device):
-    clip = None
+    """Prepare and train one stage, unless --resume finds it finished."""
+    clip = None  # only the prior and the decoder need it: the upsamplers see pixels alone
     if stage in ("prior", "decoder"):
         clip = checkpoints.load_clip(args.out, args.clip, device)
     model, batches, val_batches, settings, resume = prepare(stage, args, clip)
