@@ -19,7 +19,7 @@ import json
 import math
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import permutations, product
 from pathlib import Path
@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from tqdm import tqdm
 
+from checkpoint import load_clip
 from data import BACKGROUNDS, COLOURS, SHAPES
 from data import Claim, Scene, Shapes, Thing, UserError, parse_caption, render, to_tensor
 from sample import Parser, Pipeline, choose_device, default_weights, draw_grid, exit_code
@@ -365,6 +366,50 @@ def judge_captions(args):
     return table
 
 
+OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
+
+
+def wrong_captions(scene):
+    """A two-object scene -> its plain caption, and {what is wrong: a caption with that wrong}."""
+    a, b = scene.things
+
+    def say(a, b, relation):
+        articles = ("an" if thing.colour[0] in "aeiou" else "a" for thing in (a, b))
+        words = (f"{x} {t.colour} {t.shape}" for x, t in zip(articles, (a, b), strict=True))
+        return f" {relation} ".join(words)
+
+    wrong = {"relation": say(a, b, OPPOSITE[scene.relation])}
+    if a.colour != b.colour and a.shape != b.shape:
+        # The same words, the colours exchanged: only who is bound to what has changed.
+        swapped = replace(a, colour=b.colour), replace(b, colour=a.colour)
+        wrong["binding"] = say(*swapped, scene.relation)
+    others = [shape for shape in SHAPES if shape not in (a.shape, b.shape)]
+    wrong["shape"] = say(replace(a, shape=others[0]), b, scene.relation)
+    return say(a, b, scene.relation), wrong
+
+
+def judge_clip(args):
+    """Does CLIP itself prefer a scene's true caption to one with a single thing wrong? Chance: 50%.
+
+    What CLIP cannot tell apart, its embedding cannot tell the decoder (paper sec. 7, figs. 14, 15).
+    """
+    folder = Path(args.weights or default_weights())
+    clip = load_clip(folder).to(choose_device(args.device))
+    data, right = Shapes(args.n, "val", args.seed), {"binding": [], "shape": [], "relation": []}
+    scenes = [i for i in range(args.n) if len(data.scene(i).things) == 2]
+    for i in tqdm(scenes, "comparing", disable=None):
+        true, wrong = wrong_captions(data.scene(i))
+        image_emb = clip.encode_image(data.image(i, clip.image_size)[None].to(clip.mean.device))
+        closeness = (clip.encode_text([true, *wrong.values()])[0] @ image_emb[0]).tolist()
+        for name, other in zip(wrong, closeness[1:], strict=True):
+            # A tie is a guess: half right.
+            right[name].append((closeness[0] > other) + 0.5 * (closeness[0] == other))
+    table = {name: {"right": sum(x) / max(1, len(x)), "n": len(x)} for name, x in right.items()}
+    for name, row in table.items():
+        print(f"{name:12}{row['right']:8.1%} of {row['n']}, chance 50%")
+    return table
+
+
 def add_drawing_options(sub):
     """The options of every command that draws pictures with trained weights."""
     sub.add_argument("--weights", help="folder of checkpoints (default: as sample.py)")
@@ -391,9 +436,10 @@ def build_parser():
         return sub
 
     command("judge", judge_judge, "measure the judge on fresh drawings")
-    add_drawing_options(
-        command("captions", judge_captions, "text to image, judged by its captions")
-    )
+    sub = command("clip", judge_clip, "does CLIP tell true captions from slightly wrong ones?")
+    sub.add_argument("--weights", help="folder with a clip.pt (default: as sample.py)")
+    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    add_drawing_options(command("captions", judge_captions, "text to image, judged by its captions"))
     return parser
 
 

@@ -7,6 +7,7 @@ import torch
 
 import evaluate
 from data import HELD_OUT, Shapes, parse_caption
+from evaluate import wrong_captions
 
 COLUMNS = {"objects", "colours", "shapes", "binding", "relation", "background", "all", "n"}
 
@@ -67,6 +68,56 @@ def test_held_out_captions_name_pairs_that_training_never_shows():
         full = parse_caption(data.captions(i)[2])
         assert any((t.colour, t.shape) in HELD_OUT for t in data.scene(i).things)
         assert full.things
+
+
+class FakeClip:
+    """Knows each scene's true captions; `sees` says what it makes of a wrong one."""
+
+    image_size, mean = 64, torch.zeros(1)
+
+    def __init__(self, sees):
+        self.sees, self.true = sees, {wrong_captions(Shapes(60, "val").scene(i))[0] for i in TWO}
+
+    def to(self, device):
+        return self
+
+    def encode_image(self, images):
+        return torch.tensor([[1.0, 0.0]])
+
+    def encode_text(self, captions):
+        assert captions[0] in self.true and 3 <= len(captions) <= 4
+        return torch.tensor([[1.0, 0.0]] + [self.sees] * (len(captions) - 1)), None, None
+
+
+TWO = [i for i in range(60) if len(Shapes(60, "val").scene(i).things) == 2]
+
+
+@pytest.mark.parametrize("sees, share", [([0.0, 1.0], 1.0), ([1.0, 0.0], 0.5), ([2.0, 0.0], 0.0)])
+def test_clip_is_right_blind_or_misled(sees, share, monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluate, "load_clip", lambda folder: FakeClip(sees))
+    file = tmp_path / "clip.json"
+    assert evaluate.main(["clip", "--weights", ".", "-n", "60", "--json", str(file)]) == 0
+    table = json.loads(file.read_text())
+    assert set(table) == {"binding", "shape", "relation"} and table["relation"]["n"] == len(TWO)
+    assert all(row["right"] == share and row["n"] > 0 for row in table.values())
+
+
+def test_wrong_captions_are_wrong_in_one_thing_only():
+    for i in TWO:
+        scene = Shapes(60, "val").scene(i)
+        true, wrong = wrong_captions(scene)
+        claim = parse_caption(true)
+        for said, there in zip(claim.things, scene.things, strict=True):
+            assert (said.colour, said.shape) == (there.colour, there.shape)
+        assert claim.relation == scene.relation
+        seen = evaluate.Seen(scene.background, scene.things)
+        assert evaluate.score(seen, claim)["all"]
+        for name, caption in wrong.items():
+            score = evaluate.score(seen, parse_caption(caption))
+            assert score["colours"] and score["objects"]
+            failed = "shapes" if name == "shape" else name
+            assert score[failed] is False
+            assert score["shapes"] is (name != "shape")
 
 
 @pytest.mark.parametrize("n", ["0", "-3", "x"])
