@@ -439,7 +439,8 @@ def build_parser():
     sub = command("clip", judge_clip, "does CLIP tell true captions from slightly wrong ones?")
     sub.add_argument("--weights", help="folder with a clip.pt (default: as sample.py)")
     sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    add_drawing_options(command("captions", judge_captions, "text to image, judged by its captions"))
+    sub = command("captions", judge_captions, "text to image, judged by its captions")
+    add_drawing_options(sub)
     return parser
 
 

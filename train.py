@@ -74,7 +74,7 @@ PRESETS = {
     # The paper's sizes: 64 -> 256 -> 1024.
     "base": {
         "data": 100_000,
-        "clip": ({"vision_width": 24}, {"steps": 3000, "batch_size": 256, "lr": 2e-3}),
+        "clip": ({"vision_width": 24}, {"steps": 2400, "batch_size": 256, "lr": 2e-3}),
         "prior": ({"width": 256, "depth": 5}, {"steps": 30_000, "batch_size": 256, "lr": 5e-4}),
         "decoder": (
             {"channels": 48, "multiples": (1, 2, 3, 3)},
@@ -438,7 +438,7 @@ def prepare(stage, args, clip):
     path, resume = Path(args.out) / f"{stage}.pt", None
     if path.exists() and args.resume:
         resume = checkpoints.load_checkpoint(path, stage)
-        if "optimizer" not in resume:
+        if "optimizer" not in resume and resume["step"] < settings["steps"]:
             raise UserError(f"{path} has only averaged weights: it can draw, but not be resumed")
         model = checkpoints.build(resume, path)
         model.clip = resume["clip"]
