@@ -5,7 +5,8 @@ A checkpoint is a plain dictionary that torch.load(weights_only=True) accepts:
     stage     "clip", "prior", "decoder", "upsampler1" or "upsampler2"
     config    the fields of the frozen dataclass that built the model
     ema       the averaged weights, which sampling uses
-    model, optimizer, step     what --resume needs (left out of shipped weights)
+    step      training steps done
+    model, optimizer     the rest of what --resume needs (left out of exported copies)
     clip      which CLIP the stage was trained for: {"spec", "identity"}
     run       the settings of the training, for people to read
 
