@@ -2,7 +2,7 @@
 
 A checkpoint is a plain dictionary that torch.load(weights_only=True) accepts:
 
-    stage     "clip", "prior", "decoder", "upsampler1" or "upsampler2"
+    stage     its name in STAGES
     config    the fields of the frozen dataclass that built the model
     ema       the averaged weights, which sampling uses
     step      training steps done
@@ -26,7 +26,7 @@ import torch
 from clip_model import SmallClip, SmallClipConfig, freeze_small_clip, load_open_clip
 from data import UserError
 from decoder import Decoder, DecoderConfig
-from prior import DiffusionPrior, PriorConfig
+from prior import AutoregressivePrior, AutoregressivePriorConfig, DiffusionPrior, PriorConfig
 from upsampler import Upsampler, UpsamplerConfig
 
 STAGES = {
@@ -35,6 +35,10 @@ STAGES = {
     "decoder": (Decoder, DecoderConfig),
     "upsampler1": (Upsampler, UpsamplerConfig),
     "upsampler2": (Upsampler, UpsamplerConfig),
+    # What the paper compares with: another prior, and the decoder trained on something else.
+    "ar_prior": (AutoregressivePrior, AutoregressivePriorConfig),
+    "decoder_text_emb": (Decoder, DecoderConfig),
+    "decoder_caption": (Decoder, DecoderConfig),
 }
 
 

@@ -288,29 +288,43 @@ class Embeddings:
 
     ARRAYS = ("image_emb", "text_emb", "text_enc", "starts", "caption_ids", "caption_starts")
 
-    def __init__(self, folder, text_len, text_width):
-        self.folder, self.text_len, self.text_width = folder, text_len, text_width
+    def __init__(self, folder, text_width):
+        self.folder, self.text_width = folder, text_width
         for name in self.ARRAYS:
             setattr(self, name, np.load(folder / f"{name}.npy", mmap_mode="r"))
 
     def __reduce__(self):
         """Sent to another process, the arrays are opened there again instead of being copied."""
-        return Embeddings, (self.folder, self.text_len, self.text_width)
+        return Embeddings, (self.folder, self.text_width)
 
     def __len__(self):
         return len(self.image_emb)
 
+    def draw_captions(self, indices, rng):
+        """The number of one caption for each picture of `indices`, drawn by rng."""
+        first, last = (self.caption_starts[np.asarray(indices) + k] for k in (0, 1))
+        return self.caption_ids[first + (rng.random(len(indices)) * (last - first)).astype(int)]
+
+    def pairs(self, indices, rng):
+        """Embeddings (n, D) of pictures and of a caption each, float32: no token features."""
+        text_emb = self.text_emb[self.draw_captions(indices, rng)]
+        arrays = self.image_emb[np.asarray(indices)], text_emb
+        return tuple(torch.from_numpy(array.astype(np.float32)) for array in arrays)
+
     def batch(self, indices, rng):
-        """Pictures `indices`, each with one of its captions drawn by rng, as float32 tensors."""
-        indices = np.asarray(indices)
-        first, last = self.caption_starts[indices], self.caption_starts[indices + 1]
-        captions = self.caption_ids[first + (rng.random(len(indices)) * (last - first)).astype(int)]
-        text_enc = np.zeros((len(indices), self.text_len, self.text_width), np.float32)
-        text_mask = np.zeros((len(indices), self.text_len), bool)
+        """Pictures `indices`, each with one of its captions drawn by rng, as float32 tensors.
+
+        The captions are padded to the longest of them, not to CLIP's text_len: attention over
+        padding costs as much as over words and is masked out in the end.
+        """
+        captions = self.draw_captions(indices, rng)
+        longest = int((self.starts[captions + 1] - self.starts[captions]).max())
+        text_enc = np.zeros((len(indices), longest, self.text_width), np.float32)
+        text_mask = np.zeros((len(indices), longest), bool)
         for row, u in enumerate(captions):
             tokens = self.text_enc[self.starts[u] : self.starts[u + 1]]
             text_enc[row, : len(tokens)], text_mask[row, : len(tokens)] = tokens, True
-        image_emb, text_emb = self.image_emb[indices], self.text_emb[captions]
+        image_emb, text_emb = self.image_emb[np.asarray(indices)], self.text_emb[captions]
         batch = {"image_emb": image_emb.astype(np.float32), "text_emb": text_emb.astype(np.float32)}
         batch |= {"text_enc": text_enc, "text_mask": text_mask}
         return {name: torch.from_numpy(array) for name, array in batch.items()}
@@ -342,7 +356,7 @@ def embed(clip, data, folder, batch_size=128):
                 raise
         finally:
             shutil.rmtree(making, ignore_errors=True)
-    return Embeddings(folder, clip.text_len, clip.text_width)
+    return Embeddings(folder, clip.text_width)
 
 
 def embed_captions(clip, captions, folder, batch_size):

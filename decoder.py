@@ -204,11 +204,15 @@ class DecoderConfig:
     context_width: int = 128  # X
     text_depth: int = 2  # blocks of the text transformer. Paper: 24
     dropout: float = 0.0  # Paper: 0.1, for 800K iterations
+    # What it is trained on. "image_emb": unCLIP's decoder. Two baselines of the paper's sec. 5:
+    # "text_emb", CLIP's text embedding in its place; "caption", never any embedding (GLIDE).
+    condition: str = "image_emb"
     drop_image_emb: float = 0.1  # share of examples that see the learned null embedding instead
     drop_caption: float = 0.5  # share of examples trained without their caption
     predict: str = "v"  # Paper: "noise". We: v. Because: flat pictures stay grainy for long.
     variance: str = "learned"  # or "fixed_small", "fixed_large"
     diffusion_steps: int = 1000  # T
+    stem: int = 1  # fold so many by so many pixels into channels first; see UNet. Paper: 1.
     sample_steps: int = 32  # Paper: 250. We: 32. Because: seconds, not minutes, on a CPU.
 
 
@@ -240,15 +244,20 @@ class Decoder(nn.Module):
         self.unet = UNet(
             3, out_channels, config.channels, config.multiples, config.blocks, E,
             config.attention_levels, config.head_channels, X, config.dropout,
+            config.stem,
         ).to(memory_format=torch.channels_last)
         self.diffusion = GaussianDiffusion(
             T=config.diffusion_steps, schedule="cosine", predict=config.predict,
             variance=config.variance, clip_x_0=True,
         )
 
+    def embedding_of(self, batch):
+        """The embedding (B, D) of a batch that this decoder is trained to see, or None."""
+        return None if self.config.condition == "caption" else batch[self.config.condition]
+
     def encode_caption(self, text_enc, text_mask):
         """text_enc (B, L, W), text_mask (B, L) -> context tokens (B, L, X), the last one (B, X)."""
-        x = self.text_in(text_enc) + self.text_position
+        x = self.text_in(text_enc) + self.text_position[: text_enc.shape[1]]
         # Not causal, as the whole caption is known; padding is never looked at. The first token
         # is always real, so no row of the mask is empty.
         for block in self.text_blocks:
@@ -284,13 +293,17 @@ class Decoder(nn.Module):
         return self.unet(x_t, self.time(t) + cond_emb, context, context_mask)
 
     def loss(self, batch):
-        """batch: image (B, 3, H, W) in [-1, 1], image_emb (B, D), text_enc (B, L, W), text_mask."""
+        """batch: image (B, 3, H, W) in [-1, 1], image_emb (B, D), text_enc (B, L, W), text_mask;
+        and text_emb (B, D) for the baseline that is trained on it."""
         B, device = len(batch["image"]), batch["image"].device
         # Two independent coins an example: 5% see a caption but no embedding (paper fig. 8).
         keep_image_emb = torch.rand(B, device=device) >= self.config.drop_image_emb
         keep_caption = torch.rand(B, device=device) >= self.config.drop_caption
+        emb = self.embedding_of(batch)
+        if emb is None:
+            emb, keep_image_emb = batch["image_emb"], torch.zeros_like(keep_image_emb)
         text = batch["text_enc"], batch["text_mask"]
-        cond = self.condition(batch["image_emb"], *text, keep_image_emb, keep_caption)
+        cond = self.condition(emb, *text, keep_image_emb, keep_caption)
         losses = self.diffusion.training_loss(lambda x_t, t: self(x_t, t, **cond), batch["image"])
         return losses.mean()
 

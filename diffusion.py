@@ -107,7 +107,8 @@ class GaussianDiffusion(nn.Module):
     predict:  what the network's output means: "noise", "x_0", or "v" (see `target`)
     variance: of an ancestral step. "fixed_small": right if the data were one point; "fixed_large":
               right if they were N(0, I) (DDPM sec. 3.2); "learned": between the two, from C more
-              channels of the network (improved DDPM eq. 15), for 8-bit images in [-1, 1]
+              channels of the network (improved DDPM eq. 15), for 8-bit images in [-1, 1];
+              "analytic": right for this data and network, measured once by estimate_variance
     clip_x_0: clip each predicted x_0 to [-1, 1]. For images; off for embeddings
     snr_gamma: Min-SNR loss weights (2303.09556), usually 5; None weighs every t the same
 
@@ -119,7 +120,7 @@ class GaussianDiffusion(nn.Module):
         super().__init__()
         schedules = {"cosine": cosine_betas, "linear": linear_betas}
         for value, allowed in ((schedule, schedules), (predict, ("noise", "x_0", "v")),
-                               (variance, ("fixed_small", "fixed_large", "learned"))):
+                               (variance, ("fixed_small", "fixed_large", "learned", "analytic"))):
             if value not in allowed:
                 raise UserError(f"{value!r} is unknown, choose one of {', '.join(allowed)}")
         if T < 2:
@@ -131,6 +132,8 @@ class GaussianDiffusion(nn.Module):
         self.register_buffer("betas", betas, persistent=False)
         self.register_buffer("alphas", 1 - betas, persistent=False)
         self.register_buffer("alphas_cumprod", (1 - betas).cumprod(0), persistent=False)
+        if variance == "analytic":  # measured, so it does belong there; 0 until it is measured
+            self.register_buffer("x_0_variance", torch.zeros(T, dtype=torch.float64))
 
     def alpha_bar(self, t):
         """alphas_cumprod at t, and 1 at t = -1, the data itself: (B,) float64."""
@@ -216,6 +219,13 @@ class GaussianDiffusion(nn.Module):
         if self.variance == "fixed_small":
             return small
         t_prev = t - 1 if t_prev is None else t_prev
+        if self.variance == "analytic":
+            # p(x_prev | x_t) mixes the posteriors of every x_0 that x_t could come from. By the
+            # law of total variance: theirs, plus that of their means, c1^2 Var(x_0 | x_t).
+            one = torch.ones(len(x_t), dtype=torch.float64, device=x_t.device)
+            c1, variance, _ = self.q_posterior(one, 0 * one, t, t_prev)
+            variance = variance + c1 ** 2 * self.x_0_variance[t]
+            return torch.maximum(expand(variance.log(), x_t), small)
         large = expand((1 - self.alpha_bar(t) / self.alpha_bar(t_prev)).log(), x_t)
         if self.variance == "fixed_large":
             return large
@@ -277,6 +287,30 @@ class GaussianDiffusion(nn.Module):
         snr = alpha_bar / (1 - alpha_bar)  # signal-to-noise ratio
         divisor = {"x_0": torch.ones_like(snr), "noise": snr, "v": snr + 1}[self.predict]
         return snr.clamp(max=self.snr_gamma) / divisor
+
+    @torch.no_grad()
+    def estimate_variance(self, network, x_0, levels=100):
+        """Measure Var(x_0 | x_t), a dimension, for variance="analytic" (Analytic-DPM, 2201.06503).
+
+        The best predictor of x_0 errs by just that variance, so it is the network's mean squared
+        error on data x_0 (B, ...): at `levels` of the T noise levels, and between them by
+        interpolation. (Their eq. 8 writes it with the score: (1 - alpha_bar) / alpha_bar *
+        (1 - mean of noise_pred^2), the same number, but the small difference of two large ones.)
+        """
+        ts = sorted(set(self.timesteps(min(levels, self.T))))
+        noise = torch.Generator(device="cpu").manual_seed(0)
+        errors = []
+        for level in ts:
+            t = torch.full((len(x_0),), level, device=x_0.device)
+            x_t = self.q_sample(x_0, t, torch.randn(x_0.shape, generator=noise).to(x_0))
+            error = self.predictions(network(x_t, t), x_t, t)[0] - x_0
+            errors.append(error.double().square().mean())
+        ts = torch.tensor(ts, dtype=torch.float64)
+        errors = torch.stack(errors).cpu()
+        wanted = torch.arange(self.T, dtype=torch.float64)
+        right = torch.searchsorted(ts, wanted).clamp(1, len(ts) - 1)
+        fraction = (wanted - ts[right - 1]) / (ts[right] - ts[right - 1])
+        self.x_0_variance.copy_(errors[right - 1].lerp(errors[right], fraction))
 
     def check_range(self, x_0):
         """Are the images in [-1, 1]? On the first batch only, as it waits for the device."""
@@ -368,6 +402,33 @@ class GaussianDiffusion(nn.Module):
             x = self.q_sample(pred_x_0, t, pred_noise)
             if on_step is not None:
                 on_step(k, int(t[0]), x, pred_x_0)
+        return x
+
+    @torch.no_grad()
+    def inpaint(self, network, x_0, mask, steps, resamples=1, generators=None):
+        """Ancestral sampling of the part of x_0 where mask is 1, given the rest (RePaint alg. 1).
+
+        After each step down, the known part of x is replaced by x_0 noised to the level reached.
+        What was drawn did not know of it yet: so the step is done `resamples` times, going back up
+        by q(x_t | x_prev) between, until both parts agree. mask: broadcasts to x_0 (B, ...).
+        Returns x_0 exactly where mask is 0.
+        """
+        x = randn(x_0.shape, generators, x_0.device)
+        for t, t_prev in self.pairs(steps, len(x_0), x_0.device):
+            last = bool(t_prev[0] < 0)
+            for again in range(1 if last else resamples):
+                if again:
+                    alpha = expand(self.alpha_bar(t) / self.alpha_bar(t_prev), x)
+                    noise = randn(x.shape, generators, x.device, x.dtype)
+                    x = alpha.sqrt() * x + (1 - alpha).sqrt() * noise
+                x, log_variance, _ = self.p_mean_variance(network(x, t), x, t, t_prev)
+                known = x_0
+                if not last:
+                    noise = randn(x.shape, generators, x.device, x.dtype)
+                    x = x + torch.exp(0.5 * log_variance) * noise
+                    noise = randn(x.shape, generators, x.device, x.dtype)
+                    known = self.q_sample(x_0, t_prev, noise)
+                x = torch.where(mask.bool(), x, known)
         return x
 
 

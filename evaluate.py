@@ -1,27 +1,20 @@
-"""What the paper found, measured here. First part: a judge that sees what a picture shows.
+"""What the paper found, measured here: each command prints a table, and --json keeps it.
 
-The paper asks people whether a picture fits its caption (sec. 5.2). Our scenes are simple enough
-for geometry to answer: `judge` lists the objects of a picture (colour, shape, size, place) and its
-background, `score` compares that with what a caption claims. Nothing is trained, so no network
-marks its own homework. The judge itself is judged first, on fresh drawings whose content is known:
-`python evaluate.py judge` (99% or better, also with noise and blur).
+    python evaluate.py captions -n 500      # do the pictures show what their captions say?
 
-The one idea: all colours of the world are far from grey, all backgrounds are grey. So *chroma*
-(distance from grey) finds the objects, hue names their colours, and each silhouette, brought to a
-standard place and area, is compared with drawings of every shape at every angle.
+judge.py sees what is in a picture; here pictures are drawn, or CLIP is asked, many times over with
+known seeds, and the answers are counted.
 
-Letters: S = 64, the side at which pictures are judged; G = 24, the side of a standard silhouette.
-Places and radii are parts of the picture's side; y grows downwards.
+The one idea: to find which stage loses something, replace the stages before it by the truth. The
+true image embedding in place of the prior's shows what the decoder loses; true small pictures in
+place of the decoder's show what the upsamplers lose.
 Read next: README.md, the section on evaluation.
 """
 
 import json
-import math
 import sys
-from collections import Counter
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import permutations, product
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,264 +24,18 @@ from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 from checkpoint import load_clip
-from data import BACKGROUNDS, COLOURS, SHAPES
-from data import Claim, Scene, Shapes, Thing, UserError, parse_caption, render, to_tensor
-from sample import Parser, Pipeline, choose_device, default_weights, draw_grid, exit_code
-from sample import natural, number, positive, save_picture
-
-S = 64
-G = 24
-SPECK = 40  # pixels of S x S: a smaller patch is no object; the smallest star has 90
-
-# ------------------------------------------------------------------------------------- the judge
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What a picture shows. Its things have colour, shape, size, x, y and radius."""
-
-    background: str | None  # None: neither black nor white nor gray
-    things: tuple
-
-
-def judge(image):
-    """Look at a picture -> Seen.
-
-    image: PIL image, or a tensor (3, H, W) in [-1, 1]; square, 48 pixels or more a side
-    """
-    pixels = at_judging_size(image)  # (S, S, 3) in [0, 1]
-    turned = pixels.swapaxes(0, 1)
-    border = np.concatenate([pixels[:2], pixels[-2:], turned[:2], turned[-2:]])
-    ground = np.median(border.reshape(-1, 3), axis=0)
-    # Objects are found in a smoothed picture, where noise makes no specks and no wrong hues.
-    calm = smooth(pixels)
-    patches = connected(name_colours(calm, ground))
-    taken = np.any([mask for _, mask in patches], axis=0) if patches else np.zeros((S, S), bool)
-    things = [measure(pixels, ground, index, mask, taken) for index, mask in patches]
-    return Seen(name_background(ground), tuple(things + find_sign(calm, ground, taken)))
-
-
-def at_judging_size(image):
-    """Any picture of 48 pixels or more -> (S, S, 3) float in [0, 1], by area averaging."""
-    x = to_tensor(image.convert("RGB")) if isinstance(image, Image.Image) else image
-    x = x.detach().float().cpu()
-    if x.dim() != 3 or x.shape[0] != 3 or x.shape[1] != x.shape[2] or x.shape[1] < 48:
-        raise UserError(f"picture of shape {tuple(x.shape)}: the judge needs (3, H, H), H >= 48")
-    if x.shape[1] != S:
-        how = dict(mode="area") if x.shape[1] > S else dict(mode="bilinear", align_corners=False)
-        x = F.interpolate(x[None], size=(S, S), **how)[0]
-    return ((x + 1) / 2).clamp(0, 1).permute(1, 2, 0).numpy()
-
-
-def smooth(pixels):
-    """Weights 1 2 1 down, then across: noise shrinks to 3/8 of its standard deviation."""
-    for axis in (0, 1):
-        padded = np.pad(pixels, [(1, 1) if a == axis else (0, 0) for a in range(3)], mode="edge")
-        before, here, after = (np.take(padded, range(k, k + S), axis) for k in range(3))
-        pixels = (before + 2 * here + after) / 4
-    return pixels
-
-
-def hue_plane(rgb):
-    """(..., 3) -> (..., 2): grey is the origin, the angle is the hue, the length the chroma."""
-    r, g, b = np.moveaxis(np.asarray(rgb, dtype=np.float32), -1, 0)
-    return np.stack([r - (g + b) / 2, (g - b) * math.sqrt(3) / 2], axis=-1)
-
-
-PURE = hue_plane(np.array(list(COLOURS.values())) / 255)  # (6, 2)
-CHROMA = np.linalg.norm(PURE, axis=-1)  # (6,)
-
-
-def name_colours(pixels, ground):
-    """(S, S, 3) -> (S, S): the index in COLOURS with the nearest hue, -1 where grey or ground."""
-    plane = hue_plane(pixels)
-    index = (plane @ (PURE / CHROMA[:, None]).T).argmax(-1)  # nearest angle = largest cosine
-    # Half covered by an object, a pixel has half of its chroma: the outline is where that happens.
-    # 0.85: the darkest shade.
-    coloured = np.linalg.norm(plane, axis=-1) > 0.5 * 0.85 * CHROMA[index]
-    return np.where(coloured & (np.abs(pixels - ground).max(-1) > 0.1), index, -1)
-
-
-def name_background(ground):
-    """(3,) -> "black", "gray", "white", or None if it has a colour."""
-    if np.ptp(ground) > 0.2:
-        return None
-    return min(BACKGROUNDS, key=lambda name: abs(255 * ground.mean() - BACKGROUNDS[name]))
-
-
-def connected(index):
-    """Patches of equal index >= 0, joined along edges -> list of (index, (S, S) mask)."""
-    width = S + 2  # with a frame of -1, no pixel lacks a neighbour
-    todo = np.pad(index, 1, constant_values=-1).ravel()
-    starts, todo, patches = np.flatnonzero(todo >= 0).tolist(), todo.tolist(), []
-    for start in starts:
-        value = todo[start]
-        if value < 0:
-            continue  # part of an earlier patch
-        patch, todo[start] = [start], -1
-        for here in patch:  # grows while we walk along it
-            for there in (here - 1, here + 1, here - width, here + width):
-                if todo[there] == value:
-                    todo[there] = -1
-                    patch.append(there)
-        if len(patch) >= SPECK:
-            mask = np.zeros(width * width, dtype=bool)
-            mask[patch] = True
-            patches.append((value, mask.reshape(width, width)[1:-1, 1:-1]))
-    return patches
-
-
-def grow(mask, n):
-    """Widen an (S, S) mask by n pixels in all directions."""
-    for _ in range(2):  # down, then (transposed) across
-        padded = np.pad(mask, ((n, n), (0, 0)))
-        mask = np.any([padded[k : k + S] for k in range(2 * n + 1)], axis=0).T
-    return mask
-
-
-def measure(pixels, ground, index, mask, taken):
-    """A patch -> Thing: its colour by hue, its shape and radius by its silhouette.
-
-    mask: (S, S) its pixels; taken: (S, S) those of all patches
-    """
-    core = ~grow(~mask, 1)  # away from the mixed colours of the edge
-    ink = np.median(pixels[core if core.sum() >= 9 else mask], axis=0)
-    # How much of each pixel is covered: 0 shows the ground's colour, 1 the object's. Only near the
-    # patch, and not near another one.
-    cover = (pixels - ground) @ (ink - ground) / max(1e-3, np.sum((ink - ground) ** 2))
-    near = grow(mask, 2) & (~grow(taken & ~mask, 1) | mask)
-    silhouette, area, x, y = standard(np.clip(cover, 0, 1) * near)
-    views, shapes, radii = templates()
-    likeness = views @ silhouette  # cosines; 0.96 or more for a drawing, even a noisy one
-    best = int(likeness.argmax())
-    shape = shapes[best] if likeness[best] > 0.9 else None  # None: a blob
-    radius = radii[best] * math.sqrt(area)
-    size = "small" if radius < 0.18 else "large"  # SIZES: small to 0.16, large from 0.20
-    return Thing(list(COLOURS)[index], shape, size, x, y, radius)
-
-
-def standard(cover):
-    """A silhouette at a standard place and scale -> ((G * G,) of mean 0 and norm 1, area, x, y).
-
-    cover: (S, S) in [0, 1]. The centre of mass goes to the middle; the area becomes that of a
-    circle with a radius of G / 3.2 pixels, so that the tips of a star just fit.
-    """
-    area = max(1.0, cover.sum())
-    middle = np.arange(S) + 0.5
-    x, y = cover.sum(0) @ middle / area, cover.sum(1) @ middle / area
-    zoom = 3.2 / G * math.sqrt(area / math.pi)  # picture pixels per silhouette pixel
-    window = (zoom, 0, x - zoom * G / 2, 0, zoom, y - zoom * G / 2)
-    picture = Image.fromarray(cover.astype(np.float32))
-    view = picture.transform((G, G), Image.Transform.AFFINE, window, Image.Resampling.BILINEAR)
-    view = np.asarray(view).ravel() - np.mean(view)
-    return view / (np.linalg.norm(view) + 1e-6), area, x / S, y / S
-
-
-@lru_cache
-def templates():
-    """Every shape, angle, size and blur -> views (n, G * G), shapes, radius / sqrt(area)."""
-    views, shapes, radii = [], [], []
-    symmetry = {"circle": 5, "square": 90, "triangle": 120, "star": 72, "cross": 90}  # degrees
-    for shape in SHAPES:
-        for degrees in range(0, symmetry[shape], 5):
-            for radius, blur in product((0.145, 0.22), (0, 1.2)):
-                angle = math.radians(degrees)
-                thing = Thing(None, shape, None, 0.5, 0.5, radius, angle, rgb=(255, 255, 255))
-                drawing = render(Scene((thing,), "black", (0, 0, 0)), S).convert("L")
-                drawing = drawing.filter(ImageFilter.GaussianBlur(blur))
-                view, area, _, _ = standard(np.asarray(drawing) / 255)
-                views.append(view)
-                shapes.append(shape)
-                radii.append(radius / math.sqrt(area))
-    return np.stack(views), shapes, radii
-
-
-def find_sign(pixels, ground, taken):
-    """A wide patch without colour that stands out from the ground is a sign -> [Thing] or []."""
-    differs = (np.abs(pixels - ground).max(-1) > 0.2) & ~grow(taken, 3)
-    for _, mask in connected(np.where(differs, 0, -1)):
-        rows, columns = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
-        height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
-        if width > 0.4 * S and 0.15 * S < height < width:
-            x, y = (columns.mean() + 0.5) / S, (rows.mean() + 0.5) / S
-            return [Thing(shape="sign", x=x, y=y, radius=width / (2 * 0.92 * S))]
-    return []
-
-
-# --------------------------------------------------------------------------------------- scoring
-
-COLUMNS = ("objects", "colours", "shapes", "binding", "sizes", "relation", "background", "all")
-
-
-def score(seen, claim):
-    """Compare a picture with a caption -> {column: True, False, or None where it says nothing}.
-
-    objects      as many as claimed
-    colours      each colour mentioned is there, as often as mentioned; shapes, sizes: likewise
-    binding      the colours are on the right shapes: every claimed object has its own seen object
-                 with all of its mentioned colour and shape
-    relation     and these two objects are placed as claimed
-    all          all of it at once, sizes on the right objects too
-    """
-
-    def present(part):
-        said = Counter(getattr(thing, part) for thing in claim.things)
-        del said[None]
-        there = Counter(getattr(thing, part) for thing in seen.things)
-        return said <= there if said else None
-
-    bound = matches(seen, claim, ("colour", "shape"))
-    result = {
-        "objects": len(seen.things) == len(claim.things),
-        "colours": present("colour"),
-        "shapes": present("shape"),
-        "binding": len(bound) > 0 if any(t.colour and t.shape for t in claim.things) else None,
-        "sizes": present("size"),
-        "relation": any(holds(claim.relation, *pair) for pair in bound) if claim.relation else None,
-        "background": seen.background == claim.background if claim.background else None,
-    }
-    exact = matches(seen, claim, ("colour", "shape", "size"))
-    if claim.relation:
-        exact = [pair for pair in exact if holds(claim.relation, *pair)]
-    result["all"] = len(exact) > 0 and all(right is not False for right in result.values())
-    return result
-
-
-def matches(seen, claim, parts):
-    """All ways to give each claimed thing its own seen thing that agrees in these parts."""
-
-    def agree(said, there):
-        return all(getattr(said, p) in (None, getattr(there, p)) for p in parts)
-
-    ways = permutations(seen.things[:8], len(claim.things))
-    return [way for way in ways if all(map(agree, claim.things, way))]
-
-
-def holds(relation, a, b):
-    """Is a above, below, left of or right of b? They must differ most along that axis."""
-    right, down = b.x - a.x, b.y - a.y
-    ahead = {"above": down, "below": -down, "left of": right, "right of": -right}[relation]
-    return ahead >= max(abs(right), abs(down))
-
-
-def shares(results):
-    """List of scores -> {column: share of True among the captions that mention it}, and n."""
-    table = {"n": len(results)}
-    for column in COLUMNS:
-        said = [result[column] for result in results if result[column] is not None]
-        table[column] = sum(said) / len(said) if said else None
-    return table
-
-
-# -------------------------------------------------------------------------------------- commands
-
+from data import BACKGROUNDS, COLOURS, SHAPES, Claim, Shapes, UserError, parse_caption, render
+from judge import COLUMNS, S, judge, score, shares
+from manipulate import blend, edit, invert, psnr, redraw, text_diff
+from sample import Parser, Pipeline, autocast, choose_device, default_weights, draw_grid, exit_code
+from sample import generators, natural, number, positive, save_picture
 
 def print_table(table):
     """{row: shares} as text."""
-    print(f"{'':12}" + "".join(f"{column:>12}" for column in COLUMNS) + f"{'n':>8}")
+    print(f"{'':16}" + "".join(f"{column:>11}" for column in COLUMNS) + f"{'n':>7}")
     for row, share in table.items():
-        cells = [f"{'-':>12}" if share[c] is None else f"{share[c]:12.1%}" for c in COLUMNS]
-        print(f"{row:12}" + "".join(cells) + f"{share['n']:8}")
+        cells = [f"{'-':>11}" if share[c] is None else f"{share[c]:11.1%}" for c in COLUMNS]
+        print(f"{row:16}" + "".join(cells) + f"{share['n']:7}")
 
 
 def judge_judge(args):
@@ -308,8 +55,7 @@ def judge_judge(args):
     results = {name: [] for name in conditions}
     for i in range(args.n):
         scene = data.scene(i)
-        truth = Claim(scene.things, scene.relation, scene.background, scene.word)
-        picture = render(scene, S)
+        truth, picture = scene_claim(scene), render(scene, S)
         for name, spoil in conditions.items():
             results[name].append(score(judge(spoil(picture)), truth))
     table = {name: shares(scores) for name, scores in results.items()}
@@ -317,46 +63,69 @@ def judge_judge(args):
     return table
 
 
-def draw(pipeline, captions, args, image_emb=None):
-    """Captions -> pictures at the judge's size; image_emb (n, D) replaces the prior."""
+def in_batches(n, size=16):
+    """range(n) in pieces: slices of at most `size`, with a progress bar."""
+    return [slice(k, min(k + size, n)) for k in tqdm(range(0, n, size), "drawing", disable=None)]
+
+
+def scene_claim(scene):
+    """All that is true of a scene, as the judge's claim."""
+    return Claim(scene.things, scene.relation, scene.background, scene.word)
+
+
+def draw(pipeline, captions, args, condition="prior", image_emb=None):
+    """Captions -> pictures at the judge's size; image_emb (n, D) replaces the condition."""
     pictures = []
-    for k in tqdm(range(0, len(captions), 16), "drawing", disable=None):
-        seeds = range(args.seed + k, args.seed + k + len(captions[k : k + 16]))
-        text = pipeline.text(captions[k : k + 16])
+    for part in in_batches(len(captions)):
+        seeds = range(args.seed + part.start, args.seed + part.stop)
+        text = pipeline.text(captions[part])
         if image_emb is None:
-            emb = pipeline.embed(text, seeds, args.prior_scale, args.prior_steps)
+            emb = pipeline.condition(condition, text, seeds, args.prior_scale, args.prior_steps)
         else:
-            emb = image_emb[k : k + 16]
+            emb = image_emb[part]
         batch = pipeline.decode(emb, text, seeds, args.scale, args.steps)
         pictures.append(pipeline.upsample(batch, seeds, S).cpu())
     return torch.cat(pictures)
 
 
-def judge_captions(args):
-    """Draw validation captions and judge the pictures, in three rows.
+# Each row of `captions`: which scenes, which stages, what the decoder is given.
+ROWS = {
+    "true_embedding": {"prior": None},
+    "text": {},
+    "held_out": {"split": "held_out"},
+    "ar_prior": {"prior": "ar_prior"},
+    "text_emb": {"prior": None, "condition": "text_emb"},
+    "caption": {"prior": None, "condition": "caption"},
+    "trained_text": {"prior": None, "decoder": "decoder_text_emb", "condition": "text_emb"},
+    "glide": {"prior": None, "decoder": "decoder_caption", "condition": "caption"},
+}
 
-    true_embedding: CLIP's embedding of the scene itself takes the prior's place, so its row shows
-    what the decoder loses and the next row what the prior loses on top. held_out: captions with a
-    colour-shape pair that no training picture had. All rows are judged by what the caption says.
+
+def judge_captions(args):
+    """Draw validation captions and judge the pictures by what the captions say, in rows:
+
+    true_embedding  CLIP's embedding of the scene itself: what the decoder loses
+    text            the whole of unCLIP: what the prior loses on top
+    held_out        the same for colour-shape pairs that no training picture had
+    ar_prior        the autoregressive prior in place of the diffusion prior
+    text_emb        the text embedding as if it were an image's; caption: no embedding at all
+    trained_text    a decoder trained on text embeddings; glide: one trained on captions alone
     """
-    device = choose_device(args.device)
-    pipeline = Pipeline(args.weights or default_weights(), device, S)
-    if pipeline.sizes[-1] < 48:
-        raise UserError(f"{pipeline.folder} draws {pipeline.sizes[-1]} pixels, the judge needs 48: "
-                        "train upsampler1")
-    print(f"weights: {pipeline.folder}, drawn at {pipeline.sizes[0]}, judged at {S} px")
+    device, folder = choose_device(args.device), args.weights or default_weights()
     table = {}
-    for row, split in (("true_embedding", "val"), ("text", "val"), ("held_out", "held_out")):
+    for row in args.rows:
+        settings = {"split": "val", "condition": "prior"} | ROWS[row]
+        split, condition = settings.pop("split"), settings.pop("condition")
+        pipeline = Pipeline(folder, device, S, **settings)
+        if pipeline.sizes[-1] < 48:
+            raise UserError(f"{pipeline.folder} draws {pipeline.sizes[-1]} pixels, the judge needs "
+                            "48: train upsampler1")
+        if not table:
+            print(f"weights: {folder}, drawn at {pipeline.sizes[0]}, judged at {S} px")
         data = Shapes(args.n, split, args.seed)
         captions = [data.captions(i)[i % 3] for i in range(args.n)]  # sparse, middle, full in turn
-        image_emb = None
-        if row == "true_embedding":
-            size = pipeline.clip.image_size
-            image_emb = torch.cat([
-                pipeline.clip.encode_image(data.image(i, size)[None].to(device))
-                for i in range(args.n)
-            ])
-        pictures = draw(pipeline, captions, args, image_emb)
+        image_emb = look(pipeline, data) if row == "true_embedding" else None
+        pictures = draw(pipeline, captions, args, condition, image_emb)
         claims = [parse_caption(caption) for caption in captions]
         table[row] = shares([score(judge(p), c) for p, c in zip(pictures, claims, strict=True)])
         if args.out:
@@ -364,6 +133,206 @@ def judge_captions(args):
             save_picture(grid, Path(args.out) / f"captions_{row}.png")
     print_table(table)
     return table
+
+
+@torch.no_grad()
+def look(pipeline, data):
+    """CLIP's embeddings (n, D) of all pictures of a data set."""
+    size, device = pipeline.clip.image_size, pipeline.device
+    return torch.cat([pipeline.clip.encode_image(data.image(i, size)[None].to(device))
+                      for i in range(len(data))])
+
+
+def judge_upsamplers(args):
+    """True pictures shrunk to the decoder's size and enlarged again, against bicubic enlargement.
+
+    psnr: against the true picture, dB. The judge's shares: of everything that is in the scene. It
+    looks at 64 pixels, so what is left to see there is whether the enlargement spoils anything.
+    """
+    device, folder = choose_device(args.device), args.weights or default_weights()
+    pipeline = Pipeline(folder, device, args.size, prior=None)
+    data, low, table = Shapes(args.n, "val", args.seed), pipeline.sizes[0], {}
+    for size in pipeline.sizes[1:]:
+        psnrs, scores = {}, {}
+        for i in tqdm(range(args.n), f"to {size}", disable=None):
+            true, claim = data.image(i, size)[None], scene_claim(data.scene(i))
+            small = F.avg_pool2d(true, size // low)
+            ways = {
+                "upsamplers": pipeline.upsample(small.to(device), [args.seed + i], size).cpu(),
+                "bicubic": F.interpolate(small, size=size, mode="bicubic").clamp(-1, 1),
+                "truth": true,
+            }
+            for way, picture in ways.items():
+                psnrs.setdefault(way, []).append(psnr(picture, true).item())
+                if size >= 48:  # the judge needs that much
+                    scores.setdefault(way, []).append(score(judge(picture[0]), claim))
+        for way in psnrs:
+            table[f"{way} {size}"] = shares(scores.get(way, [])) | {"n": args.n}
+            if way != "truth":
+                table[f"{way} {size}"]["psnr"] = sum(psnrs[way]) / args.n
+                print(f"{way} to {size}: {table[f'{way} {size}']['psnr']:.2f} dB")
+    print_table(table)
+    return table
+
+
+def frechet_distance(a, b):
+    """Squared Frechet distance of the gaussians that fit points a (n, D) and b (m, D).
+
+        |mean_a - mean_b|^2 + trace(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2)     (FID, 1706.08500)
+
+    Few points have covariances that are too small in most directions: use several times D.
+    """
+    a, b = a.double(), b.double()
+    cov_a, cov_b = torch.cov(a.T, correction=0), torch.cov(b.T, correction=0)
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # C_a^1/2
+    mixed = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    means = (a.mean(0) - b.mean(0)).square().sum()
+    return (means + cov_a.trace() + cov_b.trace() - 2 * mixed).item()
+
+
+def judge_priors(args):
+    """Both priors, and the diffusion prior's variances at few steps, on validation captions.
+
+    frechet: of the drawn embeddings and the true ones (times 1000); cosine: with the true embedding
+    of the same scene; evaluations: of the network for one embedding; ms: for one, in batches of 64.
+    The diffusion rows draw one candidate, so that no choice by CLIP hides what the variance does;
+    the last of them draws two and keeps the better, as sample.py does.
+    """
+    device, folder = choose_device(args.device), Path(args.weights or default_weights())
+    pipeline = Pipeline(folder, device)
+    data = Shapes(args.n, "val", args.seed)
+    true, diffusion, table = look(pipeline, data), pipeline.prior.diffusion, {}
+    captions = [data.captions(i)[i % 3] for i in range(args.n)]
+
+    def measure(row, prior, evaluations, **settings):
+        drawn, started = [], time.perf_counter()
+        for part in in_batches(args.n, 64):
+            text = pipeline.text(captions[part])
+            seeds = range(args.seed + part.start, args.seed + part.stop)
+            settings["generators"] = generators(seeds, "prior")
+            with autocast(device):
+                drawn.append(prior.sample(*text, scale=args.prior_scale, **settings))
+        seconds, drawn = time.perf_counter() - started, torch.cat(drawn)
+        table[row] = {
+            "frechet": 1000 * frechet_distance(drawn, true),
+            "cosine": (drawn * true).sum(1).mean().item(),
+            "evaluations": evaluations, "ms": 1000 * seconds / args.n, "n": args.n,
+        }
+
+    trained = diffusion.variance
+    for steps in (8, 16, 64):
+        for variance in ("fixed_small", "fixed_large", "analytic"):
+            if variance != "analytic" or trained == "analytic":  # else it was never measured
+                diffusion.variance = variance
+                measure(f"{variance}, {steps} steps", pipeline.prior, steps, steps=steps,
+                        candidates=1)
+    diffusion.variance = trained
+    measure("best of 2, 64 steps", pipeline.prior, 2 * 64, steps=64)
+    if (folder / "ar_prior.pt").exists():
+        ar = pipeline.load("ar_prior")
+        measure("autoregressive", ar, ar.config.components)
+    print(f"{'':24}{'frechet':>10}{'cosine':>10}{'evaluations':>13}{'ms':>8}{'n':>7}")
+    for row, x in table.items():
+        print(f"{row:24}{x['frechet']:10.2f}{x['cosine']:10.3f}{x['evaluations']:13}"
+              f"{x['ms']:8.1f}{x['n']:7}")
+    return table
+
+
+THETAS = (0.0, 0.125, 0.25, 0.375, 0.5)
+
+
+def single_edits(data, n):
+    """n scenes of one object with one attribute to change: (i, part, before, after, claim).
+
+    before, after: captions that differ in one word; claim: the scene after the edit. Colour, shape
+    and background take turns.
+    """
+    edits = []
+    for i in range(len(data)):
+        scene = data.scene(i)
+        if len(scene.things) != 1 or scene.word or len(edits) == n:
+            continue
+        thing, part = scene.things[0], ("colour", "shape", "background")[len(edits) % 3]
+        say = lambda t, ground: (f"{'an' if t.colour[0] in 'aeiou' else 'a'} {t.colour} {t.shape}"
+                                 + (f" on {ground}" if part == "background" else ""))
+        after, ground = thing, scene.background
+        if part == "background":
+            ground = next_of(tuple(BACKGROUNDS), ground, i)
+        else:
+            choices = tuple(COLOURS if part == "colour" else SHAPES)
+            after = replace(thing, **{part: next_of(choices, getattr(thing, part), i)})
+        claim = Claim((after,), None, ground)
+        edits.append((i, part, say(thing, scene.background), say(after, ground), claim))
+    return edits
+
+
+def next_of(choices, now, k):
+    """Another of the choices than `now`: the k-th of the rest, counted round and round."""
+    others = [choice for choice in choices if choice != now]
+    return others[k % len(others)]
+
+
+def judge_manipulations(args):
+    """Reconstruction, variation, blending and text diffs of validation scenes, in numbers."""
+    device = choose_device(args.device)
+    pipeline = Pipeline(args.weights or default_weights(), device, S, prior=None)
+    data, low = Shapes(args.n, "val", args.seed), pipeline.sizes[0]
+    pictures = torch.stack([data.image(i, low) for i in range(args.n)]).to(device)
+    embs, table = look(pipeline, data), {}
+    again, varied = [], []
+    for part in in_batches(args.n):
+        seeds = range(args.seed + part.start, args.seed + part.stop)
+        x_T = invert(pipeline, pictures[part], embs[part])
+        again.append(redraw(pipeline, embs[part], x_T, seeds))
+        varied.append(redraw(pipeline, embs[part], x_T, seeds, eta=1.0))
+    again, varied = torch.cat(again), torch.cat(varied)
+    table["reconstruction_psnr"] = psnr(again, pictures).mean().item()
+    table["variation_psnr"] = psnr(varied, pictures).mean().item()
+    claims = [scene_claim(data.scene(i)) for i in range(args.n)]
+    for name, drawn in (("reconstruction", again), ("variation", varied)):
+        enlarged = pipeline.upsample(drawn, range(args.n), S).cpu()
+        table[name] = shares([score(judge(p), c) for p, c in zip(enlarged, claims, strict=True)])
+    ends = []
+    for k in range(0, min(args.n, 20) - 1, 2):
+        frames = blend(pipeline, pictures[k:k + 2], embs[k:k + 2], args.seed, 2)
+        ends.append(psnr(frames, pictures[k:k + 2]))
+    table["blend_ends_psnr"] = torch.cat(ends).mean().item() if ends else None
+    print(f"reconstruction (eta 0) {table['reconstruction_psnr']:.1f} dB; variation (eta 1) "
+          f"{table['variation_psnr']:.1f} dB from the source; blends' ends "
+          f"{table['blend_ends_psnr'] or 0:.1f} dB")
+    print_table({name: table[name] for name in ("reconstruction", "variation")})
+
+    edits, results = single_edits(Shapes(20 * args.edits, "val", args.seed), args.edits), []
+    scenes = Shapes(20 * args.edits, "val", args.seed)
+    for i, part, before, after, claim in tqdm(edits, "edits", disable=None):
+        picture = scenes.image(i, low)[None].to(device)
+        emb = pipeline.clip.encode_image(scenes.image(i, pipeline.clip.image_size)[None].to(device))
+        direction = text_diff(pipeline, after, before)
+        frames = edit(pipeline, picture, emb, direction, THETAS, args.seed)
+        frames = pipeline.upsample(frames, [args.seed] * len(THETAS), S).cpu()
+        results.append([changed_and_kept(judge(frame), claim, part) for frame in frames])
+    print(f"{len(edits)} text diffs, each of one attribute of a scene with one object:")
+    print(f"{'theta':>8}{'new attribute':>16}{'others kept':>14}{'both':>8}")
+    table["edits"] = []
+    for k, theta in enumerate(THETAS):
+        new, kept = (sum(r[k][j] for r in results) / max(1, len(results)) for j in (0, 1))
+        both = sum(all(r[k]) for r in results) / max(1, len(results))
+        table["edits"].append({"theta": theta, "new": new, "kept": kept, "both": both})
+        print(f"{theta:8.3f}{new:16.1%}{kept:14.1%}{both:8.1%}")
+    return table
+
+
+def changed_and_kept(seen, claim, part):
+    """Of a scene with one object after an edit: is the new attribute there, are the others?"""
+    wanted = claim.things[0]
+    thing = seen.things[0] if len(seen.things) == 1 else None
+    right = {
+        "colour": thing is not None and thing.colour == wanted.colour,
+        "shape": thing is not None and thing.shape == wanted.shape,
+        "background": seen.background == claim.background,
+    }
+    return right.pop(part), all(right.values())
 
 
 OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
@@ -441,6 +410,20 @@ def build_parser():
     sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
     sub = command("captions", judge_captions, "text to image, judged by its captions")
     add_drawing_options(sub)
+    sub.add_argument("--rows", nargs="+", default=["true_embedding", "text", "held_out"],
+                     choices=ROWS, help="what to draw from")
+    sub = command("upsamplers", judge_upsamplers, "true pictures shrunk and enlarged again")
+    sub.add_argument("--weights", help="folder of checkpoints (default: as sample.py)")
+    sub.add_argument("--size", type=positive, default=1024, help="how far to enlarge")
+    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    sub = command("priors", judge_priors, "drawn embeddings against true ones")
+    sub.add_argument("--weights", help="folder of checkpoints (default: as sample.py)")
+    sub.add_argument("--prior-scale", type=number, default=1.0, help="guidance; off at 1")
+    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    sub = command("manipulations", judge_manipulations, "reconstruct, vary, blend and edit scenes")
+    sub.add_argument("--weights", help="folder of checkpoints (default: as sample.py)")
+    sub.add_argument("--edits", type=positive, default=20, help="number of text diffs")
+    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
     return parser
 
 

@@ -26,10 +26,13 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import checkpoint as checkpoints
-from data import UserError
+import manipulate
+from data import UserError, fit, to_rgb, to_tensor
+from prior import DiffusionPrior
 
 STAGE_SEEDS = {"prior": 1, "decoder": 2, "upsampler1": 3, "upsampler2": 4}
 SIZES = (64, 256, 1024)  # of the paper's three stages
+CONDITIONS = ("prior", "text_emb", "caption")  # what a decoder may be given: Pipeline.condition
 
 # --- the machine -----------------------------------------------------------------------------
 
@@ -51,14 +54,24 @@ def autocast(device):
     """Compute in bfloat16 where the hardware multiplies it fast; weights stay in float32."""
     device = torch.device(device)
     cuda = device.type == "cuda"
-    fast = torch.cuda.get_device_capability(device) >= (8, 0) if cuda else cpu_has_bf16()
+    fast = torch.cuda.get_device_capability(device) >= (8, 0) if cuda else cpu_is_fast_in_bf16()
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
-def cpu_has_bf16():
-    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, bool)() for name in names)
+@functools.lru_cache
+def cpu_is_fast_in_bf16():
+    """Whether this CPU multiplies bfloat16 faster than float32: not all that can do it are.
+
+    AMX is made for it, and AMD's AVX512-BF16 was twice as fast. Intel's AVX512-BF16 without AMX
+    (as in some virtual machines) was half as fast: 150 against 280 GFLOP/s on two cores.
+    """
+    if getattr(torch.cpu, "_is_amx_tile_supported", bool)():
+        return True
+    try:
+        intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        intel = True
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() and not intel
 
 
 # --- the pipeline ----------------------------------------------------------------------------
@@ -85,71 +98,87 @@ def generators(seeds, stage):
 class Pipeline:
     """Every trained stage of a folder, and the path from a caption to pictures.
 
-    stages: which of prior, decoder, upsampler1, upsampler2 to load (a missing upsampler is left
-    out; the others raise UserError). sizes: the sides it can draw, ascending.
+    prior: "prior", "ar_prior" or None. decoder: "decoder", or one of its baselines,
+    "decoder_text_emb" (trained on text embeddings) and "decoder_caption" (GLIDE). An upsampler
+    that is missing is left out; the others raise UserError. size: how far to enlarge.
+    sizes: the sides it can draw, ascending.
     """
 
-    def __init__(self, folder, device="cpu", size=64, stages=("prior", "decoder")):
+    def __init__(self, folder, device="cpu", size=64, prior="prior", decoder="decoder"):
         self.folder, self.device = Path(folder), torch.device(device)
         if not self.folder.is_dir():
             raise UserError(f"no folder {folder}: give --weights the --out folder of a training")
-        self.stages = {s: checkpoints.load_stage(folder, s, device) for s in stages}
+        self.prior = prior and self.load(prior)
+        self.decoder = self.load(decoder)
         # Which CLIP to load is written in the stages themselves: embeddings of another would be
         # numbers without meaning to them.
-        spec = next((m.clip["spec"] for m in self.stages.values() if m.clip), "small")
+        spec = self.decoder.clip["spec"] if self.decoder.clip else "small"
         self.clip = checkpoints.load_clip(folder, spec, device)
-        for stage, model in self.stages.items():
-            checkpoints.check_clip(model, self.clip, self.folder / f"{stage}.pt")
+        for stage, model in ((prior, self.prior), (decoder, self.decoder)):
+            if model:
+                checkpoints.check_clip(model, self.clip, self.folder / f"{stage}.pt")
         # The chain of sizes, as far as it is wanted and unbroken; 64, 256, 1024 for base.
-        self.sizes = [self.stages["decoder"].config.size] if "decoder" in stages else []
+        self.sizes, self.upsamplers = [self.decoder.config.size], {}
         for stage in ("upsampler1", "upsampler2"):
-            wanted = self.sizes and self.sizes[-1] < size
-            if not wanted or not (self.folder / f"{stage}.pt").exists():
+            if self.sizes[-1] >= size or not (self.folder / f"{stage}.pt").exists():
                 break
-            model = checkpoints.load_stage(folder, stage, device)
+            model = self.load(stage)
             if model.config.low_size != self.sizes[-1]:
                 raise UserError(f"{self.folder}/{stage}.pt enlarges {model.config.low_size} px, "
                                 f"not {self.sizes[-1]}: train it with the decoder's preset")
-            self.stages[stage] = model
+            self.upsamplers[stage] = model
             self.sizes.append(model.config.size)
+
+    def load(self, stage):
+        return checkpoints.load_stage(self.folder, stage, self.device)
 
     def text(self, captions):
         """Captions -> text_emb (B, D), text_enc (B, L, W), text_mask (B, L)."""
         return self.clip.encode_text(captions)
 
+    def look(self, picture):
+        """CLIP's embedding of one PIL picture, its middle square: (1, D), unit norm."""
+        size = self.clip.image_size
+        return self.clip.encode_image(to_tensor(fit(picture, size))[None].to(self.device))
+
     def embed(self, text, seeds, scale=1.0, steps=None, on_step=None):
         """The prior: text() of B captions and B seeds -> image_emb (B, D), unit norm.
 
-        scale: guidance, off at 1. steps: of the T diffusion steps (None: the config's).
+        scale: guidance, off at 1. steps: of the T diffusion steps (None: the config's); the
+        autoregressive prior has none.
         """
+        settings = {"scale": scale, "generators": generators(seeds, "prior")}
+        if isinstance(self.prior, DiffusionPrior):
+            settings |= {"steps": steps, "on_step": on_step}
         with autocast(self.device):
-            return self.stages["prior"].sample(
-                *text,
-                scale=scale,
-                steps=steps,
-                generators=generators(seeds, "prior"),
-                on_step=on_step,
-            )
+            return self.prior.sample(*text, **settings)
 
-    def decode(self, image_emb, text, seeds, scale=2.0, steps=None, eta=None, on_step=None):
+    def condition(self, name, text, seeds, scale=1.0, steps=None):
+        """What the decoder gets as image_emb (paper fig. 8): the prior's embedding, CLIP's text
+        embedding as if it were an image's, or None, the caption alone. name: see CONDITIONS."""
+        if name == "prior":
+            return self.embed(text, seeds, scale, steps)
+        return text[0] if name == "text_emb" else None
+
+    def decode(self, image_emb, text, seeds, scale=2.0, steps=None, eta=None, x_T=None,
+               on_step=None):
         """The decoder: image_emb (B, D) or None, text() or None -> (B, 3, H, W) in [-1, 1].
 
         Without an embedding it draws from the caption alone, without text from the embedding
         alone (paper fig. 8). scale: guidance, off at 1. eta: None for ancestral sampling, a
-        number for DDIM.
+        number for DDIM. x_T: (B, 3, H, W), the noise to start from, else drawn by the seeds.
         """
         _, text_enc, text_mask = text or (None, None, None)
         with autocast(self.device):
-            return self.stages["decoder"].sample(
-                image_emb, text_enc, text_mask, scale=scale, steps=steps, eta=eta,
+            return self.decoder.sample(
+                image_emb, text_enc, text_mask, scale=scale, steps=steps, eta=eta, x_T=x_T,
                 generators=generators(seeds, "decoder"), on_step=on_step,
             )
 
     def upsample(self, pictures, seeds, size, on_step=None):
         """Pictures -> the same at `size`, through as many upsamplers as that takes."""
-        for stage in ("upsampler1", "upsampler2"):
-            model = self.stages.get(stage)
-            if model and model.config.low_size == pictures.shape[-1] < size:  # the next link
+        for stage, model in self.upsamplers.items():
+            if model.config.low_size == pictures.shape[-1] < size:  # the next link
                 with autocast(self.device):
                     pictures = model.sample(
                         pictures, generators=generators(seeds, stage), on_step=on_step
@@ -301,6 +330,13 @@ def natural(text):
     return value
 
 
+def two_or_more(text):
+    value = int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"{value}: must be 2 or more")
+    return value
+
+
 def number(text):
     value = float(text)
     if not math.isfinite(value):
@@ -315,13 +351,48 @@ def positive_number(text):
     return value
 
 
+def share(text):
+    value = number(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be between 0 and 1")
+    return value
+
+
+# --- text to image ---------------------------------------------------------------------------
+
+
+def open_picture(path):
+    """The file as an upright PIL RGB picture. UserError where it is missing or not a picture."""
+    if not Path(path).is_file():
+        raise UserError(f"no picture at {path}: check the path")
+    try:
+        with Image.open(path) as picture:
+            return to_rgb(picture)
+    except Exception as e:  # Pillow has many ways to say no
+        raise UserError(f"{path} is not a picture that Pillow can read ({e})") from e
+
+
+def load_pipeline(args, **stages):
+    """The pipeline of --weights on --device, and the size that --size comes to with it."""
+    folder = args.weights or default_weights()
+    pipeline = Pipeline(folder, choose_device(args.device), args.size, **stages)
+    return pipeline, reachable_size(pipeline, args.size)
+
+
 def text_command(args):
     """Captions -> a PNG a picture, a grid of all, and with --film the denoising of each."""
     for caption in args.caption:
         if not caption.strip():
             raise UserError("the caption is empty: write what the picture should show")
-    pipeline = Pipeline(args.weights or default_weights(), choose_device(args.device), args.size)
-    size = reachable_size(pipeline, args.size)
+    if args.decoder != "image_emb":  # a baseline was trained on just one condition
+        if args.condition not in (None, args.decoder):
+            raise UserError(f"--decoder {args.decoder} cannot draw from {args.condition}: it was "
+                            "trained on another condition; leave --condition out")
+        args.condition = args.decoder
+    condition = args.condition or "prior"
+    stage = "decoder" if args.decoder == "image_emb" else f"decoder_{args.decoder}"
+    prior = {"diffusion": "prior", "ar": "ar_prior"}[args.prior] if condition == "prior" else None
+    pipeline, size = load_pipeline(args, prior=prior, decoder=stage)
     out = Path(args.out)
     folder, grid_path = (out.parent, out) if out.suffix == ".png" else (out, None)
     texts = [pipeline.text([caption]) for caption in args.caption]  # all mistakes before any work
@@ -332,8 +403,8 @@ def text_command(args):
         film = Film() if args.film else None
         text, name = texts[c], f"{names[c]}_{seed}"
         # The whole of unCLIP in three lines (paper fig. 2).
-        image_emb = pipeline.embed(text, [seed], args.prior_scale, args.prior_steps)
-        picture = pipeline.decode(image_emb, text, [seed], args.scale, args.steps, on_step=film)
+        emb = pipeline.condition(condition, text, [seed], args.prior_scale, args.prior_steps)
+        picture = pipeline.decode(emb, text, [seed], args.scale, args.steps, on_step=film)
         picture = pipeline.upsample(picture, [seed], size)
         pictures.append(picture.cpu())
         save_picture(to_pil(picture[0]), folder / f"{name}.png")
@@ -348,25 +419,174 @@ def text_command(args):
     print(grid_path)
 
 
+# --- manipulations: one picture or two in, a labelled strip out (manipulate.py) ---------------
+
+
+def read(pipeline, path):
+    """A file -> its middle square at the decoder's size (1, 3, H, W), and its image_emb (1, D)."""
+    picture = open_picture(path)
+    pixels = to_tensor(fit(picture, pipeline.sizes[0]))[None].to(pipeline.device)
+    return pixels, pipeline.look(picture)
+
+
+def save_strip(pipeline, size, pictures, labels, args, name, gif=False):
+    """Enlarge pictures (n, 3, H, W) to `size`, write them side by side as OUT/NAME.png."""
+    enlarged = torch.cat([pipeline.upsample(p[None], [args.seed], size).cpu() for p in pictures])
+    path = Path(args.out) / f"{name}.png"
+    save_picture(draw_grid(enlarged, labels, columns=len(enlarged)), path)
+    print(path)
+    if gif:
+        frames = [to_pil(p).resize((max(size, 256),) * 2, Image.Resampling.BICUBIC)
+                  for p in enlarged[gif]]
+        frames += frames[-2:0:-1]  # and back again
+        save_picture(frames[0], path.with_suffix(".gif"), save_all=True, append_images=frames[1:],
+                     duration=120, loop=0)
+        print(path.with_suffix(".gif"))
+
+
+def vary_command(args):
+    """Variations: the same embedding, other noise on the way (paper sec. 3.1, fig. 3)."""
+    pipeline, size = load_pipeline(args, prior=None)
+    picture, image_emb = read(pipeline, args.image)
+    x_T = manipulate.invert(pipeline, picture, image_emb, args.steps)
+    again = manipulate.redraw(pipeline, image_emb, x_T, [args.seed], args.steps)
+    error = manipulate.psnr(picture, again)[0]
+    print(f"reconstruction from image_emb and x_T alone: {error:.1f} dB")
+    pictures, labels = [picture, again], ["source", "eta 0"]
+    for k in range(args.n if args.eta > 0 else 0):
+        seed = [args.seed + k]
+        pictures.append(manipulate.redraw(pipeline, image_emb, x_T, seed, args.steps, args.eta))
+        labels.append(f"eta {args.eta:g}, seed {seed[0]}")
+    save_strip(pipeline, size, torch.cat(pictures), labels, args, f"vary_{Path(args.image).stem}")
+
+
+def blend_command(args):
+    """Interpolation between two pictures (paper sec. 3.2, fig. 4)."""
+    pipeline, size = load_pipeline(args, prior=None)
+    (a, emb_a), (b, emb_b) = read(pipeline, args.a), read(pipeline, args.b)
+    ends, embs = torch.cat([a, b]), torch.cat([emb_a, emb_b])
+    settings = {"noise": args.noise, "steps": args.steps}
+    frames = manipulate.blend(pipeline, ends, embs, args.seed, args.frames, **settings)
+    errors = manipulate.psnr(ends, frames[[0, -1]])
+    print(f"the ends against their sources: {errors[0]:.1f} and {errors[1]:.1f} dB")
+    labels = ["source"] + [f"{k / max(1, args.frames - 1):.2f}" for k in range(args.frames)]
+    name = f"blend_{Path(args.a).stem}_{Path(args.b).stem}"
+    strip, between = torch.cat([a, frames, b]), slice(1, -1)  # the GIF is without the sources
+    save_strip(pipeline, size, strip, [*labels, "source"], args, name, gif=between)
+
+
+def edit_command(args):
+    """Text diff: turn the embedding from one caption towards another (paper sec. 3.3, fig. 5)."""
+    pipeline, size = load_pipeline(args, prior=None)
+    picture, image_emb = read(pipeline, args.image)
+    direction = manipulate.text_diff(pipeline, args.to, getattr(args, "from"))
+    thetas = [args.theta * k / (args.frames - 1) for k in range(args.frames)]
+    frames = manipulate.edit(
+        pipeline, picture, image_emb, direction, thetas, args.seed, args.steps
+    )
+    print(f"reconstruction at theta 0: {manipulate.psnr(picture, frames[:1])[0]:.1f} dB")
+    labels = ["source"] + [f"theta {theta:.2f}" for theta in thetas]
+    name = f"edit_{Path(args.image).stem}_{slugs([args.to])[0]}"
+    save_strip(pipeline, size, torch.cat([picture, frames]), labels, args, name)
+
+
+def probe_command(args):
+    """What CLIP knows of a picture, a few principal components at a time (paper sec. 4, fig. 7)."""
+    pipeline, size = load_pipeline(args, prior="ar_prior")  # which has measured the components
+    picture, image_emb = read(pipeline, args.image)
+    counts = manipulate.probe_counts(image_emb.shape[1])
+    frames = manipulate.probe(pipeline, image_emb, pipeline.prior, counts, args.seed)
+    labels = [f"{count} of {counts[-1]}" for count in counts] + ["source"]
+    name = f"probe_{Path(args.image).stem}"
+    save_strip(pipeline, size, torch.cat([frames, picture]), labels, args, name)
+
+
+def inpaint_command(args):
+    """Redraw the white part of a mask so that the picture fits a caption."""
+    pipeline, size = load_pipeline(args)
+    picture, _ = read(pipeline, args.image)
+    mask = to_tensor(fit(open_picture(args.mask), pipeline.sizes[0]))[None, :1] > 0
+    if mask.all() or not mask.any():
+        raise UserError(f"{args.mask}: the mask must be white where to draw, black where to keep, "
+                        "and have some of both")
+    text = pipeline.text([args.caption])
+    image_emb = pipeline.embed(text, [args.seed])
+    drawn = manipulate.inpaint(
+        pipeline, picture, mask.float().to(pipeline.device), image_emb, text, args.seed,
+        args.scale, args.steps, args.resamples,
+    )
+    shown = torch.where(mask.to(pipeline.device), torch.zeros_like(picture), picture)
+    labels = ["source", "kept", args.caption]
+    name = f"inpaint_{Path(args.image).stem}_{slugs([args.caption])[0]}"
+    save_strip(pipeline, size, torch.cat([picture, shown, drawn]), labels, args, name)
+
+
 @exit_code
 def main(argv=None):
     parser = Parser("sample.py", description="Draw pictures with trained stages.")
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("text", help="text to image").add_argument
+
+    def command(name, run, text):
+        """A subcommand with the options that all share; returns its add_argument."""
+        sub = commands.add_parser(name, help=text, description=text)
+        add = sub.add_argument
+        add("--weights", help="folder of checkpoints (default: weights/shapes, else newest run)")
+        add("--size", type=positive, default=64, help="side of the pictures: 64, 256 or 1024")
+        add("--seed", type=natural, default=0, help="of the first picture; the next has seed + 1")
+        add("--out", default="samples", help="folder for the pictures")
+        add("--device", default="auto", help="auto, cpu or cuda")
+        sub.set_defaults(run=run)
+        return add
+
+    add = command("text", text_command, "text to image (--out may also be a .png for the grid)")
     add("caption", nargs="+", help="what to draw; several captions in one call work")
     add("-n", type=positive, default=4, help="pictures a caption")
-    add("--weights", help="folder of checkpoints (default: weights/shapes, else the newest run)")
-    add("--size", type=positive, default=64, help="side of the pictures: 64, 256 or 1024 pixels")
+    add("--prior", default="diffusion", choices=("diffusion", "ar"), help="which prior draws")
+    add("--condition", choices=CONDITIONS, help="what the decoder is given besides the caption: "
+        "the prior's embedding (the default), the text embedding in its place, or nothing")
+    add("--decoder", default="image_emb", choices=("image_emb", "text_emb", "caption"),
+        help="which trained decoder; text_emb and caption (GLIDE) are the paper's baselines")
     add("--prior-scale", type=number, default=1.0, help="guidance of the prior; off at 1")
     add("--scale", type=number, default=2.0, help="guidance of the decoder; off at 1")
     add("--prior-steps", type=int, help="sampling steps of the prior, 1 to T (default: 64)")
     add("--steps", type=int, help="sampling steps of the decoder, 1 to T (default: 32)")
-    add("--seed", type=natural, default=0, help="of the first picture; the next has seed + 1")
-    add("--out", default="samples", help="folder for the pictures, or a .png for the grid")
     add("--film", action="store_true", help="also write the denoising as animated GIFs")
-    add("--device", default="auto", help="auto, cpu or cuda")
+
+    steps = {"type": positive, "default": manipulate.INVERSION_STEPS, "help": "DDIM steps each way"}
+    add = command("vary", vary_command, "variations of a picture")
+    add("image", help="any picture file; its middle square is used")
+    add("-n", type=positive, default=4, help="how many")
+    add("--eta", type=share, default=1.0, help="0 reconstructs, larger varies more, up to 1")
+    add("--steps", **steps)
+
+    add = command("blend", blend_command, "from one picture to another, as a strip and a GIF")
+    add("a", help="the first picture")
+    add("b", help="the second picture")
+    add("--frames", type=two_or_more, default=7, help="how many, both ends counted")
+    add("--noise", choices=("slerp", "fixed"), default="slerp",
+        help="x_T: from one inverted noise to the other, or one random noise for all")
+    add("--steps", **steps)
+
+    add = command("edit", edit_command, "change what a picture shows by a change of words")
+    add("image", help="the picture")
+    add("--to", required=True, help="caption of the picture as it should become")
+    add("--from", help="caption of the picture as it is (default: the empty caption)")
+    add("--theta", type=share, default=0.5, help="how far to turn, 0 to 1 (paper: 0.25 to 0.5)")
+    add("--frames", type=two_or_more, default=6, help="how many, from theta 0 on")
+    add("--steps", **steps)
+
+    add = command("probe", probe_command, "a picture from ever more of its embedding's components")
+    add("image", help="the picture")
+
+    add = command("inpaint", inpaint_command, "redraw a part of a picture to fit a caption")
+    add("image", help="the picture")
+    add("mask", help="a picture that is white where to draw and black where to keep")
+    add("caption", help="what the whole picture should show")
+    add("--scale", type=number, default=2.0, help="guidance of the decoder; off at 1")
+    add("--steps", type=positive, help="sampling steps of the decoder")
+    add("--resamples", type=positive, default=4, help="times that each step is done")
     args = parser.parse_args(argv)
-    text_command(args)
+    args.run(args)
 
 
 if __name__ == "__main__":

@@ -34,11 +34,14 @@ from tqdm import tqdm
 import checkpoint as checkpoints
 from clip_model import Tokenizer, embed, make_vocab
 from data import UserError, load_data
+from prior import fewest_components, principal_components, quantisation_errors
 from sample import Parser, autocast, choose_device, draw_grid, exit_code, positive
 from sample import natural, positive_number, save_picture
 from upsampler import training_pair
 
 ORDER = ("clip", "prior", "decoder", "upsampler1", "upsampler2")
+# What the paper compares them with. Not part of `all`: drawing a picture needs none of them.
+BASELINES = ("ar_prior", "decoder_text_emb", "decoder_caption")
 
 # --- how large, how long ---------------------------------------------------------------------
 
@@ -73,21 +76,22 @@ PRESETS = {
     },
     # The paper's sizes: 64 -> 256 -> 1024.
     "base": {
-        "data": 100_000,
+        "data": 60_000,
         "clip": ({"vision_width": 24}, {"steps": 2400, "batch_size": 256, "lr": 2e-3}),
-        "prior": ({"width": 256, "depth": 5}, {"steps": 30_000, "batch_size": 256, "lr": 5e-4}),
+        "prior": ({"width": 192, "depth": 4}, {"steps": 2500, "batch_size": 128, "lr": 1e-3}),
         "decoder": (
-            {"channels": 48, "multiples": (1, 2, 3, 3)},
-            {"steps": 20_000, "batch_size": 64, "lr": 5e-4, "half_size_until": 0.8},
+            {"channels": 48, "multiples": (1, 2, 3), "attention_levels": (1, 2), "stem": 4,
+             "predict": "x_0", "variance": "fixed_small"},
+            {"steps": 10_000, "batch_size": 32, "lr": 1e-3},
         ),
         "upsampler1": (
-            {"channels": 48, "multiples": (1, 2), "stem": 2},
-            {"steps": 8000, "batch_size": 32, "lr": 5e-4},
+            {"channels": 32, "multiples": (1, 2), "stem": 2},
+            {"steps": 1500, "batch_size": 32, "lr": 1e-3},
         ),
         "upsampler2": (
-            {"low_size": 256, "size": 1024, "crop": 256, "channels": 48, "multiples": (1, 2),
+            {"low_size": 256, "size": 1024, "crop": 256, "channels": 32, "multiples": (1, 2),
              "stem": 4, "degradation": "bsr", "schedule": "linear", "sample_steps": 15},
-            {"steps": 4000, "batch_size": 8, "lr": 5e-4},
+            {"steps": 1200, "batch_size": 8, "lr": 1e-3},
         ),
     },
 }
@@ -98,15 +102,53 @@ EMA_DECAY = 0.9995  # Paper: .9999 (AR prior .999), for 600K steps and more. We:
 CLIP_GRADIENT = 1.0  # largest norm of all gradients together
 
 
-def make_model(stage, preset, data, clip):
-    """A fresh model of the preset's size, fitted to the CLIP and the data it is trained with."""
-    fields = dict(PRESETS[preset][stage][0])
+def recipe(preset, stage):
+    """(fields of the model's config, settings of the training) of a stage, from PRESETS.
+
+    The baselines are the same networks with the same budget; only what they see differs.
+    """
+    if stage == "ar_prior":
+        model, training = PRESETS[preset]["prior"]
+        return {k: v for k, v in model.items() if k in ("width", "depth", "heads")}, training
+    model, training = PRESETS[preset]["decoder" if stage in BASELINES else stage]
+    if stage in BASELINES:
+        model = model | {"condition": stage.removeprefix("decoder_")}
+    if stage == "decoder_caption":
+        model = model | {"drop_caption": 0.2}  # to be guided by captions, as in GLIDE (sec. 4)
+    return model, training
+
+
+def make_model(stage, preset, data, clip, embeddings=None):
+    """A fresh model of the preset's size, fitted to the CLIP and the data it is trained with.
+
+    clip: of the priors and decoders; embeddings: of the training data, for the AR prior alone.
+    """
+    fields = dict(recipe(preset, stage)[0])
     if stage == "clip":
         fields["vocab"] = make_vocab(c for i in range(len(data)) for c in data.captions(i))
-    if stage in ("prior", "decoder"):
+    if needs_clip(stage):
         fields |= {"dim": clip.dim, "text_width": clip.text_width, "text_len": clip.text_len}
     make, make_config = checkpoints.STAGES[stage]
-    return make(make_config(**fields))
+    if stage != "ar_prior":
+        return make(make_config(**fields))
+    # Its codes are those of the training data: how many components, and where the buckets are.
+    image_emb, text_emb = embeddings.pairs(range(min(len(data), 100_000)), np.random.default_rng(0))
+    _, _, variances = principal_components(image_emb)
+    fields["components"] = fewest_components(variances)
+    model = make(make_config(**fields))
+    model.fit(image_emb, text_emb)
+    left_out = 1 - variances[: fields["components"]].sum() / variances.sum()
+    errors = quantisation_errors(model.project(image_emb).T.contiguous(), model.config.buckets)
+    print(f"ar_prior: {fields['components']} of {clip.dim} principal components leave out "
+          f"{left_out:.2%} of the variance; quantising them into {model.config.buckets} buckets "
+          f"of equal mass costs {errors['equal mass']:.3%}, "
+          f"of equal width {errors['equal width']:.3%}")
+    return model
+
+
+def needs_clip(stage):
+    """The priors and decoders work on CLIP's embeddings; CLIP and upsamplers see pixels alone."""
+    return "prior" in stage or stage.startswith("decoder")
 
 
 # --- what a batch is -------------------------------------------------------------------------
@@ -143,9 +185,9 @@ class Batches(torch.utils.data.Dataset):
             size = config.image_size
             images = torch.stack([data.image(i, size, place=rng.random()) for i in indices])
             return {"image": images, "tokens": self.tokenizer(captions)}
-        if self.stage == "prior":
+        if self.stage in ("prior", "ar_prior"):
             return self.embeddings.batch(indices, rng)  # no pixels: embeddings in, embeddings out
-        if self.stage == "decoder":
+        if self.stage.startswith("decoder"):
             # Most steps may run at half the side: the U-Net is convolutional, the same weights
             # serve both sizes, and a picture of a quarter of the pixels costs a quarter.
             half = step < self.settings["half_size_until"] * self.settings["steps"]
@@ -191,22 +233,22 @@ def preview(stage, model, batches, step, device):
             image_emb, text_emb, _ = model.model(batch["image"], batch["tokens"])
             right = (image_emb @ text_emb.T).argmax(dim=1).cpu() == torch.arange(16)
             return {"match_of_16": right.float().mean().item()}, None, None
-        if stage == "prior":  # is what it imagines closer to the truth than to anything else?
+        # Is what it imagines closer to the truth than to anything else?
+        if stage in ("prior", "ar_prior"):
             text = batch["text_emb"], batch["text_enc"], batch["text_mask"]
             drawn = model.sample(*text, generators=generators)
             cosine = lambda other: (drawn * other).sum(dim=1).mean().item()  # noqa: E731
             true, text_emb = batch["image_emb"], batch["text_emb"]
             figures = {"cos_true": cosine(true), "cos_text": cosine(text_emb)}
             return figures | {"cos_unrelated": cosine(true.roll(1, 0))}, None, None
-        if stage == "decoder":
+        if stage.startswith("decoder"):
             size = batch["image"].shape[-1]  # half the side in the first part of some trainings
+            emb = model.embedding_of(batch)
             text = batch["text_enc"], batch["text_mask"]
-            drawn = model.sample(
-                batch["image_emb"], *text, scale=2.0, generators=generators, size=size
-            )
+            drawn = model.sample(emb, *text, scale=2.0, generators=generators, size=size)
         else:
             drawn = model.sample(batch["low"], generators=generators)
-    if stage == "decoder":
+    if stage.startswith("decoder"):
         return {}, drawn, [batches.data.captions(i)[-1] for i in indices]
     # Pixels span a range of 2, so PSNR = 10 log10(2^2 / mse).
     mse = (drawn - batch["image"]).square().mean().item()
@@ -314,9 +356,12 @@ def train(run, model, batches, val_batches, device, resume=None):
     model.to(device).train()
     ema, optimizer = Ema(model), torch.optim.AdamW(model.parameters(), fused=True, **ADAM)
     if resume:
-        model.load_state_dict(resume["model"])
-        optimizer.load_state_dict(resume["optimizer"])
-        ema.weights, ema.updates = {k: v.to(device) for k, v in resume["ema"].items()}, first
+        if "optimizer" in resume:  # else an exported copy, and `model` has its averaged weights
+            model.load_state_dict(resume["model"])
+            optimizer.load_state_dict(resume["optimizer"])
+        full = model.state_dict()  # exported averages are in half precision
+        ema.weights = {k: v.to(full[k]) for k, v in resume["ema"].items()}
+        ema.updates = first
     loss_of = Loss(model)
     if batches.world > 1:
         loss_of = nn.parallel.DistributedDataParallel(loss_of)
@@ -350,6 +395,12 @@ def train(run, model, batches, val_batches, device, resume=None):
             pause.agree(device)
             saving = done % settings["save_every"] == 0 or done == steps or pause.asked
             looking = done % settings["sample_every"] == 0 or done == steps
+            if done == steps and hasattr(model, "finish"):  # what a stage measures when trained
+                averaged.load_state_dict(ema.weights)
+                averaged.finish(batch)
+                for k, v in averaged.named_buffers():
+                    if k in ema.weights:
+                        ema.weights[k] = v.detach().clone()
             if done % every_log == 0 or saving or looking:
                 # The only place that waits for the device: figures are read here, not every step.
                 smooth = torch.stack(losses).mean().item()
@@ -419,8 +470,8 @@ def prepare(stage, args, clip):
     The settings are the preset's, then what the command line says. resume: the checkpoint of an
     earlier training in --out, or None. Raises UserError rather than write over one.
     """
-    preset = PRESETS[args.preset]
-    settings = {"decay": args.decay, "half_size_until": 0.0} | preset[stage][1]
+    training = recipe(args.preset, stage)[1]
+    settings = {"decay": args.decay, "half_size_until": 0.0} | training
     given = {"steps": args.steps, "batch_size": args.batch_size, "lr": args.lr}
     settings |= {k: v for k, v in given.items() if v is not None}
     settings |= {k: getattr(args, k) for k in ("seed", "data", "workers", "preset")}
@@ -430,7 +481,7 @@ def prepare(stage, args, clip):
         raise UserError(f"--batch-size {settings['batch_size']}: not a multiple of the "
                         f"{world_size()} processes")
 
-    limit = args.limit or (preset["data"] if args.data == "shapes" else None)
+    limit = args.limit or (PRESETS[args.preset]["data"] if args.data == "shapes" else None)
     data = load_data(args.data, args.root, "train", limit)
     val = load_data(args.data, args.root, "val", 512 if args.data == "shapes" else args.limit)
     settings |= {"fingerprint": data.fingerprint(), "world": world_size()}
@@ -439,7 +490,7 @@ def prepare(stage, args, clip):
     if path.exists() and args.resume:
         resume = checkpoints.load_checkpoint(path, stage)
         if "optimizer" not in resume and resume["step"] < settings["steps"]:
-            raise UserError(f"{path} has only averaged weights: it can draw, but not be resumed")
+            print(f"note: {path} has only averaged weights: the optimizer starts anew from them")
         model = checkpoints.build(resume, path)
         model.clip = resume["clip"]
         if clip is not None:
@@ -449,13 +500,12 @@ def prepare(stage, args, clip):
                 print(f"note: {path}: {key} was {resume['run'].get(key)}, is {settings[key]} now")
     elif path.exists():
         raise UserError(f"{path} is there: --resume continues it, another --out starts afresh")
-    else:
-        torch.manual_seed(args.seed)
-        model = make_model(stage, args.preset, data, clip)
-
     embeddings = [None, None]
-    if stage in ("prior", "decoder"):
+    if needs_clip(stage):
         embeddings = embed_both(clip, data, val, Path(args.out) / "cache")
+    if not resume:
+        torch.manual_seed(args.seed)
+        model = make_model(stage, args.preset, data, clip, embeddings[0])
     batches, val_batches = (
         Batches(stage, model.config, d, e, settings, rank(), world_size())
         for d, e in zip((data, val), embeddings, strict=True)
@@ -487,7 +537,7 @@ def world_size():
 def run_stage(stage, args, device):
     """Prepare and train one stage, unless --resume finds it finished."""
     clip = None  # only the prior and the decoder need it: the upsamplers see pixels alone
-    if stage in ("prior", "decoder"):
+    if needs_clip(stage):
         clip = checkpoints.load_clip(args.out, args.clip, device)
     model, batches, val_batches, settings, resume = prepare(stage, args, clip)
     path = Path(args.out) / f"{stage}.pt"
@@ -505,7 +555,7 @@ def run_stage(stage, args, device):
 
 def export(run, folder):
     """Small copies of every stage in `run`, for drawing only."""
-    paths = [Path(run) / f"{stage}.pt" for stage in ORDER]
+    paths = [Path(run) / f"{stage}.pt" for stage in ORDER + BASELINES]
     paths = [path for path in paths if path.exists()]
     if not paths:
         raise UserError(f"{run} has no trained stage to export: give --out the folder of a run")
@@ -518,7 +568,9 @@ def export(run, folder):
 def main(argv=None):
     parser = Parser("train.py", description="Train one stage, or all of them in turn.")
     add = parser.add_argument
-    add("stage", help=", ".join(ORDER) + ", all; or export, which trains nothing")
+    add("stage", help=", ".join((*ORDER, "all", "ar_prior")) + "; or export, which trains nothing")
+    add("--condition", default="image_emb", choices=("image_emb", "text_emb", "caption"),
+        help="what the decoder is trained on; the last two are the paper's baselines")
     add("--data", default="shapes", help="shapes, cifar10, cifar100, coco or folder")
     add("--root", help="folder of the data (not for shapes)")
     add("--limit", type=positive, help="use so many images at the most (default: all)")
@@ -537,8 +589,13 @@ def main(argv=None):
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--seed", type=natural, default=0, help="of weights, batches and noise")
     args = parser.parse_args(argv)
-    if args.stage not in (*ORDER, "all", "export"):
-        raise UserError(f"unknown stage '{args.stage}': use {', '.join(ORDER)}, all or export")
+    if args.stage not in (*ORDER, "ar_prior", "all", "export"):
+        raise UserError(f"unknown stage '{args.stage}': use {', '.join(ORDER)}, ar_prior, all or "
+                        "export")
+    if args.condition != "image_emb":
+        if args.stage != "decoder":
+            raise UserError(f"--condition {args.condition} is for the stage decoder alone")
+        args.stage = f"decoder_{args.condition}"
     if args.preset not in PRESETS:
         raise UserError(f"unknown preset '{args.preset}': use {' or '.join(PRESETS)}")
     args.out = args.out or f"runs/{args.data}-{args.preset}"

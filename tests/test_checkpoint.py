@@ -114,7 +114,8 @@ def test_weights_in_half_precision_load_as_float32(prior_file):
     save_checkpoint(path, saved | {"ema": half})
     model = load_stage(path.parent, "prior")
     for name, value in model.state_dict().items():
-        assert_close(value, half[name].float(), rtol=0, atol=0)
+        assert value.dtype in (torch.float32, torch.float64)  # float64: the diffusion's own table
+        assert_close(value, half[name].to(value.dtype), rtol=0, atol=0)
     assert_close(answer(model), answer(build(saved)), rtol=0, atol=1e-2)
 
 
@@ -300,4 +301,6 @@ def test_the_small_clip_comes_back_frozen_and_itself(tmp_path):
 
 
 def test_every_stage_can_be_rebuilt():
-    assert set(checkpoints.STAGES) == {"clip", "prior", "decoder", "upsampler1", "upsampler2"}
+    baselines = {"ar_prior", "decoder_text_emb", "decoder_caption"}
+    main = {"clip", "prior", "decoder", "upsampler1", "upsampler2"}
+    assert set(checkpoints.STAGES) == main | baselines

@@ -522,3 +522,44 @@ def test_sampling_takes_the_configured_steps_or_those_asked_for():
                 unit(1, D), steps=steps, eta=eta, on_step=lambda k, t, x, x_0: visited.append(t)
             )
             assert len(visited) == wanted and visited[0] == T - 1 and visited[-1] == 0
+
+
+# --- the baselines: the same network, trained on something else
+
+
+@pytest.mark.parametrize("condition", ["image_emb", "text_emb", "caption"])
+def test_each_decoder_is_trained_on_its_own_condition_alone(condition):
+    model = make_decoder(condition=condition, drop_image_emb=0.0, drop_caption=0.0)
+    text_enc, text_mask = captions([3, 5])
+    batch = {"image": torch.rand(2, 3, 16, 16), "image_emb": unit(2, D), "text_emb": unit(2, D),
+             "text_enc": text_enc, "text_mask": text_mask}
+
+    def loss(**changes):
+        torch.manual_seed(0)
+        return model.loss(batch | changes).item()
+
+    for name in ("image_emb", "text_emb"):
+        changed = loss(**{name: unit(2, D)}) != loss()
+        assert changed == (name == condition)
+    assert loss(text_enc=torch.randn_like(text_enc)) != loss()
+
+
+def test_glide_never_sees_an_embedding_but_learns_the_null_one():
+    model = make_decoder(condition="caption", drop_image_emb=0.0)
+    text_enc, text_mask = captions([3, 5])
+    batch = {"image": torch.rand(2, 3, 16, 16), "image_emb": unit(2, D).requires_grad_(),
+             "text_enc": text_enc, "text_mask": text_mask}
+    model.loss(batch).backward()
+    assert not batch["image_emb"].grad.any() and model.null_image_emb.grad.abs().sum() > 0
+
+
+def test_a_stem_folds_pixels_into_channels_and_back():
+    """With a stem of 2 a 16 x 16 picture costs the convolutions what one of 8 x 8 costs."""
+    sides = []
+    model = make_decoder(stem=2)
+    model.unet.conv_in.register_forward_hook(lambda m, inputs, out: sides.append(out.shape))
+    text_enc, text_mask = captions([3])
+    x_t, t = noised(1)
+    yes = flags(True)
+    out = model(x_t, t, **model.condition(unit(1, D), text_enc, text_mask, yes, yes))
+    assert out.shape == (1, 6, 16, 16) and sides[0][2:] == (8, 8)

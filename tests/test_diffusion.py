@@ -152,7 +152,7 @@ def test_randn_is_standard_normal():
 
 
 @pytest.mark.parametrize("wrong", [{"schedule": "sine"}, {"predict": "eps"}, {"T": 1},
-                                   {"variance": "analytic"}])
+                                   {"variance": "optimal"}])
 def test_unknown_settings_are_the_users_mistake(wrong):
     with pytest.raises(UserError, match=str(list(wrong.values())[0])):
         diffusion(**wrong)
@@ -776,3 +776,95 @@ def test_guidance_refuses_branches_with_different_conditions():
     x_t, cond, uncond = guidance_case()
     with pytest.raises(ValueError, match="uncond has"):
         guided(Recorder(), cond, {**uncond, "extra": x_t}, 2)
+
+
+# --- analytic variance, inpainting
+
+
+def x_0_oracle(std, alpha_bar):
+    """The best predictor of x_0 ~ N(0, std^2) from x_t: E[x_0 | x_t]."""
+    def network(x, t):
+        a = column(alpha_bar[t])
+        return a.sqrt() * std ** 2 / (a * std ** 2 + 1 - a) * x
+    return network
+
+
+@pytest.mark.parametrize("std", [0.3, 1.0, 2.0])
+def test_estimated_variance_of_gaussian_data_is_the_closed_form(std):
+    d, alpha_bar = diffusion(predict="x_0", variance="analytic"), alphas_cumprod()
+    torch.manual_seed(1)  # not the seed of the noise inside, which must not be the data's
+    d.estimate_variance(x_0_oracle(std, alpha_bar), std * torch.randn(300, 3, 5, 7).double(), T)
+    wanted = std ** 2 * (1 - alpha_bar) / (alpha_bar * std ** 2 + 1 - alpha_bar)
+    assert_close(d.x_0_variance, wanted, rtol=0.03, atol=0)
+
+
+def test_estimated_variance_between_the_measured_levels_is_interpolated():
+    d, alpha_bar = diffusion(predict="x_0", variance="analytic"), alphas_cumprod()
+    network, data = x_0_oracle(0.5, alpha_bar), 0.5 * torch.randn(300, 3, 5, 7).double()
+    d.estimate_variance(network, data, 12)
+    levels = d.timesteps(12)  # descending
+    high, low = levels[4], levels[5]
+    middle = (high + low) // 2
+    share = (middle - low) / (high - low)
+    between = (1 - share) * d.x_0_variance[low] + share * d.x_0_variance[high]
+    assert low < middle < high
+    assert_close(d.x_0_variance[middle], between)
+
+
+@pytest.mark.parametrize("t, t_prev", [(99, 80), (50, 49), (20, 3)])
+def test_analytic_variance_of_gaussian_data_is_that_of_the_true_reverse_process(t, t_prev):
+    """x_t and x_prev of N(0, s^2) data are jointly gaussian: Var(x_prev | x_t) by the textbook."""
+    s, alpha_bar = 0.7, alphas_cumprod()
+    d = diffusion(predict="x_0", variance="analytic")
+    d.x_0_variance.copy_(s ** 2 * (1 - alpha_bar) / (alpha_bar * s ** 2 + 1 - alpha_bar))
+    var_t, var_prev = (alpha_bar[k] * s ** 2 + 1 - alpha_bar[k] for k in (t, t_prev))
+    covariance = (alpha_bar[t] / alpha_bar[t_prev]).sqrt() * var_prev
+    wanted = var_prev - covariance ** 2 / var_t
+    x = normal(2, 3)
+    out = d.p_log_variance(x, x, torch.tensor([t, t]), torch.tensor([t_prev, t_prev]))
+    assert_close(out, wanted.log().expand(2, 1))
+
+
+def test_analytic_variance_of_a_point_is_fixed_small_and_of_unit_gaussian_data_fixed_large():
+    x, t, t_prev = normal(3, 4), torch.tensor([99, 60, 5]), torch.tensor([70, 59, 2])
+    d = diffusion(predict="x_0", variance="analytic")  # nothing is measured yet: zeros
+    small = diffusion(variance="fixed_small").p_log_variance(x, x, t, t_prev)
+    assert_close(d.p_log_variance(x, x, t, t_prev), small)
+    d.x_0_variance.copy_(1 - alphas_cumprod())
+    large = diffusion(variance="fixed_large").p_log_variance(x, x, t, t_prev)
+    assert_close(d.p_log_variance(x, x, t, t_prev), large)
+
+
+def test_analytic_variance_travels_in_the_checkpoint_and_fixed_ones_do_not():
+    assert "x_0_variance" in diffusion(variance="analytic").state_dict()
+    assert not diffusion(variance="fixed_small").state_dict()
+
+
+def test_inpainting_keeps_the_rest_and_draws_the_oracles_point_under_the_mask():
+    d, alpha_bar, point, known = diffusion(), alphas_cumprod(), images(), images()
+    mask = torch.zeros(4, 1, 5, 7)
+    mask[..., 1:3, 2:6] = 1
+
+    def oracle(x, t):
+        a = column(alpha_bar[t])
+        return (x - a.sqrt() * point) / (1 - a).sqrt()
+
+    x = d.inpaint(oracle, known, mask, steps=10, resamples=3)
+    assert_close(x, torch.where(mask.bool(), point, known))
+    assert torch.equal(x[~mask.bool().expand_as(x)], known[~mask.bool().expand_as(x)])
+
+
+@pytest.mark.parametrize("resamples", [1, 3])
+def test_inpainting_does_each_step_but_the_last_so_often_and_sees_the_known_part_noised(resamples):
+    d, seen = diffusion(), []
+    known, mask = images() + 5, torch.zeros(4, 1, 5, 7)  # nothing to draw: all is known
+
+    def network(x, t):
+        seen.append((int(t[0]), (x - column(d.alpha_bar(t)).sqrt() * known).std().item()))
+        return torch.zeros_like(x)
+
+    d.inpaint(network, known, mask, steps=5, resamples=resamples)
+    levels = d.timesteps(5)
+    assert [t for t, _ in seen] == [t for t in levels[:-1] for _ in range(resamples)] + levels[-1:]
+    for t, noise in seen[resamples:]:  # after the first step, which starts from pure noise
+        assert noise == pytest.approx((1 - d.alpha_bar(torch.tensor([t]))).sqrt().item(), rel=0.15)

@@ -7,7 +7,8 @@ import torch
 
 import evaluate
 from data import HELD_OUT, Shapes, parse_caption
-from evaluate import wrong_captions
+from evaluate import changed_and_kept, frechet_distance, single_edits, wrong_captions
+from judge import Seen, score
 
 COLUMNS = {"objects", "colours", "shapes", "binding", "relation", "background", "all", "n"}
 
@@ -35,7 +36,7 @@ def test_a_perfect_pipeline_scores_one_everywhere(micro_run, tmp_path, monkeypat
     """With the true renderings in place of the drawn pictures, every share is 1."""
     rows = iter(("val", "val", "held_out"))
 
-    def renderings(pipeline, captions, args, image_emb=None):
+    def renderings(pipeline, captions, args, condition, image_emb=None):
         data = Shapes(args.n, next(rows), args.seed)
         return torch.stack([data.image(i, 64) for i in range(len(captions))])
 
@@ -110,17 +111,84 @@ def test_wrong_captions_are_wrong_in_one_thing_only():
         for said, there in zip(claim.things, scene.things, strict=True):
             assert (said.colour, said.shape) == (there.colour, there.shape)
         assert claim.relation == scene.relation
-        seen = evaluate.Seen(scene.background, scene.things)
-        assert evaluate.score(seen, claim)["all"]
+        seen = Seen(scene.background, scene.things)
+        assert score(seen, claim)["all"]
         for name, caption in wrong.items():
-            score = evaluate.score(seen, parse_caption(caption))
-            assert score["colours"] and score["objects"]
+            result = score(seen, parse_caption(caption))
+            assert result["colours"] and result["objects"]
             failed = "shapes" if name == "shape" else name
-            assert score[failed] is False
-            assert score["shapes"] is (name != "shape")
+            assert result[failed] is False
+            assert result["shapes"] is (name != "shape")
 
 
 @pytest.mark.parametrize("n", ["0", "-3", "x"])
 def test_n_must_be_positive(n, capsys):
     assert evaluate.main(["captions", "-n", n]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+# --- priors, upsamplers, manipulations
+
+
+def test_every_row_of_captions_can_be_drawn(micro_run, tmp_path):
+    table = run(micro_run, tmp_path, "-n", "2", "--rows", *evaluate.ROWS)
+    assert list(table) == list(evaluate.ROWS)
+
+
+def test_frechet_distance_of_two_known_gaussians():
+    # Diagonal covariances commute: |m - n|^2 + sum (s - r)^2 of their standard deviations.
+    torch.manual_seed(0)
+    z = torch.randn(4000, 3, dtype=torch.float64)
+    z = (z - z.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(z.T, correction=0))).T
+    s, r, shift = torch.tensor([[1, 2, 3], [2, 2, 1], [1, 0, 2]], dtype=torch.float64)
+    assert frechet_distance(z * s, z * r + shift) == pytest.approx(5 + 5, abs=1e-6)
+    assert frechet_distance(z * s, z * s) == pytest.approx(0, abs=1e-6)
+    turned = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
+    assert frechet_distance(z * s @ turned, (z * r + shift) @ turned) == pytest.approx(10, abs=1e-6)
+
+
+def test_priors_compares_variances_steps_and_both_priors(micro_run, tmp_path, capsys):
+    file = tmp_path / "priors.json"
+    command = ["priors", "--weights", str(micro_run), "-n", "40", "--json", str(file)]
+    assert evaluate.main(command) == 0
+    table = json.loads(file.read_text())
+    assert table["fixed_small, 8 steps"]["evaluations"] == 8 and "autoregressive" in table
+    assert table["analytic, 16 steps"]["frechet"] != table["fixed_small, 16 steps"]["frechet"]
+    assert all(row["n"] == 40 and row["ms"] > 0 for row in table.values())
+
+
+def test_upsamplers_are_compared_with_bicubic_and_the_truth(micro_run, tmp_path):
+    file = tmp_path / "up.json"
+    assert evaluate.main(["upsamplers", "--weights", str(micro_run), "-n", "3", "--size", "64",
+                          "--json", str(file)]) == 0
+    table = json.loads(file.read_text())
+    assert list(table)[:3] == ["upsamplers 32", "bicubic 32", "truth 32"]
+    assert table["truth 64"]["all"] == 1 and table["bicubic 64"]["psnr"] > 10
+
+
+def test_an_edit_changes_one_word_and_keeps_the_rest_of_the_scene():
+    data = Shapes(200, "val")
+    edits = single_edits(data, 12)
+    assert [part for _, part, *_ in edits] == ["colour", "shape", "background"] * 4
+    for i, part, before, after, claim in edits:
+        said, wanted = before.split(), after.split()
+        changed = [(a, b) for a, b in zip(said, wanted, strict=True) if a != b]
+        assert len([c for c in changed if c[0] not in ("a", "an")]) == 1
+        scene = data.scene(i)
+        seen = Seen(scene.background, scene.things)
+        assert changed_and_kept(seen, claim, part) == (False, True)
+        assert changed_and_kept(Seen(claim.background, claim.things), claim, part) == (True, True)
+
+
+def test_nothing_seen_is_neither_changed_nor_kept():
+    _, part, _, _, claim = single_edits(Shapes(200, "val"), 1)[0]
+    assert changed_and_kept(Seen(None, ()), claim, part) == (False, False)
+
+
+def test_manipulations_reports_reconstruction_variation_and_edits(micro_run, tmp_path):
+    file = tmp_path / "m.json"
+    assert evaluate.main(["manipulations", "--weights", str(micro_run), "-n", "4", "--edits", "2",
+                          "--json", str(file)]) == 0
+    table = json.loads(file.read_text())
+    assert table["reconstruction_psnr"] > table["variation_psnr"]
+    assert [row["theta"] for row in table["edits"]] == [0.0, 0.125, 0.25, 0.375, 0.5]

@@ -1,4 +1,4 @@
-"""Claims about the judge in evaluate.py: it sees what is drawn, and it scores what is claimed."""
+"""Claims about the judge: it sees what is drawn, and it scores what is claimed."""
 
 import json
 import math
@@ -10,9 +10,10 @@ from PIL import Image, ImageDraw
 from torch.testing import assert_close
 
 import evaluate
+import judge as judging
 from data import BACKGROUNDS, COLOURS, SHAPES
 from data import Claim, Scene, Shapes, Thing, UserError, parse_caption, render, to_tensor
-from evaluate import Seen, at_judging_size, connected, judge, score, smooth
+from judge import Seen, at_judging_size, connected, judge, score, smooth
 
 
 def draw(*things, background="black", size=64):
@@ -84,7 +85,7 @@ def test_a_grey_patch_too_small_or_too_tall_is_no_sign():
 
 
 def test_an_empty_silhouette_does_not_divide_by_zero():
-    view, area, x, y = evaluate.standard(np.zeros((64, 64)))
+    view, area, x, y = judging.standard(np.zeros((64, 64)))
     assert_close(view, np.zeros(24 * 24, dtype=np.float32))
     assert np.isfinite([area, x, y]).all()
 
@@ -138,7 +139,7 @@ def test_smoothing_keeps_a_plane_and_shrinks_noise_to_three_eighths():
 
 
 def test_patches_are_joined_along_edges_not_corners_and_never_across_colours(monkeypatch):
-    monkeypatch.setattr(evaluate, "SPECK", 1)
+    monkeypatch.setattr(judging, "SPECK", 1)
     index = np.full((64, 64), -1)
     index[0, 0:3] = 2  # touches the frame
     index[1, 3] = 2  # only a corner in common
@@ -155,7 +156,7 @@ def test_the_judge_is_right_in_99_percent_of_fresh_drawings(tmp_path, capsys):
     assert list(table) == ["clean", "noise", "blur"]
     for condition, shares in table.items():
         assert shares.pop("n") == 250
-        assert set(shares) == set(evaluate.COLUMNS)
+        assert set(shares) == set(judging.COLUMNS)
         assert min(shares.values()) >= 0.99, condition
     assert "binding" in capsys.readouterr().out
 
@@ -227,7 +228,7 @@ def test_an_extra_object_is_wrong_only_in_number():
 
 def test_shares_count_only_captions_that_mention_the_thing():
     captions = ["a red circle above a blue square", "a red circle below a blue square", "a shape"]
-    table = evaluate.shares([score(SEEN, parse_caption(caption)) for caption in captions])
+    table = judging.shares([score(SEEN, parse_caption(caption)) for caption in captions])
     assert table["relation"] == 1 / 2 and table["objects"] == 2 / 3 and table["n"] == 3
     assert table["background"] is None
 

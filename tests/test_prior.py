@@ -439,3 +439,27 @@ def test_caches_can_be_stacked_along_the_batch():
         _, together = run_blocks(model.blocks, tokens, mask)
         alone = [run_blocks(model.blocks, tokens[k : k + 1], mask[k : k + 1])[1] for k in range(3)]
     assert_close(together, torch.cat(alone), rtol=0, atol=1e-5)
+
+
+def test_finish_measures_the_analytic_variance_of_this_network_and_data():
+    model = make_prior()
+    text_emb, text_enc, text_mask = captions([3] * 40)
+    batch = {"image_emb": unit(40, D), "text_emb": text_emb, "text_enc": text_enc,
+             "text_mask": text_mask}
+    assert not model.diffusion.x_0_variance.any()
+    model.finish(batch)
+    # At the noisiest level, by hand: the whole sequence, and its mean squared error.
+    x_0 = batch["image_emb"] * embedding_scale(D)
+    t = torch.full((40,), T - 1)
+    with torch.no_grad():
+        out = model(torch.randn(40, D), t, text_emb, text_enc, text_mask)
+    by_hand = (out - x_0).square().mean().double()
+    assert_close(model.diffusion.x_0_variance[-1], by_hand, rtol=0.1, atol=0)
+
+
+def test_captions_padded_to_less_than_clips_length_give_the_same_prefix():
+    model = make_prior()
+    text_emb, text_enc, text_mask = captions([2, 4])
+    x_t, t = torch.randn(2, D), torch.tensor([3, 30])
+    long = model(x_t, t, text_emb, text_enc, text_mask)
+    assert_close(model(x_t, t, text_emb, text_enc[:, :4], text_mask[:, :4]), long)

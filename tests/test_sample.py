@@ -94,7 +94,7 @@ def test_guidance_and_steps_change_the_picture(micro_run):
     assert not torch.equal(emb, pipeline.embed(text, [0], steps=7))
     # Three steps of training leave a decoder whose branches hardly differ, so look at the wiring.
     scales = []
-    pipeline.stages["decoder"].sample = lambda *a, scale, steps, **k: scales.append((scale, steps))
+    pipeline.decoder.sample = lambda *a, scale, steps, **k: scales.append((scale, steps))
     pipeline.decode(emb, text, [0], scale=3.0, steps=9)
     assert scales == [(3.0, 9)]
 

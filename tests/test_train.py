@@ -159,7 +159,7 @@ def test_decoder_runs_its_first_steps_at_half_the_side():
     assert [batches[s]["image"].shape[-1] for s in (0, 3, 4, 9)] == [8, 8, 16, 16]
 
 
-def test_an_exported_run_draws_the_same_and_is_much_smaller(micro_run, tmp_path):
+def test_an_exported_run_draws_the_same_and_is_much_smaller(micro_run, tmp_path, capsys):
     assert train.main(["export", "--out", str(micro_run), "--to", str(tmp_path / "small")]) == 0
     for stage in train.ORDER:
         whole, small = micro_run / f"{stage}.pt", tmp_path / "small" / f"{stage}.pt"
@@ -169,9 +169,38 @@ def test_an_exported_run_draws_the_same_and_is_much_smaller(micro_run, tmp_path)
             torch.testing.assert_close(weights_there[name], value, rtol=1e-3, atol=1e-4)
     one, other = (Pipeline(folder, size=64) for folder in (micro_run, tmp_path / "small"))
     assert one.clip.identity == other.clip.identity and one.sizes == other.sizes
-    # Finished, it can be built upon; but there is nothing to resume from.
-    run = [*UPSAMPLER, "--resume", "--out", str(tmp_path / "small")]
-    assert train.main([*run, "--steps", "3"]) == 0 and train.main([*run, "--steps", "9"]) == 2
+    # It can be built upon: left alone when finished, else trained on with a new optimizer.
+    run, path = [*UPSAMPLER, "--resume", "--out", str(tmp_path / "small")], "upsampler1.pt"
+    before = (tmp_path / "small" / path).read_bytes()
+    assert train.main([*run, "--steps", "3"]) == 0
+    assert (tmp_path / "small" / path).read_bytes() == before
+    assert train.main([*run, "--steps", "9"]) == 0
+    assert "the optimizer starts anew" in capsys.readouterr().out
+    on = checkpoints.load_checkpoint(tmp_path / "small" / path)
+    assert on["step"] == 9 and all(v.dtype == torch.float32 for v in on["ema"].values())
+
+
+def test_baselines_have_the_decoders_size_and_budget():
+    for preset in ("tiny", "base"):
+        model, training = train.recipe(preset, "decoder")
+        for condition in ("text_emb", "caption"):
+            other, budget = train.recipe(preset, f"decoder_{condition}")
+            assert budget == training and other["condition"] == condition
+            assert {k: v for k, v in other.items() if k in model} == model
+        assert train.recipe(preset, "ar_prior")[1] == train.recipe(preset, "prior")[1]
+
+
+def test_the_ar_prior_is_fitted_to_the_training_embeddings(micro_run):
+    prior = checkpoints.load_stage(micro_run, "ar_prior")
+    assert 1 <= prior.config.components <= prior.config.dim
+    identity = prior.basis @ prior.basis.T
+    torch.testing.assert_close(identity, torch.eye(len(identity)), rtol=0, atol=1e-4)
+    assert (prior.edges.diff(dim=1) >= 0).all() and prior.values.abs().sum() > 0
+
+
+def test_the_finished_priors_checkpoint_holds_its_analytic_variance(micro_run):
+    table = checkpoints.load_stage(micro_run, "prior").diffusion.x_0_variance
+    assert (table > 0).all() and table[-1] > table[0]
 
 
 # --- interruptions ---------------------------------------------------------------------------
@@ -351,6 +380,8 @@ def test_two_processes_take_the_step_of_the_averaged_gradient(tmp_path):
         (["clip", "--seed", "-1"], "--seed"),
         (["clip", "--workers", "-1"], "--workers"),
         (["clip", "--wat"], "--wat"),
+        (["prior", "--condition", "caption"], "decoder alone"),
+        (["decoder", "--condition", "smell"], "smell"),
     ],
 )
 def test_mistakes_end_in_one_line_and_exit_code_2(arguments, says, capsys, tmp_path):
