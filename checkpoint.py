@@ -8,7 +8,8 @@ A checkpoint is a plain dictionary that torch.load(weights_only=True) accepts:
     step      training steps done
     model, optimizer     the rest of what --resume needs (left out of exported copies)
     clip      which CLIP the stage was trained for: {"spec", "identity"}
-    run       the settings of the training, for people to read
+    run       the settings of the training, for people to read: command, seed, data's fingerprint
+    figures   the last loss and other figures that the training reported, likewise
 
 The one idea of this file: a stage is rebuilt from its checkpoint alone, never from flags that
 must be repeated by hand; and writing goes to a second file that replaces the first in one step,

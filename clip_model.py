@@ -141,10 +141,17 @@ class SmallClip(nn.Module):
         self.model = open_clip.CLIP(config.dim, vision, text)
 
     def loss(self, batch):
-        """batch: image (B, 3, H, W) in [-1, 1] at CLIP's size, tokens (B, L). Returns a scalar."""
+        """batch: image (B, 3, H, W) in [-1, 1] at CLIP's size, tokens (B, L). Returns a scalar.
+
+        Over several processes everybody's rows are gathered first, so that to find the right
+        caption is as hard as on one machine.
+        """
         image_emb, text_emb, scale = self.model(
             batch["image"], batch["tokens"]
         )  # scale: exp'd already
+        # Validation is one process's business: the others would not answer.
+        if self.training and dist.is_initialized():
+            image_emb, text_emb = torch.cat(all_gather(image_emb)), torch.cat(all_gather(text_emb))
         return clip_loss(image_emb, text_emb, scale)
 
     def clamp(self):
@@ -156,11 +163,8 @@ def clip_loss(image_emb, text_emb, scale):
     """Symmetric contrastive loss (CLIP fig. 3): which caption goes with which picture, and back.
 
     image_emb, text_emb: (B, D) unit norm, row i of one belongs to row i of the other.
-    scale: the inverse temperature itself, not its logarithm. Over several processes, everybody's
-    rows are gathered first, so that the task is as hard as on one machine.
+    scale: the inverse temperature itself, not its logarithm.
     """
-    if dist.is_initialized():
-        image_emb, text_emb = torch.cat(all_gather(image_emb)), torch.cat(all_gather(text_emb))
     # Not in bfloat16: with 8 bits, a scale of 100 would leave logits right to about half a unit.
     with torch.autocast(image_emb.device.type, enabled=False):
         logits = scale * at_least_float32(image_emb) @ at_least_float32(text_emb).T  # (B, B)
@@ -292,6 +296,23 @@ class Embeddings:
         self.folder, self.text_width = folder, text_width
         for name in self.ARRAYS:
             setattr(self, name, np.load(folder / f"{name}.npy", mmap_mode="r"))
+        self.check()
+
+    def check(self):
+        """Raise ValueError where the arrays do not fit together or hold rows that are no units."""
+        fits = (
+            len(self.caption_starts) == len(self.image_emb) + 1
+            and self.caption_starts[-1] == len(self.caption_ids)
+            and len(self.starts) == len(self.text_emb) + 1
+            and self.starts[-1] == len(self.text_enc)
+            and self.caption_ids.max() < len(self.text_emb)
+        )
+        if not fits:
+            raise ValueError("its arrays do not fit together")
+        for array in (self.image_emb, self.text_emb):
+            some = array[:: max(1, len(array) // 1000)].astype(np.float32)  # zeros, NaNs, noise
+            if not np.all(np.abs(np.linalg.norm(some, axis=1) - 1) < 0.02):
+                raise ValueError("its embeddings are not of unit norm")
 
     def __reduce__(self):
         """Sent to another process, the arrays are opened there again instead of being copied."""
@@ -334,51 +355,98 @@ def embed(clip, data, folder, batch_size=128):
     """Embeddings of `data` under `clip`: from `folder` if they are there, else computed and kept.
 
     The sub-folder's name holds CLIP's identity and the data's fingerprint, so another CLIP or
-    changed data can never be served old embeddings. It is made under another name and renamed
-    when whole: an interrupted pass, or two at once, leave nothing that only looks finished.
+    changed data can never be served old embeddings. It is written as FOLDER.part and renamed when
+    whole; an interrupted pass goes on where it last wrote its progress. Results go straight to
+    memory-mapped files: 118,000 COCO pictures with 5 captions each never have to fit in memory.
     """
     key = f"{clip.identity}|{data.name}|{data.fingerprint()}|{len(data)}"
     folder = Path(folder) / hashlib.sha256(key.encode()).hexdigest()[:16]
-    if not folder.exists():
-        making = folder.with_name(f"{folder.name}.{os.getpid()}")
-        making.mkdir(parents=True, exist_ok=True)
-        captions = [data.captions(i) for i in range(len(data))]
-        unique = {c: u for u, c in enumerate(dict.fromkeys(c for cs in captions for c in cs))}
+    if folder.exists():
         try:
-            caption_ids = np.array([unique[c] for cs in captions for c in cs])
-            np.save(making / "caption_ids.npy", caption_ids)
-            np.save(making / "caption_starts.npy", np.cumsum([0] + [len(cs) for cs in captions]))
-            embed_captions(clip, list(unique), making, batch_size)
-            embed_images(clip, data, making, batch_size)
-            making.rename(folder)
-        except OSError:
-            if not folder.exists():  # else somebody was faster with the same
-                raise
-        finally:
-            shutil.rmtree(making, ignore_errors=True)
+            return Embeddings(folder, clip.text_width)
+        except (OSError, ValueError) as e:
+            print(f"note: {folder} is damaged ({e}): its embeddings are computed again")
+            shutil.rmtree(folder)
+    making = folder.with_name(f"{folder.name}.part")
+    making.mkdir(parents=True, exist_ok=True)
+    captions = [data.captions(i) for i in range(len(data))]
+    unique = {c: u for u, c in enumerate(dict.fromkeys(c for cs in captions for c in cs))}
+    np.save(making / "caption_ids.npy", np.array([unique[c] for cs in captions for c in cs]))
+    np.save(making / "caption_starts.npy", np.cumsum([0] + [len(cs) for cs in captions]))
+    embed_captions(clip, list(unique), making, batch_size)
+    embed_images(clip, data, making, batch_size)
+    try:
+        making.rename(folder)
+    except OSError:
+        if not folder.exists():  # else another process was faster with the same
+            raise
     return Embeddings(folder, clip.text_width)
 
 
+class Progress:
+    """Rows of a memory-mapped half-precision array that are written for good: FILE and FILE.done.
+
+    with Progress(path, shape) as array: ... the rows before array.done are there already.
+    """
+
+    def __init__(self, path, shape):
+        self.path, self.count, fresh = path, path.with_suffix(".done"), True
+        if path.exists() and self.count.exists():
+            self.array = np.load(path, mmap_mode="r+")
+            fresh = self.array.shape != shape
+        if fresh:
+            self.count.unlink(missing_ok=True)
+            self.array = np.lib.format.open_memmap(path, "w+", np.float16, shape)
+            if hasattr(os, "posix_fallocate"):  # a full disk says so now, not by a crash later
+                with open(path, "r+b") as f:
+                    os.posix_fallocate(f.fileno(), 0, path.stat().st_size)
+        self.done = 0 if fresh else int(self.count.read_text() or 0)
+
+    def save(self, done):
+        """All before `done` is written: first the data, then, in one step, the number."""
+        self.array.flush()
+        temporary = self.count.with_suffix(".tmp")
+        temporary.write_text(str(done))
+        os.replace(temporary, self.count)
+
+
+SAVE_EVERY = 50  # batches between two notes of an embedding pass's progress
+
+
 def embed_captions(clip, captions, folder, batch_size):
-    text_emb, text_enc, lengths = [], [], []
-    for k in tqdm(range(0, len(captions), batch_size), "CLIP: captions", disable=None):
+    """text_emb.npy, text_enc.npy and starts.npy of a list of different captions."""
+    lengths = []
+    for k in range(0, len(captions), 10_000):  # the end of text has the largest id
+        lengths += (clip.tokenizer(captions[k : k + 10_000]).argmax(dim=1) + 1).tolist()
+    starts = np.cumsum([0] + lengths)
+    np.save(folder / "starts.npy", starts)
+    text_enc = Progress(folder / "text_enc.npy", (int(starts[-1]), clip.text_width))
+    text_emb = Progress(folder / "text_emb.npy", (len(captions), clip.dim))
+    # Both are filled together; text_emb's count is written last and is the one that is believed.
+    first = range(text_emb.done, len(captions), batch_size)
+    for n, k in enumerate(tqdm(first, "CLIP: captions", disable=None)):
         emb, enc, mask = clip.encode_text(captions[k : k + batch_size])
-        text_emb.append(emb.cpu().half().numpy())
-        text_enc.append(enc[mask].cpu().half().numpy())  # (tokens, W): padding is left out
-        lengths.extend(mask.sum(dim=1).tolist())
-    np.save(folder / "text_emb.npy", np.concatenate(text_emb))
-    np.save(folder / "text_enc.npy", np.concatenate(text_enc))
-    np.save(folder / "starts.npy", np.cumsum([0] + lengths))
+        text_emb.array[k : k + len(emb)] = emb.cpu().half().numpy()
+        text_enc.array[starts[k] : starts[k + len(emb)]] = enc[mask].cpu().half().numpy()
+        if n % SAVE_EVERY == SAVE_EVERY - 1 or k == first[-1]:
+            text_enc.save(int(starts[k + len(emb)]))
+            text_emb.save(k + len(emb))
 
 
 def embed_images(clip, data, folder, batch_size):
-    loader = torch.utils.data.DataLoader(Pictures(data, clip.image_size), batch_size, num_workers=2)
-    device = clip.mean.device
-    image_emb = [
-        clip.encode_image(images.to(device)).cpu().half().numpy()
-        for images in tqdm(loader, "CLIP: images", disable=None)
-    ]
-    np.save(folder / "image_emb.npy", np.concatenate(image_emb))
+    """image_emb.npy of all pictures, decoded by worker processes."""
+    image_emb = Progress(folder / "image_emb.npy", (len(data), clip.dim))
+    rest = range(image_emb.done, len(data))
+    rest = torch.utils.data.Subset(Pictures(data, clip.image_size), rest)
+    workers = min(len(rest), os.cpu_count() or 1, 8)
+    loader = torch.utils.data.DataLoader(rest, batch_size, num_workers=workers)
+    k = image_emb.done
+    for n, images in enumerate(tqdm(loader, "CLIP: images", disable=None)):
+        emb = clip.encode_image(images.to(clip.mean.device)).cpu().half().numpy()
+        image_emb.array[k : k + len(emb)] = emb
+        k += len(emb)
+        if n % SAVE_EVERY == SAVE_EVERY - 1 or k == len(data):
+            image_emb.save(k)
 
 
 class Pictures(torch.utils.data.Dataset):

@@ -111,12 +111,13 @@ class GaussianDiffusion(nn.Module):
               "analytic": right for this data and network, measured once by estimate_variance
     clip_x_0: clip each predicted x_0 to [-1, 1]. For images; off for embeddings
     snr_gamma: Min-SNR loss weights (2303.09556), usually 5; None weighs every t the same
+    weight_cap: for "x_0": weigh its error as v-prediction does, by SNR + 1, but at most by this
 
     The table stays in float64: run a network in bf16 by autocast, not by .bfloat16() on the module.
     """
 
     def __init__(self, T=1000, schedule="cosine", predict="noise", variance="fixed_small",
-                 clip_x_0=True, snr_gamma=None):
+                 clip_x_0=True, snr_gamma=None, weight_cap=None):
         super().__init__()
         schedules = {"cosine": cosine_betas, "linear": linear_betas}
         for value, allowed in ((schedule, schedules), (predict, ("noise", "x_0", "v")),
@@ -126,7 +127,8 @@ class GaussianDiffusion(nn.Module):
         if T < 2:
             raise UserError(f"T is {T}, it must be at least 2: raise the number of noise levels")
         self.T, self.predict, self.variance = T, predict, variance
-        self.clip_x_0, self.snr_gamma, self.range_checked = clip_x_0, snr_gamma, False
+        self.clip_x_0, self.snr_gamma, self.weight_cap = clip_x_0, snr_gamma, weight_cap
+        self.range_checked, self.levels = False, (0, T)  # levels: those drawn in training
         # Not persistent: made again from the config, they have no place in a checkpoint.
         betas = schedules[schedule](T)
         self.register_buffer("betas", betas, persistent=False)
@@ -244,7 +246,7 @@ class GaussianDiffusion(nn.Module):
         """
         self.check_range(x_0)
         if t is None:
-            t = torch.randint(0, self.T, x_0.shape[:1], device=x_0.device)
+            t = torch.randint(*self.levels, x_0.shape[:1], device=x_0.device)
         noise = torch.randn_like(x_0) if noise is None else noise
         if t.shape != x_0.shape[:1] or noise.shape != x_0.shape:
             raise ValueError(f"training_loss: x_0 {tuple(x_0.shape)} does not fit "
@@ -280,8 +282,13 @@ class GaussianDiffusion(nn.Module):
     def loss_weight(self, t):
         """Min-SNR weights (B,), or ones (2303.09556 sec. 3.4): min(SNR, gamma) on the error of x_0;
         that of noise is SNR times as large, that of v SNR + 1 times, so they are divided by it.
+
+        With weight_cap, min(SNR + 1, cap): where x_t is nearly clean, x_0 is nearly known and its
+        error small; at weight 1 the network would take for ever to care about the fine detail.
         """
         alpha_bar = self.alpha_bar(t)
+        if self.weight_cap is not None and self.predict == "x_0":
+            return (1 / (1 - alpha_bar)).clamp(max=self.weight_cap)
         if self.snr_gamma is None:
             return torch.ones_like(alpha_bar)
         snr = alpha_bar / (1 - alpha_bar)  # signal-to-noise ratio

@@ -24,11 +24,12 @@ from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 from checkpoint import load_clip
-from data import BACKGROUNDS, COLOURS, SHAPES, Claim, Shapes, UserError, parse_caption, render
+from data import BACKGROUNDS, COLOURS, SHAPES
+from data import Claim, Shapes, UserError, load_data, parse_caption, render
 from judge import COLUMNS, S, judge, score, shares
 from manipulate import blend, edit, invert, psnr, redraw, text_diff
 from sample import Parser, Pipeline, autocast, choose_device, default_weights, draw_grid, exit_code
-from sample import generators, natural, number, positive, save_picture
+from sample import generators, natural, number, positive, save_picture, to_pil
 
 def print_table(table):
     """{row: shares} as text."""
@@ -73,8 +74,8 @@ def scene_claim(scene):
     return Claim(scene.things, scene.relation, scene.background, scene.word)
 
 
-def draw(pipeline, captions, args, condition="prior", image_emb=None):
-    """Captions -> pictures at the judge's size; image_emb (n, D) replaces the condition."""
+def draw(pipeline, captions, args, condition="prior", image_emb=None, size=S):
+    """Captions -> pictures at `size`; image_emb (n, D) replaces the condition."""
     pictures = []
     for part in in_batches(len(captions)):
         seeds = range(args.seed + part.start, args.seed + part.stop)
@@ -84,7 +85,7 @@ def draw(pipeline, captions, args, condition="prior", image_emb=None):
         else:
             emb = image_emb[part]
         batch = pipeline.decode(emb, text, seeds, args.scale, args.steps)
-        pictures.append(pipeline.upsample(batch, seeds, S).cpu())
+        pictures.append(pipeline.upsample(batch, seeds, size).cpu())
     return torch.cat(pictures)
 
 
@@ -189,6 +190,70 @@ def frechet_distance(a, b):
     mixed = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
     means = (a.mean(0) - b.mean(0)).square().sum()
     return (means + cov_a.trace() + cov_b.trace() - 2 * mixed).item()
+
+
+def nearest_distances(points, k):
+    """Distance of each of points (n, D) to its k-th nearest neighbour among the others: (n,)."""
+    return torch.cdist(points, points).kthvalue(k + 1, dim=1).values  # the 0th is itself
+
+
+def precision_recall(drawn, true, k=3):
+    """Share of drawn points that lie among the true ones, and the reverse (1904.06991).
+
+    A point lies among others if it is no farther from one of them than that one's own k-th nearest
+    neighbour. Precision falls with bad pictures, recall with missing variety.
+    """
+    distance = torch.cdist(drawn, true)  # (n, m)
+    precision = (distance <= nearest_distances(true, k)).any(dim=1)
+    recall = (distance.T <= nearest_distances(drawn, k)).any(dim=1)
+    return precision.float().mean().item(), recall.float().mean().item()
+
+
+def captions_and_pictures(args):
+    """(pipeline, data, captions, pictures) for --data: a validation caption each, drawn."""
+    device, folder = choose_device(args.device), args.weights or default_weights()
+    pipeline = Pipeline(folder, device, args.size)
+    data = load_data(args.data, args.root, "val", args.n, args.seed)
+    captions = [data.captions(i)[0] for i in range(len(data))]
+    size = min(s for s in pipeline.sizes if s >= min(args.size, pipeline.sizes[-1]))
+    return pipeline, data, captions, draw(pipeline, captions, args, size=size)
+
+
+def judge_real(args):
+    """Any data set, in CLIP's image space: no ground truth is needed, only captioned pictures.
+
+    frechet (times 1000), precision, recall: drawn against true pictures; clip_score: mean cosine of
+    picture and caption, with that of the true pictures beside it.
+    """
+    pipeline, data, captions, pictures = captions_and_pictures(args)
+    k = 3
+    if len(data) <= k:
+        raise UserError(f"{len(data)} validation pictures are too few: {k + 1} or more are needed")
+    true = look(pipeline, data)
+    drawn = torch.cat([pipeline.clip.encode_image(p[None].to(pipeline.device)) for p in pictures])
+    text_emb = torch.cat([pipeline.text([c])[0] for c in captions])
+    precision, recall = precision_recall(drawn, true, k)
+    table = {
+        "frechet": 1000 * frechet_distance(drawn, true), "precision": precision, "recall": recall,
+        "clip_score": (drawn * text_emb).sum(1).mean().item(),
+        "clip_score_true": (true * text_emb).sum(1).mean().item(), "n": len(data),
+    }
+    print("  ".join(f"{k} {v:.4g}" for k, v in table.items()))
+    return table
+
+
+def export_pictures(args):
+    """Write OUT/samples and OUT/references, numbered alike, for the standard FID and IS tools."""
+    if not args.out:
+        raise UserError("--out: give a folder for the pictures")
+    _, data, captions, pictures = captions_and_pictures(args)
+    side = pictures.shape[-1]
+    for i in tqdm(range(len(data)), "writing", disable=None):
+        save_picture(to_pil(pictures[i]), Path(args.out) / "samples" / f"{i:06d}.png")
+        reference = to_pil(data.image(i, side))
+        save_picture(reference, Path(args.out) / "references" / f"{i:06d}.png")
+    print(f"{args.out}: {len(data)} samples and as many references of {side} x {side} pixels")
+    return {"captions": captions}
 
 
 def judge_priors(args):
@@ -412,6 +477,15 @@ def build_parser():
     add_drawing_options(sub)
     sub.add_argument("--rows", nargs="+", default=["true_embedding", "text", "held_out"],
                      choices=ROWS, help="what to draw from")
+    for name, run, text in (
+        ("real", judge_real, "any data set: distance, precision, recall, score in CLIP's space"),
+        ("export", export_pictures, "write samples and references for FID and IS tools"),
+    ):
+        sub = command(name, run, text)
+        add_drawing_options(sub)
+        sub.add_argument("--data", default="shapes", help="as train.py's")
+        sub.add_argument("--root", help="as train.py's")
+        sub.add_argument("--size", type=positive, default=64, help="side of the pictures")
     sub = command("upsamplers", judge_upsamplers, "true pictures shrunk and enlarged again")
     sub.add_argument("--weights", help="folder of checkpoints (default: as sample.py)")
     sub.add_argument("--size", type=positive, default=1024, help="how far to enlarge")

@@ -487,7 +487,7 @@ def equal_mass_edges(values, buckets):
     N = values.shape[1]
     at = torch.arange(1, buckets) * N // buckets
     ascending = values.sort(dim=1).values
-    return (ascending[:, at - 1] + ascending[:, at]) / 2
+    return (ascending[:, (at - 1).clamp(min=0)] + ascending[:, at]) / 2  # fewer than buckets: at 0
 
 
 def equal_width_edges(values, buckets):

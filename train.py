@@ -19,6 +19,7 @@ Read next: sample.py, which puts the trained stages together.
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -34,6 +35,7 @@ from tqdm import tqdm
 import checkpoint as checkpoints
 from clip_model import Tokenizer, embed, make_vocab
 from data import UserError, load_data
+from plot import plot_runs
 from prior import fewest_components, principal_components, quantisation_errors
 from sample import Parser, autocast, choose_device, draw_grid, exit_code, positive
 from sample import natural, positive_number, save_picture
@@ -80,9 +82,12 @@ PRESETS = {
         "clip": ({"vision_width": 24}, {"steps": 2400, "batch_size": 256, "lr": 2e-3}),
         "prior": ({"width": 192, "depth": 4}, {"steps": 2500, "batch_size": 128, "lr": 1e-3}),
         "decoder": (
-            {"channels": 48, "multiples": (1, 2, 3), "attention_levels": (1, 2), "stem": 4,
-             "predict": "x_0", "variance": "fixed_small"},
-            {"steps": 10_000, "batch_size": 32, "lr": 1e-3},
+            # The U-Net works on patches of 4 x 4 pixels, 16 x 16 of them: a sixteenth of the cost.
+            # Predicting x_0 then, as the noise of a patch would not fit through its channels; and
+            # with it fixed variances: a learned one's loss drowns the others at low noise.
+            {"channels": 64, "multiples": (1, 2, 2), "attention_levels": (1, 2), "stem": 4,
+             "predict": "x_0", "weight_cap": 5.0, "variance": "fixed_small"},
+            {"steps": 6000, "batch_size": 32, "lr": 1e-3},
         ),
         "upsampler1": (
             {"channels": 32, "multiples": (1, 2), "stem": 2},
@@ -218,6 +223,31 @@ def loader(batches, start, stop, workers):
 
 
 @torch.no_grad()
+def validate(stage, model, batches, step, device):
+    """Loss of the averaged model on the first validation pictures, always with the same noise.
+
+    Of a diffusion model also by noise level: val_q1 is the loss over the cleanest quarter of the
+    levels, val_q4 over the noisiest. One total hides that a model learns them one after another.
+    """
+    indices = [i % len(batches.data) for i in range(batches.settings["batch_size"])]
+    batch = batches.make(step, indices, np.random.default_rng(0))
+    batch, figures = {k: v.to(device) for k, v in batch.items()}, {}
+    diffusion = getattr(model, "diffusion", None)
+    quarters = range(4) if diffusion else [None]
+    for q in quarters:
+        if diffusion:
+            T = diffusion.T
+            diffusion.levels = (q * T // 4, (q + 1) * T // 4)
+        torch.manual_seed(0)  # the training seeds its own noise at every step
+        with autocast(device):
+            figures[f"val_q{q + 1}" if diffusion else "val_loss"] = model.loss(batch).item()
+    if diffusion:
+        diffusion.levels = (0, diffusion.T)
+        figures["val_loss"] = sum(figures.values()) / 4
+    return figures
+
+
+@torch.no_grad()
 def preview(stage, model, batches, step, device):
     """Figures of the averaged model on 16 pictures of the validation set, and what it draws.
 
@@ -313,7 +343,7 @@ class Run:
 
     def __init__(self, stage, path, settings, clip, first_process):
         self.stage, self.path, self.settings, self.clip = stage, path, settings, clip
-        self.writes = first_process
+        self.writes, self.figures = first_process, {}  # figures: the last of each kind reported
         (path.parent / "samples").mkdir(parents=True, exist_ok=True)
 
     def save(self, step, model, ema, optimizer):
@@ -322,11 +352,13 @@ class Run:
             checkpoints.save_checkpoint(self.path, {
                 "stage": self.stage, "config": checkpoints.config_dict(model), "step": step,
                 "ema": ema.weights, "clip": self.clip, "run": self.settings,
+                "figures": self.figures,
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(),
             })
 
     def report(self, step, figures):
         """A line of JSON: easy to read by eye, by grep and by json.loads."""
+        self.figures |= figures
         if self.writes:
             with open(self.path.parent / "metrics.jsonl", "a") as f:
                 f.write(json.dumps({"stage": self.stage, "step": step} | figures) + "\n")
@@ -336,13 +368,13 @@ class Run:
         if not self.writes:
             return
         figures, pictures, captions = preview(self.stage, averaged, val_batches, step, device)
+        figures |= validate(self.stage, averaged, val_batches, step, device)
         if pictures is not None:
             grid = draw_grid(pictures, captions, columns=6 if len(pictures) > 16 else 4)
             save_picture(grid, self.path.parent / "samples" / f"{self.stage}_{step:06d}.png")
-        if figures:
-            self.report(step, figures)
-            said = ", ".join(f"{k} {v:.3f}" for k, v in figures.items())
-            tqdm.write(f"{self.stage} {step}: {said}")
+        self.report(step, figures)
+        said = ", ".join(f"{k} {v:.4g}" for k, v in figures.items())
+        tqdm.write(f"{self.stage} {step}: {said}")
 
 
 def train(run, model, batches, val_batches, device, resume=None):
@@ -363,16 +395,19 @@ def train(run, model, batches, val_batches, device, resume=None):
         ema.weights = {k: v.to(full[k]) for k, v in resume["ema"].items()}
         ema.updates = first
     loss_of = Loss(model)
+    if settings["compile"]:
+        loss_of.compile()  # in place: the weights keep their names
     if batches.world > 1:
         loss_of = nn.parallel.DistributedDataParallel(loss_of)
 
     # Losses stay on the device until they are logged: reading one makes the CPU wait for the GPU.
-    every_log, losses = max(1, min(50, steps // 20)), []
+    every_log, losses, waited = max(1, min(50, steps // 20)), [], [0.0, 0.0]  # since log, in all
     begun = started = time.time()
     bar = tqdm(total=steps, initial=first, desc=run.stage, disable=None if run.writes else True)
     with Interrupt() as pause, bar:
         ready = loader(batches, first, steps, settings["workers"])
-        for step, batch in enumerate(ready, first):
+        for step, (batch, seconds) in enumerate(timed(ready), first):
+            waited = [w + seconds for w in waited]
             batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
             torch.manual_seed(hash((settings["seed"], step, batches.rank)) % 2**62)  # the noise
             with autocast(device):
@@ -398,33 +433,45 @@ def train(run, model, batches, val_batches, device, resume=None):
             if done == steps and hasattr(model, "finish"):  # what a stage measures when trained
                 averaged.load_state_dict(ema.weights)
                 averaged.finish(batch)
-                for k, v in averaged.named_buffers():
-                    if k in ema.weights:
-                        ema.weights[k] = v.detach().clone()
+                ema.weights = {k: v.detach().clone() for k, v in averaged.state_dict().items()}
             if done % every_log == 0 or saving or looking:
                 # The only place that waits for the device: figures are read here, not every step.
                 smooth = torch.stack(losses).mean().item()
                 if not math.isfinite(smooth):
                     raise UserError(f"{run.stage}, step {done}: the loss is {smooth}. The last "
                                     "checkpoint is kept: try a smaller --lr, with --resume")
-                speed = settings["batch_size"] * len(losses) / (time.time() - started)
+                elapsed, rate = time.time() - started, learning_rate(step, settings)
+                speed, wait = settings["batch_size"] * len(losses) / elapsed, waited[0] / elapsed
                 bar.set_postfix(loss=f"{smooth:.4f}", images_per_s=f"{speed:.0f}")
-                rate = learning_rate(step, settings)
-                run.report(done, {"loss": smooth, "lr": rate, "images_per_s": speed})
-                if saving:
-                    run.save(done, model, ema, optimizer)
+                run.report(done, {"loss": smooth, "lr": rate, "images_per_s": speed,
+                                  "data_wait": wait})
                 if looking:
                     averaged.load_state_dict(ema.weights)
                     run.look(done, averaged, val_batches, device)
-                losses, started = [], time.time()
+                if saving:
+                    run.save(done, model, ema, optimizer)
+                losses, started, waited[0] = [], time.time(), 0.0
             if pause.asked:
                 raise KeyboardInterrupt(f"{run.path} is saved at step {done}: --resume goes on")
     if dist.is_initialized():
         dist.barrier()  # nobody reads the checkpoint before it is written
     if run.writes:
-        minutes = (time.time() - begun) / 60
-        print(f"{run.stage}: steps {first} to {steps}, {minutes:.1f} minutes, loss {smooth:.4f}, "
-              f"{peak_memory(device):.1f} GB")
+        elapsed = time.time() - begun
+        print(f"{run.stage}: steps {first} to {steps}, {elapsed / 60:.1f} minutes, loss "
+              f"{smooth:.4f}, {(steps - first) * settings['batch_size'] / elapsed:.0f} images/s, "
+              f"waiting for data {waited[1] / elapsed:.1%}, {peak_memory(device):.1f} GB")
+
+
+def timed(iterable):
+    """Each item, and the seconds that it was waited for."""
+    iterator = iter(iterable)
+    while True:
+        begun = time.time()
+        try:
+            item = next(iterator)
+        except StopIteration:
+            return
+        yield item, time.time() - begun
 
 
 def peak_memory(device):
@@ -474,7 +521,7 @@ def prepare(stage, args, clip):
     settings = {"decay": args.decay, "half_size_until": 0.0} | training
     given = {"steps": args.steps, "batch_size": args.batch_size, "lr": args.lr}
     settings |= {k: v for k, v in given.items() if v is not None}
-    settings |= {k: getattr(args, k) for k in ("seed", "data", "workers", "preset")}
+    settings |= {k: getattr(args, k) for k in ("seed", "data", "workers", "preset", "command", "compile")}
     settings["save_every"] = args.save_every or max(1, min(500, settings["steps"] // 10))
     settings["sample_every"] = args.sample_every or max(1, settings["steps"] // 5)
     if settings["batch_size"] % world_size():
@@ -568,7 +615,9 @@ def export(run, folder):
 def main(argv=None):
     parser = Parser("train.py", description="Train one stage, or all of them in turn.")
     add = parser.add_argument
-    add("stage", help=", ".join((*ORDER, "all", "ar_prior")) + "; or export, which trains nothing")
+    add("stage", help=", ".join((*ORDER, "all", "ar_prior")) + "; or, training nothing, export "
+        "(small copies of --out for drawing) and plot (loss curves of the RUNs)")
+    add("runs", nargs="*", metavar="RUN", help="folders of runs, for plot")
     add("--condition", default="image_emb", choices=("image_emb", "text_emb", "caption"),
         help="what the decoder is trained on; the last two are the paper's baselines")
     add("--data", default="shapes", help="shapes, cifar10, cifar100, coco or folder")
@@ -577,7 +626,7 @@ def main(argv=None):
     add("--clip", default="small", help="small, trained here; or open_clip's MODEL:TAG_OR_FILE")
     add("--preset", default="tiny", help="sizes and steps: " + ", ".join(PRESETS))
     add("--out", help="folder of the run (default: runs/DATA-PRESET)")
-    add("--to", default="weights/shapes", help="where export puts its small copies of --out")
+    add("--to", help="what export or plot writes (default: weights/shapes; RUN/loss.png)")
     add("--steps", type=positive, help="training steps (default: the preset's)")
     add("--batch-size", type=positive, help="pictures a step, over all processes")
     add("--lr", type=positive_number, help="highest learning rate (default: the preset's)")
@@ -586,12 +635,22 @@ def main(argv=None):
     add("--save-every", type=positive, help="steps between checkpoints")
     add("--sample-every", type=positive, help="steps between sample grids")
     add("--workers", type=natural, default=2, help="processes that prepare batches")
+    add("--compile", action="store_true", help="torch.compile the loss: faster steps on a GPU")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--seed", type=natural, default=0, help="of weights, batches and noise")
     args = parser.parse_args(argv)
-    if args.stage not in (*ORDER, "ar_prior", "all", "export"):
-        raise UserError(f"unknown stage '{args.stage}': use {', '.join(ORDER)}, ar_prior, all or "
-                        "export")
+    args.command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
+    if args.stage not in (*ORDER, "ar_prior", "all", "export", "plot"):
+        raise UserError(f"unknown stage '{args.stage}': use {', '.join(ORDER)}, ar_prior, all, "
+                        "export or plot")
+    if args.stage == "plot":
+        if not args.runs:
+            raise UserError("plot: give the folder of one run or more, as runs/shapes-tiny")
+        path = Path(args.to or Path(args.runs[0]) / "loss.png")
+        save_picture(plot_runs(args.runs), path)
+        return print(path)
+    if args.runs:
+        raise UserError(f"{args.runs[0]}: only plot takes folders; did you mean --out?")
     if args.condition != "image_emb":
         if args.stage != "decoder":
             raise UserError(f"--condition {args.condition} is for the stage decoder alone")
@@ -600,7 +659,7 @@ def main(argv=None):
         raise UserError(f"unknown preset '{args.preset}': use {' or '.join(PRESETS)}")
     args.out = args.out or f"runs/{args.data}-{args.preset}"
     if args.stage == "export":
-        return export(args.out, args.to)
+        return export(args.out, args.to or "weights/shapes")
 
     device = choose_device(args.device)
     if "RANK" in os.environ:  # started by torchrun

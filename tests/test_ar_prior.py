@@ -94,6 +94,14 @@ def test_equal_mass_buckets_hold_equally_many_and_equal_width_ones_are_equally_w
     assert_close(width, width[:, :1].expand(-1, 6), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("n", [1, 3, 24])
+def test_edges_ascend_also_with_fewer_values_than_buckets(n):
+    values = torch.randn(2, n)
+    edges = equal_mass_edges(values, 128)
+    assert (edges.diff(dim=1) >= 0).all()
+    assert (edges[:, 0] == values.amin(1)).all()
+
+
 def test_a_quantised_embedding_stays_in_its_buckets():
     model, image_emb = make_prior(), stretched(200)
     codes = model.quantise(image_emb)

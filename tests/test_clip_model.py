@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from dataclasses import replace
 
@@ -140,7 +141,12 @@ def test_clip_loss_over_processes_is_that_of_everybodys_rows(monkeypatch):
     rest = dict(zip(map(id, mine), others.values()))
     monkeypatch.setattr(clip_model.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(clip_model, "all_gather", lambda x: (x, rest[id(x)]))
-    assert_close(clip_loss(*mine, 5.0), plain_clip_loss(image_emb, text_emb, 5.0))
+    model = make_small()
+    monkeypatch.setattr(model.model, "forward", lambda image, tokens: (*mine, 5.0))
+    batch = {"image": None, "tokens": None}
+    assert_close(model.train().loss(batch), plain_clip_loss(image_emb, text_emb, 5.0))
+    # Validation runs in one process alone: it must not wait for answers of the others.
+    assert_close(model.eval().loss(batch), plain_clip_loss(*mine, 5.0))
 
 
 def test_small_clip_normalises_and_exponentiates_its_scale_once():
@@ -459,33 +465,72 @@ def test_other_data_and_other_clips_are_computed_again(small, tmp_path, passes):
     assert passes() == (5, 5)  # all of them are kept, side by side
 
 
-def test_an_interrupted_pass_is_computed_again(small, tmp_path, passes, monkeypatch):
-    wanted = embed(small, Data(), tmp_path / "whole").image_emb
+@pytest.mark.parametrize("broken_call", [2, 3, 4, 5])
+def test_an_interrupted_pass_goes_on_where_it_was(broken_call, small, tmp_path, monkeypatch):
+    """Killed at any batch: what was noted as written is not computed again, the rest is."""
+    monkeypatch.setattr(clip_model, "SAVE_EVERY", 1)
+    wanted, calls = embed(small, Data(), tmp_path / "whole", batch_size=2), []
+
+    def breaks(self, x, original):
+        calls.append(len(x))
+        if len(calls) == broken_call:
+            raise KeyboardInterrupt
+        return original(self, x)
+
     with monkeypatch.context() as m:
-        m.setattr(clip_model, "embed_images", lambda *args: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            embed(small, Data(), tmp_path / "cut")
-    assert not list((tmp_path / "cut").iterdir())
-    assert np.array_equal(embed(small, Data(), tmp_path / "cut").image_emb, wanted)
-    assert passes() == (2, 3)
+        for name in ("encode_image", "encode_text"):
+            original = getattr(FrozenClip, name)
+            m.setattr(FrozenClip, name, lambda self, x, o=original: breaks(self, x, o))
+        with pytest.raises(KeyboardInterrupt):
+            embed(small, Data(), tmp_path / "cut", batch_size=2)
+        assert [p.suffix for p in (tmp_path / "cut").iterdir()] == [".part"]
+        done = sum(calls[:-1])
+        calls[:] = [None] * 100  # never breaks again
+        again = embed(small, Data(), tmp_path / "cut", batch_size=2)
+    assert sum(calls[100:]) == 6 + 5 - done
+    for name in Embeddings.ARRAYS:
+        assert np.array_equal(getattr(again, name), getattr(wanted, name))
 
 
 def test_a_full_disk_leaves_nothing_that_looks_finished(small, tmp_path, passes, monkeypatch):
-    save = np.save
-
-    def full_at_the_last_file(path, array):
-        if path.name == "image_emb.npy":
-            path.touch()
-            raise OSError(28, "No space left on device")
-        save(path, array)
+    def full(*_):
+        raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as m:
-        m.setattr(np, "save", full_at_the_last_file)
+        m.setattr(os, "posix_fallocate", full)
         with pytest.raises(OSError):
             embed(small, Data(), tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert all(p.suffix == ".part" for p in tmp_path.iterdir())
     embed(small, Data(), tmp_path)
-    assert passes() == (2, 2)
+    assert passes() == (1, 1)
+
+
+def cut_short(folder):
+    path = folder / "text_enc.npy"
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def fewer_rows(folder):
+    np.save(folder / "image_emb.npy", np.load(folder / "image_emb.npy")[:-1])
+
+
+def zeros(folder):
+    np.save(folder / "text_emb.npy", np.zeros_like(np.load(folder / "text_emb.npy")))
+
+
+def missing(folder):
+    (folder / "starts.npy").unlink()
+
+
+@pytest.mark.parametrize("damage", [cut_short, fewer_rows, zeros, missing])
+def test_damaged_embeddings_are_noticed_and_computed_again(damage, small, tmp_path, passes, capsys):
+    wanted = embed(small, Data(), tmp_path)
+    wanted = {name: np.array(getattr(wanted, name)) for name in Embeddings.ARRAYS}
+    damage(next(tmp_path.iterdir()))
+    again = embed(small, Data(), tmp_path)
+    assert passes() == (2, 2) and "damaged" in capsys.readouterr().out
+    for name, value in wanted.items():
+        assert np.array_equal(getattr(again, name), value)
 
 
 def test_a_batch_is_the_clips_own_answer(clip, tmp_path, passes):

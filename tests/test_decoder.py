@@ -531,7 +531,7 @@ def test_sampling_takes_the_configured_steps_or_those_asked_for():
 def test_each_decoder_is_trained_on_its_own_condition_alone(condition):
     model = make_decoder(condition=condition, drop_image_emb=0.0, drop_caption=0.0)
     text_enc, text_mask = captions([3, 5])
-    batch = {"image": torch.rand(2, 3, 16, 16), "image_emb": unit(2, D), "text_emb": unit(2, D),
+    batch = {"image": 2 * torch.rand(2, 3, 16, 16) - 1, "image_emb": unit(2, D), "text_emb": unit(2, D),
              "text_enc": text_enc, "text_mask": text_mask}
 
     def loss(**changes):
@@ -547,7 +547,7 @@ def test_each_decoder_is_trained_on_its_own_condition_alone(condition):
 def test_glide_never_sees_an_embedding_but_learns_the_null_one():
     model = make_decoder(condition="caption", drop_image_emb=0.0)
     text_enc, text_mask = captions([3, 5])
-    batch = {"image": torch.rand(2, 3, 16, 16), "image_emb": unit(2, D).requires_grad_(),
+    batch = {"image": 2 * torch.rand(2, 3, 16, 16) - 1, "image_emb": unit(2, D).requires_grad_(),
              "text_enc": text_enc, "text_mask": text_mask}
     model.loss(batch).backward()
     assert not batch["image_emb"].grad.any() and model.null_image_emb.grad.abs().sum() > 0

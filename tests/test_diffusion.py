@@ -778,6 +778,27 @@ def test_guidance_refuses_branches_with_different_conditions():
         guided(Recorder(), cond, {**uncond, "extra": x_t}, 2)
 
 
+# --- weights of x_0 prediction
+
+
+def test_uncapped_weights_make_the_loss_that_of_v_prediction():
+    x_0, noise, guess = images(), normal(), images()
+    by_x_0 = diffusion(predict="x_0", weight_cap=math.inf)
+    loss = by_x_0.training_loss(lambda x, t: guess, x_0, LEVELS, noise)
+    by_v, a = diffusion(predict="v"), column(alphas_cumprod()[LEVELS])
+
+    def same_guess(x_t, t):  # v from x_t and x_0: x_0 = sqrt(a) x_t - sqrt(1 - a) v
+        return (a.sqrt() * x_t - guess) / (1 - a).sqrt()
+
+    assert_close(loss, by_v.training_loss(same_guess, x_0, LEVELS, noise))
+
+
+def test_the_cap_limits_the_weight():
+    weight = diffusion(predict="x_0", weight_cap=5.0).loss_weight(LEVELS)
+    assert_close(weight, (1 / (1 - alphas_cumprod()[LEVELS])).clamp(max=5))
+    assert weight[0] == 5 and weight[-1] < 1.01
+
+
 # --- analytic variance, inpainting
 
 

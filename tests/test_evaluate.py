@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 import evaluate
 from data import HELD_OUT, Shapes, parse_caption
-from evaluate import changed_and_kept, frechet_distance, single_edits, wrong_captions
+from evaluate import changed_and_kept, frechet_distance, precision_recall, single_edits
+from evaluate import wrong_captions
 from judge import Seen, score
 
 COLUMNS = {"objects", "colours", "shapes", "binding", "relation", "background", "all", "n"}
@@ -192,3 +194,50 @@ def test_manipulations_reports_reconstruction_variation_and_edits(micro_run, tmp
     table = json.loads(file.read_text())
     assert table["reconstruction_psnr"] > table["variation_psnr"]
     assert [row["theta"] for row in table["edits"]] == [0.0, 0.125, 0.25, 0.375, 0.5]
+
+
+# --- any data set
+
+
+def test_precision_and_recall_of_clouds_that_share_half():
+    """Tight clusters far apart: drawn has 2 of which 1 is true; true has 3 of which 1 is drawn."""
+    torch.manual_seed(0)
+    clusters = 100 * torch.eye(4)
+    cloud = lambda k: clusters[k] + 0.1 * torch.randn(30, 4)
+    drawn = torch.cat([cloud(0), cloud(1)])
+    true = torch.cat([cloud(1), cloud(2), cloud(3)])
+    precision, recall = precision_recall(drawn, true)
+    assert precision == pytest.approx(1 / 2, abs=0.1) and recall == pytest.approx(1 / 3, abs=0.1)
+    assert precision_recall(true, true) == (1, 1)
+
+
+def folder_of_pictures(path, n):
+    path.mkdir()
+    lines = []
+    for i in range(n):
+        Image.new("RGB", (20, 20), (10 * i, 0, 90)).save(path / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": "a red circle"}))
+    (path / "metadata.jsonl").write_text("\n".join(lines))
+    return str(path)
+
+
+def test_real_data_is_measured_in_clips_space(micro_run, tmp_path):
+    root, file = folder_of_pictures(tmp_path / "pictures", 120), tmp_path / "real.json"
+    command = ["real", "--data", "folder", "--root", root, "--weights", str(micro_run), "-n", "20",
+               "--steps", "2", "--prior-steps", "2", "--json", str(file)]
+    assert evaluate.main(command) == 0
+    table = json.loads(file.read_text())
+    assert table["frechet"] > 0 and -1 <= table["clip_score"] <= 1
+    assert 0 <= table["precision"] <= 1 and 0 <= table["recall"] <= 1
+
+
+def test_export_writes_as_many_references_as_samples(micro_run, tmp_path):
+    out = tmp_path / "out"
+    command = ["export", "-n", "3", "--weights", str(micro_run), "--steps", "2", "--prior-steps",
+               "2", "--size", "32", "--out", str(out)]
+    assert evaluate.main(command) == 0
+    for kind in ("samples", "references"):
+        files = sorted((out / kind).iterdir())
+        assert [f.name for f in files] == ["000000.png", "000001.png", "000002.png"]
+        assert all(Image.open(f).size == (32, 32) for f in files)
+    assert evaluate.main(command[:-2]) == 2  # no --out

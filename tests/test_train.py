@@ -203,6 +203,43 @@ def test_the_finished_priors_checkpoint_holds_its_analytic_variance(micro_run):
     assert (table > 0).all() and table[-1] > table[0]
 
 
+def test_validation_loss_is_reported_by_quarter_of_the_noise_levels(micro_run):
+    last = {}
+    for line in metrics(micro_run):
+        if "val_loss" in line:
+            last[line["stage"]] = line
+    assert set(last) == set(checkpoints.STAGES)
+    for stage in ("prior", "decoder", "upsampler1", "upsampler2"):
+        quarters = [last[stage][f"val_q{q}"] for q in (1, 2, 3, 4)]
+        assert last[stage]["val_loss"] == pytest.approx(sum(quarters) / 4)
+
+
+def test_a_quarter_draws_its_own_levels_and_leaves_training_all_of_them(monkeypatch, micro_run):
+    model = checkpoints.load_stage(micro_run, "upsampler1")
+    T, seen = model.diffusion.T, []
+    q_sample = model.diffusion.q_sample
+    monkeypatch.setattr(model.diffusion, "q_sample",
+                        lambda x, t, noise: seen.append(t) or q_sample(x, t, noise))
+    settings = {"batch_size": 200, "seed": 0}
+    batches = Batches("upsampler1", model.config, Shapes(16, "val"), None, settings)
+    one = train.validate("upsampler1", model, batches, 0, torch.device("cpu"))
+    for q, t in enumerate(seen):
+        assert q * T // 4 <= t.min() and t.max() < (q + 1) * T // 4
+        assert t.max() - t.min() > T // 5
+    assert model.diffusion.levels == (0, T)
+    torch.manual_seed(99)
+    assert train.validate("upsampler1", model, batches, 0, torch.device("cpu")) == one
+
+
+def test_a_finished_checkpoint_says_how_it_was_made(micro_run):
+    for stage in checkpoints.STAGES:
+        made = checkpoints.load_checkpoint(micro_run / f"{stage}.pt")
+        assert made["run"]["command"].startswith("python train.py ")
+        assert {"seed", "fingerprint", "preset"} <= set(made["run"]) and made["step"] == 3
+        assert {"loss", "images_per_s", "data_wait", "val_loss"} <= set(made["figures"])
+        assert 0 <= made["figures"]["data_wait"] < 1
+
+
 # --- interruptions ---------------------------------------------------------------------------
 
 
@@ -283,8 +320,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, monk
     loss, calls = checkpoints.Upsampler.loss, []
 
     def breaks_at_step_5(self, batch):
-        calls.append(1)
-        return loss(self, batch) * (math.nan if len(calls) == 5 else 1)
+        calls.extend([1] * self.training)  # not those of the validation
+        return loss(self, batch) * (math.nan if self.training and len(calls) == 5 else 1)
 
     monkeypatch.setattr(checkpoints.Upsampler, "loss", breaks_at_step_5)
     assert train.main([*run, "--steps", "8"]) == 2

@@ -1,0 +1,145 @@
+"""How fast is it here? Training steps, sampling with and without the cache. Run it by hand, alone.
+
+    python tests/bench.py [--preset base] [--batch-size 64] [--compile]
+
+FLOPs are counted by PyTorch's own counter (multiply-adds as two), forward and backward. The peak is
+measured too: the fastest of some square matrix products, in the precision that training uses.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import checkpoint as checkpoints
+from prior import DiffusionPrior, PriorConfig
+from sample import Parser, autocast, choose_device, exit_code, positive
+from train import ADAM, PRESETS, recipe
+
+D, W, L = 128, 128, 20  # CLIP's embedding, its token features, a caption's tokens
+
+
+def seconds(work, device, repeats=5):
+    """The fastest of some runs of work(), after two to warm up."""
+    times = []
+    for k in range(repeats + 2):
+        begun = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begun)
+    return min(times[2:])
+
+
+def matmul_peak(device):
+    """FLOP/s of the best square matrix product under the training's own autocast."""
+    best = 0
+    for n in (1024, 2048, 8192) if device.type == "cuda" else (1024, 2048):
+        a, b = (torch.randn(n, n, device=device) for _ in "ab")
+        with autocast(device) as precision:
+            kind = torch.get_autocast_dtype(device.type) if precision._enabled else torch.float32
+            a, b = a.to(kind), b.to(kind)
+            best = max(best, 2 * n**3 / seconds(lambda: a @ b, device))
+    return best, kind
+
+
+def caption(B, device, dim=D, width=W, length=L):
+    return (F.normalize(torch.randn(B, dim, device=device), dim=-1),
+            torch.randn(B, length, width, device=device),
+            torch.ones(B, length, dtype=torch.bool, device=device))
+
+
+def batch_of(stage, config, B, device):
+    """A made-up batch of the right shapes."""
+    if "upsampler" in stage:
+        image = 2 * torch.rand(B, 3, config.crop, config.crop, device=device) - 1
+        return {"image": image, "low": F.avg_pool2d(image, config.factor)}
+    text_emb, text_enc, text_mask = caption(B, device)
+    batch = {"image_emb": text_emb.roll(1, 0), "text_emb": text_emb, "text_enc": text_enc,
+             "text_mask": text_mask}
+    if stage == "decoder":
+        batch["image"] = 2 * torch.rand(B, 3, config.size, config.size, device=device) - 1
+    return batch
+
+
+def bench_training(stage, args, device, peak):
+    make, make_config = checkpoints.STAGES[stage]
+    fields, training = recipe(args.preset, stage)
+    if stage in ("prior", "decoder"):
+        fields = fields | {"dim": D, "text_width": W, "text_len": 32}
+    model = make(make_config(**fields)).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True, **ADAM)
+    B = args.batch_size or training["batch_size"]
+    batch = batch_of(stage, model.config, B, device)
+    loss_of = torch.compile(model.loss) if args.compile else model.loss
+
+    def step(loss_of=loss_of):
+        with autocast(device):
+            loss = loss_of(batch)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    with FlopCounterMode(display=False) as counter:
+        step(model.loss)
+    flops, took = counter.get_total_flops(), seconds(step, device)
+    print(f"{stage:11} batch {B:4}: {took * 1000:8.0f} ms a step {B / took:8.0f} examples/s "
+          f"{flops / B / 1e9:8.2f} GFLOP an example {flops / took / 1e9:9.0f} GFLOP/s "
+          f"{flops / took / peak:6.1%} of the peak")
+
+
+def bench_prior_cache(device):
+    """Sampling as it is, against a network that runs the whole sequence at every step."""
+    config = PriorConfig(dim=512, text_width=512, text_len=77, width=512, depth=6, heads=8)
+    prior, B = DiffusionPrior(config).to(device).eval(), 8
+    text = caption(B, device, 512, 512, 77)
+
+    class Uncached(DiffusionPrior):
+        def encode_caption(self, text_emb, text_enc, text_mask, keep=None):
+            keep = text_mask[:, 0] if keep is None else keep
+            return {"text_emb": text_emb, "text_enc": text_enc, "text_mask": text_mask,
+                    "keep": keep}
+
+        def cached_network(self, x_t, t, **text):
+            return self(x_t, t, **text)
+
+    uncached = Uncached(config).to(device).eval()
+    uncached.load_state_dict(prior.state_dict())
+    times, drawn = [], []
+    for model in (prior, uncached):
+        def draw(model=model):
+            seeds = [torch.Generator().manual_seed(k) for k in range(B)]
+            with torch.no_grad(), autocast(device):
+                drawn.append(model.sample(*text, scale=2.0, steps=64, generators=seeds,
+                                          candidates=1))
+        times.append(seconds(draw, device, repeats=1))
+    same = F.cosine_similarity(drawn[0], drawn[-1]).min()
+    print(f"prior, width 512, depth 6, 77 tokens, 64 guided steps, batch 8: {times[0]:.2f} s; "
+          f"without the cache {times[1]:.2f} s, {times[1] / times[0]:.1f} times as long "
+          f"(least cosine between the two results {same:.4f})")
+
+
+@exit_code
+def main(argv=None):
+    parser = Parser("bench.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--preset", default="base", choices=PRESETS, help="sizes of the models")
+    parser.add_argument("--batch-size", type=positive, help="examples a step (default: preset's)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the loss")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    args = parser.parse_args(argv)
+    device = choose_device(args.device)
+    peak, kind = matmul_peak(device)
+    print(f"{device}, {torch.get_num_threads()} threads; peak of matrix products in "
+          f"{str(kind).removeprefix('torch.')}: {peak / 1e9:.0f} GFLOP/s")
+    for stage in ("prior", "decoder", "upsampler1", "upsampler2"):
+        bench_training(stage, args, device, peak)
+    bench_prior_cache(device)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""Claims about the charts: round ticks, values where they belong, broken files told apart."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from PIL import ImageColor
+
+import train
+from plot import COLOURS, chart, log_ticks, plot_runs, ticks
+
+
+def pixels_of(image, colour):
+    """(x, y) of every pixel of just this colour."""
+    rows, columns = np.nonzero((np.asarray(image) == ImageColor.getrgb(colour)).all(-1))
+    return columns, rows
+
+
+@pytest.mark.parametrize("low, high, wanted", [
+    (0, 10, [0, 2, 4, 6, 8, 10]), (0.93, 1.07, [0.94, 0.96, 0.98, 1.0, 1.02, 1.04, 1.06]),
+    (-1, 1, [-1, -0.5, 0, 0.5, 1]), (0, 6000, [0, 1000, 2000, 3000, 4000, 5000, 6000]),
+])
+def test_ticks_are_round_numbers_inside_the_range(low, high, wanted):
+    assert ticks(low, high) == pytest.approx(wanted)
+
+
+def test_logarithmic_ticks_are_one_two_and_five_times_powers_of_ten():
+    numbers = [10**y for y in log_ticks(math.log10(0.15), math.log10(30))]
+    assert numbers == pytest.approx([0.2, 0.5, 1, 2, 5, 10, 20])
+
+
+def test_a_rising_line_goes_up_to_the_right_and_a_falling_one_down():
+    image = chart({"": [(0, 0), (10, 5)]}, "", "", "")
+    x, y = pixels_of(image, COLOURS[0])
+    assert y[x.argmin()] > y[x.argmax()] and np.ptp(x) > 400 and np.ptp(y) > 200
+
+
+def test_on_a_logarithmic_axis_powers_lie_at_equal_distances():
+    image = chart({"": [(0, 1.0), (1, 10.0), (2, 100.0)]}, "", "", "", log_y=True, points=True)
+    x, y = pixels_of(image, COLOURS[0])
+    ends, middle = [y[x.argmin()], y[x.argmax()]], y[abs(x - (x.min() + x.max()) / 2) < 1].mean()
+    assert middle == pytest.approx(sum(ends) / 2, abs=2)
+
+
+def test_values_that_are_not_finite_are_left_out():
+    whole = chart({"": [(0, 1), (1, 2)]}, "", "", "")
+    broken = chart({"": [(0, 1), (0.5, math.nan), (0.6, math.inf), (1, 2)]}, "", "", "")
+    assert whole.tobytes() == broken.tobytes()
+    chart({"a": [], "b": [(3, 3)]}, "one point, one empty", "", "", log_y=True)
+
+
+def write(folder, *lines):
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def test_plot_draws_a_chart_a_stage_and_a_curve_a_run(tmp_path, capsys):
+    def lines(rate):
+        return [json.dumps({"stage": stage, "step": s, "loss": math.exp(-rate * s)})
+                for stage in ("prior", "decoder") for s in range(5)]
+
+    one, two = write(tmp_path / "one", *lines(1)), write(tmp_path / "two", *lines(2), '{"stage": "p')
+    sheet = plot_runs([one, two])
+    assert sheet.size == (1280, 400)
+    for colour in COLOURS[:2]:
+        x, _ = pixels_of(sheet, colour)
+        assert x.min() < 640 < x.max()  # both curves in both charts
+    out = tmp_path / "curves.png"
+    assert train.main(["plot", str(one), str(two), "--to", str(out)]) == 0
+    assert out.exists() and str(out) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("make, says", [
+    (lambda path: path, "no metrics"),
+    (lambda path: write(path, ""), "is empty"),
+])
+def test_a_run_without_metrics_is_a_mistake(make, says, tmp_path, capsys):
+    assert train.main(["plot", str(make(tmp_path / "run"))]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_plot_needs_a_run_and_training_takes_none(tmp_path, capsys):
+    assert train.main(["plot"]) == 2 and "folder" in capsys.readouterr().err
+    assert train.main(["clip", "runs/other"]) == 2 and "runs/other" in capsys.readouterr().err
