@@ -20,6 +20,7 @@ Letters: B batch, D embedding, L context length, W text width.
 Read next: diffusion.py; how embeddings are computed once and kept is at the end of this file.
 """
 
+import difflib
 import hashlib
 import logging
 import os
@@ -258,21 +259,27 @@ def load_open_clip(spec):
     """MODEL:TAG_OR_FILE, such as ViT-B-32:laion2b_s34b_b79k or RN50-quickgelu:/path/openai.pt."""
     name, _, pretrained = spec.partition(":")
     if name not in open_clip.list_models():
-        raise UserError(f"--clip: open_clip has no model '{name}'; python -c 'import open_clip; "
-                        "print(open_clip.list_models())' lists them")
+        near = difflib.get_close_matches(name, open_clip.list_models(), cutoff=0.4)
+        raise UserError(f"--clip: open_clip has no model '{name}'; close: {', '.join(near) or '-'}; "
+                        "all: python -c 'import open_clip; print(open_clip.list_models())'")
     if not pretrained:
         raise UserError(f"--clip {name}: say which weights, as {name}:TAG or {name}:FILE")
     text = open_clip.get_model_config(name)["text_cfg"]
     if "hf_tokenizer_name" in text or "embed_cls" in text:  # SigLIP, CLIPA, CoCa, ...
         raise UserError(f"--clip {name}: its captions are not read as CLIP's are (another "
                         "tokenizer or place of the embedding); choose a plain CLIP, as ViT-B-32")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained not in tags and not Path(pretrained).is_file():
+        near = difflib.get_close_matches(pretrained, tags, cutoff=0.4) or tags
+        raise UserError(f"--clip {spec}: '{pretrained}' is neither a file nor a tag of {name}; "
+                        f"its tags: {', '.join(near) or 'none'}")
     logging.disable(logging.ERROR)  # open_clip logs an error of its own before it raises it
     try:
         model = open_clip.create_model(name, pretrained=pretrained, weights_only=True)
     except Exception as e:
         reason = (str(e) or type(e).__name__).splitlines()[0]
-        raise UserError(f"--clip {spec}: cannot load these weights ({reason}); "
-                        "give a tag of this model or a local weights file") from e
+        raise UserError(f"--clip {spec}: cannot load these weights ({reason}); where the model hub "
+                        f"cannot be reached, give a local file: {name}:FILE") from e
     finally:
         logging.disable(logging.NOTSET)
     return FrozenClip(model, Tokenizer(open_clip.get_tokenizer(name).context_length), name)

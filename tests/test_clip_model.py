@@ -351,11 +351,12 @@ def test_open_clip_weights_come_from_a_file(tiny_file):
 
 
 @pytest.mark.parametrize("spec, words", [
-    ("ViT-B-33:openai", "no model 'ViT-B-33'"),
+    ("ViT-B-33:openai", "no model 'ViT-B-33'; close: ViT-B-32"),
     ("", "no model ''"),
     ("ViT-B-32", "which weights"),
     ("ViT-B-32:", "which weights"),
-    ("ViT-B-32:laion9b", "laion9b"),
+    ("ViT-B-32:laion2b_s34b", "its tags: laion2b_s34b_b79k"),
+    ("ViT-B-32:zzz", "its tags: openai"),
     ("ViT-B-32:/no/such/file.pt", "/no/such/file.pt"),
     ("ViT-B-16-SigLIP:webli", "tokenizer"),
     ("ViT-L-14-CLIPA:datacomp1b", "tokenizer"),
@@ -369,6 +370,15 @@ def test_an_unusable_clip_is_a_users_mistake(monkeypatch, spec, words):
     with pytest.raises(UserError) as info:
         load_open_clip(spec)
     assert words in str(info.value) and "\n" not in str(info.value)
+
+
+def test_a_hub_that_cannot_be_reached_says_what_to_do(monkeypatch):
+    def no_network(*args, **kwargs):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", no_network)
+    with pytest.raises(UserError, match="Network is unreachable.*local file: RN50:FILE"):
+        load_open_clip("RN50:openai")
 
 
 @pytest.mark.parametrize("content", [b"", b"not weights"])
