@@ -260,8 +260,9 @@ def load_open_clip(spec):
     name, _, pretrained = spec.partition(":")
     if name not in open_clip.list_models():
         near = difflib.get_close_matches(name, open_clip.list_models(), cutoff=0.4)
-        raise UserError(f"--clip: open_clip has no model '{name}'; close: {', '.join(near) or '-'}; "
-                        "all: python -c 'import open_clip; print(open_clip.list_models())'")
+        near = ", ".join(near) or "-"
+        raise UserError(f"--clip: open_clip has no model '{name}'; close: {near}; all: python -c "
+                        "'import open_clip; print(open_clip.list_models())'")
     if not pretrained:
         raise UserError(f"--clip {name}: say which weights, as {name}:TAG or {name}:FILE")
     text = open_clip.get_model_config(name)["text_cfg"]

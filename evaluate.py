@@ -24,12 +24,13 @@ from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 from checkpoint import load_clip
+from common import Parser, autocast, choose_device, draw_grid, exit_code, save_picture, to_pil
+from common import natural, number, positive
 from data import BACKGROUNDS, COLOURS, SHAPES
 from data import Claim, Shapes, UserError, load_data, parse_caption, render
 from judge import COLUMNS, S, judge, score, shares
 from manipulate import blend, edit, invert, psnr, redraw, text_diff
-from sample import Parser, Pipeline, autocast, choose_device, default_weights, draw_grid, exit_code
-from sample import generators, natural, number, positive, save_picture, to_pil
+from sample import Pipeline, default_weights, generators
 
 def print_table(table):
     """{row: shares} as text."""

@@ -13,66 +13,23 @@ Letters: B pictures, D CLIP embedding, H, W picture sides.
 Read next: evaluate.py, which measures what comes out.
 """
 
-import argparse
-import functools
-import math
-import re
 import sys
-import textwrap
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from tqdm import tqdm
 
 import checkpoint as checkpoints
 import manipulate
+from common import Film, Parser, autocast, choose_device, draw_grid, exit_code, save_picture, to_pil
+from common import natural, number, positive, share, two_or_more
 from data import UserError, fit, to_rgb, to_tensor
 from prior import DiffusionPrior
 
 STAGE_SEEDS = {"prior": 1, "decoder": 2, "upsampler1": 3, "upsampler2": 4}
 SIZES = (64, 256, 1024)  # of the paper's three stages
 CONDITIONS = ("prior", "text_emb", "caption")  # what a decoder may be given: Pipeline.condition
-
-# --- the machine -----------------------------------------------------------------------------
-
-
-def choose_device(name):
-    """ "auto", "cpu", "cuda", "cuda:1", ... -> torch.device. Raises UserError if it isn't there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise UserError(f"--device {name}: not a device; use auto, cpu, cuda or cuda:N")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA "
-                        "devices; use --device cpu or auto")
-    return device
-
-
-def autocast(device):
-    """Compute in bfloat16 where the hardware multiplies it fast; weights stay in float32."""
-    device = torch.device(device)
-    cuda = device.type == "cuda"
-    fast = torch.cuda.get_device_capability(device) >= (8, 0) if cuda else cpu_is_fast_in_bf16()
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
-
-
-@functools.lru_cache
-def cpu_is_fast_in_bf16():
-    """Whether this CPU multiplies bfloat16 faster than float32: not all that can do it are.
-
-    AMX is made for it, and AMD's AVX512-BF16 was twice as fast. Intel's AVX512-BF16 without AMX
-    (as in some virtual machines) was half as fast: 150 against 280 GFLOP/s on two cores.
-    """
-    if getattr(torch.cpu, "_is_amx_tile_supported", bool)():
-        return True
-    try:
-        intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
-    except OSError:  # not Linux
-        intel = True
-    return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() and not intel
-
 
 # --- the pipeline ----------------------------------------------------------------------------
 
@@ -198,48 +155,7 @@ def reachable_size(pipeline, size):
     return largest
 
 
-# --- pictures on disk ------------------------------------------------------------------------
-
-
-def to_pil(picture):
-    """(3, H, W) in [-1, 1] -> PIL RGB. Fixed limits, never a picture's own minimum and maximum."""
-    picture = ((picture.float().clamp(-1, 1) + 1) * 127.5).round().byte()
-    return Image.fromarray(picture.permute(1, 2, 0).cpu().numpy())
-
-
-def draw_grid(pictures, captions=None, columns=4, cell=None):
-    """Pictures (n, 3, H, W) in rows, each with its caption under it -> PIL image.
-
-    cell: side of a picture in the grid, pixels (default: at least 128, so that small ones show).
-    """
-    H = pictures.shape[-1]
-    cell = cell or max(H, 128)
-    font = ImageFont.load_default(max(10, cell // 12))
-    # Captions are wrapped to the cell's width; the longest decides the height of every row.
-    captions = captions or [""] * len(pictures)
-    lines = [textwrap.wrap(c, width=max(8, int(cell / font.getlength("e")))) for c in captions]
-    line = int(font.size * 1.25)
-    under = 6 + line * max(len(x) for x in lines) if any(captions) else 0
-    columns = min(columns, len(pictures))
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (cell + 4) + 4, rows * (cell + under + 4) + 4), "white")
-    pen = ImageDraw.Draw(sheet)
-    for k, picture in enumerate(pictures):
-        x, y = 4 + k % columns * (cell + 4), 4 + k // columns * (cell + under + 4)
-        resample = Image.Resampling.NEAREST if cell % H == 0 else Image.Resampling.BICUBIC
-        sheet.paste(to_pil(picture).resize((cell, cell), resample), (x, y))
-        for i, words in enumerate(lines[k]):
-            pen.text((x, y + cell + 2 + i * line), words, fill="black", font=font)
-    return sheet
-
-
-def save_picture(image, path, **options):
-    """image.save, with a full disk or a bad path as a UserError."""
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        image.save(path, **options)
-    except (OSError, ValueError) as e:
-        raise UserError(f"cannot write {path}: {e}") from e
+# --- text to image ---------------------------------------------------------------------------
 
 
 def slugs(captions):
@@ -250,115 +166,6 @@ def slugs(captions):
         name = "-".join(words)[:60] or "caption"
         names.append(name if name not in names else f"{name}-{len(names)}")
     return names
-
-
-class Film:
-    """Collects (x_t, predicted x_0) at each denoising step, side by side, for an animated GIF."""
-
-    def __init__(self):
-        self.frames = []
-
-    def __call__(self, k, t, x_t, pred_x_0):
-        both = torch.cat([x_t[0].float(), pred_x_0[0].float()], dim=2).clamp(-1, 1)  # (3, H, 2W)
-        image = to_pil(both)
-        self.frames.append(
-            image.resize((image.width * 4, image.height * 4), Image.Resampling.NEAREST)
-        )
-
-    def save(self, path):
-        durations = [80] * (len(self.frames) - 1) + [1500]  # milliseconds
-        save_picture(self.frames[0], path, save_all=True, append_images=self.frames[1:],
-                     duration=durations, loop=0)
-
-
-# --- the command line ------------------------------------------------------------------------
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows every default but None and False, which the help's own words explain."""
-
-    def _get_help_string(self, action):
-        said = action.default in (None, False)
-        return action.help if said else super()._get_help_string(action)
-
-
-class Parser(argparse.ArgumentParser):
-    """Defaults in the help; a wrong argument becomes one line instead of a page of usage."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, formatter_class=Help, **kwargs)
-
-    def error(self, message):
-        raise UserError(f"{message} (see {self.prog} --help)")
-
-
-def exit_code(main):
-    """Make main(argv=None) return 0, or 2 after a user's mistake: one line on stderr."""
-
-    @functools.wraps(main)
-    def wrapped(argv=None):
-        try:
-            main(argv)
-        except UserError as e:
-            # One raised in a worker process arrives as a whole traceback, the message last.
-            message = str(e).strip().splitlines()[-1].removeprefix("data.UserError: ")
-            print(f"error: {message}", file=sys.stderr)
-            return 2
-        except OSError as e:  # a full disk, a folder that is a file, no permission, ...
-            where = f"{e.filename}: " if e.filename else ""
-            print(f"error: {where}{e.strerror or e}; check the path and the room", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt as e:
-            print(f"stopped. {e}", file=sys.stderr)
-            return 130  # what a shell reports after Ctrl-C
-        return 0
-
-    return wrapped
-
-
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: must be 1 or more")
-    return value
-
-
-def natural(text):
-    value = int(text)
-    if not 0 <= value < 2**48:
-        raise argparse.ArgumentTypeError(f"{value}: must be 0 or more, and below 2^48")
-    return value
-
-
-def two_or_more(text):
-    value = int(text)
-    if value < 2:
-        raise argparse.ArgumentTypeError(f"{value}: must be 2 or more")
-    return value
-
-
-def number(text):
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text}: must be a finite number")
-    return value
-
-
-def positive_number(text):
-    value = number(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text}: must be above 0")
-    return value
-
-
-def share(text):
-    value = number(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be between 0 and 1")
-    return value
-
-
-# --- text to image ---------------------------------------------------------------------------
 
 
 def open_picture(path):

@@ -17,9 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint as checkpoints
+from common import Parser, autocast, choose_device, exit_code, positive
+from presets import PRESETS, recipe
 from prior import DiffusionPrior, PriorConfig
-from sample import Parser, autocast, choose_device, exit_code, positive
-from train import ADAM, PRESETS, recipe
+from train import ADAM
 
 D, W, L = 128, 128, 20  # CLIP's embedding, its token features, a caption's tokens
 

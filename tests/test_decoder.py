@@ -531,8 +531,8 @@ def test_sampling_takes_the_configured_steps_or_those_asked_for():
 def test_each_decoder_is_trained_on_its_own_condition_alone(condition):
     model = make_decoder(condition=condition, drop_image_emb=0.0, drop_caption=0.0)
     text_enc, text_mask = captions([3, 5])
-    batch = {"image": 2 * torch.rand(2, 3, 16, 16) - 1, "image_emb": unit(2, D), "text_emb": unit(2, D),
-             "text_enc": text_enc, "text_mask": text_mask}
+    batch = {"image": 2 * torch.rand(2, 3, 16, 16) - 1, "image_emb": unit(2, D),
+             "text_emb": unit(2, D), "text_enc": text_enc, "text_mask": text_mask}
 
     def loss(**changes):
         torch.manual_seed(0)

@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 import sample
-from sample import Pipeline, draw_grid, to_pil
+from common import draw_grid, to_pil
+from sample import Pipeline
 
 
 def draw(micro_run, out, *arguments, captions=("a red circle",)):

@@ -8,7 +8,7 @@ import pytest
 from PIL import ImageColor
 
 import train
-from plot import COLOURS, chart, log_ticks, plot_runs, ticks
+from common import CURVES, chart, log_ticks, plot_runs, ticks
 
 
 def pixels_of(image, colour):
@@ -32,13 +32,13 @@ def test_logarithmic_ticks_are_one_two_and_five_times_powers_of_ten():
 
 def test_a_rising_line_goes_up_to_the_right_and_a_falling_one_down():
     image = chart({"": [(0, 0), (10, 5)]}, "", "", "")
-    x, y = pixels_of(image, COLOURS[0])
+    x, y = pixels_of(image, CURVES[0])
     assert y[x.argmin()] > y[x.argmax()] and np.ptp(x) > 400 and np.ptp(y) > 200
 
 
 def test_on_a_logarithmic_axis_powers_lie_at_equal_distances():
     image = chart({"": [(0, 1.0), (1, 10.0), (2, 100.0)]}, "", "", "", log_y=True, points=True)
-    x, y = pixels_of(image, COLOURS[0])
+    x, y = pixels_of(image, CURVES[0])
     ends, middle = [y[x.argmin()], y[x.argmax()]], y[abs(x - (x.min() + x.max()) / 2) < 1].mean()
     assert middle == pytest.approx(sum(ends) / 2, abs=2)
 
@@ -61,10 +61,11 @@ def test_plot_draws_a_chart_a_stage_and_a_curve_a_run(tmp_path, capsys):
         return [json.dumps({"stage": stage, "step": s, "loss": math.exp(-rate * s)})
                 for stage in ("prior", "decoder") for s in range(5)]
 
-    one, two = write(tmp_path / "one", *lines(1)), write(tmp_path / "two", *lines(2), '{"stage": "p')
+    one = write(tmp_path / "one", *lines(1))
+    two = write(tmp_path / "two", *lines(2), '{"stage": "p')  # its last line half written
     sheet = plot_runs([one, two])
     assert sheet.size == (1280, 400)
-    for colour in COLOURS[:2]:
+    for colour in CURVES[:2]:
         x, _ = pixels_of(sheet, colour)
         assert x.min() < 640 < x.max()  # both curves in both charts
     out = tmp_path / "curves.png"

@@ -1,0 +1,107 @@
+"""How large each model is, and how long it trains: the numbers that a student changes first.
+
+    tiny    minutes on two CPU cores: draws at 32 pixels, enlarges to 64 and 256
+    base    an hour or so a stage on two CPU cores: the paper's sizes, 64, 256 and 1024
+    large   for one GPU, real pictures and a pretrained CLIP
+
+The one idea: a preset is a table of differences from the dataclasses' own defaults, nothing more;
+`--steps`, `--batch-size` and `--lr` of train.py go before it.
+Read next: train.py.
+"""
+
+ORDER = ("clip", "prior", "decoder", "upsampler1", "upsampler2")
+# What the paper compares them with. Not part of `all`: drawing a picture needs none of them.
+BASELINES = ("ar_prior", "decoder_text_emb", "decoder_caption")
+
+# Per stage: fields of the model's config that differ from its defaults, then of the training.
+# Paper (table 3): 0.8 million steps of 2048 pictures for the decoder alone. We: what one machine
+# can do in minutes (tiny) or hours (base). Because: the findings show long before the beauty does.
+PRESETS = {
+    # Draws at 32 px, then 32 -> 64 -> 256: minutes on two CPU cores.
+    "tiny": {
+        "data": 20_000,  # scenes of the shapes data
+        "clip": (
+            {"image_size": 32, "vision_width": 24},
+            {"steps": 350, "batch_size": 256, "lr": 2e-3},
+        ),
+        "prior": ({"width": 192, "depth": 3}, {"steps": 700, "batch_size": 128, "lr": 1e-3}),
+        "decoder": (
+            {"size": 32, "multiples": (1, 2, 3), "attention_levels": (2,)},
+            {"steps": 2500, "batch_size": 32, "lr": 1e-3},
+        ),
+        "upsampler1": (
+            # Paper: crops of a quarter of the side, blur. We: half of these small pictures, BSR.
+            # Because: a barely trained decoder leaves grain, and blur alone teaches to trust it.
+            {"low_size": 32, "size": 64, "crop": 32, "channels": 24, "multiples": (1, 2),
+             "degradation": "bsr"},
+            {"steps": 600, "batch_size": 32, "lr": 1e-3},
+        ),
+        "upsampler2": (
+            {"low_size": 64, "size": 256, "crop": 64, "channels": 32, "multiples": (1, 2),
+             "stem": 2, "degradation": "bsr", "schedule": "linear", "sample_steps": 15},
+            {"steps": 300, "batch_size": 16, "lr": 1e-3},
+        ),
+    },
+    # The paper's sizes: 64 -> 256 -> 1024.
+    "base": {
+        "data": 60_000,
+        "clip": ({"vision_width": 24}, {"steps": 2400, "batch_size": 256, "lr": 2e-3}),
+        "prior": ({"width": 192, "depth": 4}, {"steps": 2500, "batch_size": 128, "lr": 1e-3}),
+        "decoder": (
+            # The U-Net works on patches of 4 x 4 pixels, 16 x 16 of them: a sixteenth of the cost.
+            # Predicting x_0 then, as the noise of a patch would not fit through its channels; and
+            # with it fixed variances: a learned one's loss drowns the others at low noise.
+            {"channels": 64, "multiples": (1, 2, 2), "attention_levels": (1, 2), "stem": 4,
+             "predict": "x_0", "weight_cap": 5.0, "variance": "fixed_small"},
+            {"steps": 6000, "batch_size": 32, "lr": 1e-3},
+        ),
+        "upsampler1": (
+            {"channels": 32, "multiples": (1, 2), "stem": 2},
+            {"steps": 1500, "batch_size": 32, "lr": 1e-3},
+        ),
+        "upsampler2": (
+            {"low_size": 256, "size": 1024, "crop": 256, "channels": 32, "multiples": (1, 2),
+             "stem": 4, "degradation": "bsr", "schedule": "linear", "sample_steps": 15},
+            {"steps": 1200, "batch_size": 8, "lr": 1e-3},
+        ),
+    },
+    # For one GPU and real pictures, with a pretrained CLIP: the paper's design, a fortieth of it.
+    "large": {
+        "data": 100_000,
+        "clip": ({}, {"steps": 20_000, "batch_size": 512, "lr": 1e-3}),
+        "prior": (
+            {"width": 512, "depth": 12, "heads": 8},
+            {"steps": 100_000, "batch_size": 512, "lr": 3e-4},
+        ),
+        "decoder": (
+            {"channels": 128, "blocks": 2, "attention_levels": (1, 2, 3), "head_channels": 64,
+             "context_width": 512, "text_depth": 4, "dropout": 0.1, "sample_steps": 50},
+            {"steps": 150_000, "batch_size": 128, "lr": 2e-4, "half_size_until": 0.5},
+        ),
+        "upsampler1": (
+            {"channels": 96, "multiples": (1, 2, 3), "blocks": 2, "dropout": 0.1},
+            {"steps": 100_000, "batch_size": 64, "lr": 2e-4},
+        ),
+        "upsampler2": (
+            {"low_size": 256, "size": 1024, "crop": 256, "channels": 64, "multiples": (1, 2, 4),
+             "stem": 2, "degradation": "bsr", "schedule": "linear", "sample_steps": 15},
+            {"steps": 50_000, "batch_size": 16, "lr": 2e-4},
+        ),
+    },
+}
+
+
+def recipe(preset, stage):
+    """(fields of the model's config, settings of the training) of a stage, from PRESETS.
+
+    The baselines are the same networks with the same budget; only what they see differs.
+    """
+    if stage == "ar_prior":
+        model, training = PRESETS[preset]["prior"]
+        return {k: v for k, v in model.items() if k in ("width", "depth", "heads")}, training
+    model, training = PRESETS[preset]["decoder" if stage in BASELINES else stage]
+    if stage in BASELINES:
+        model = model | {"condition": stage.removeprefix("decoder_")}
+    if stage == "decoder_caption":
+        model = model | {"drop_caption": 0.2}  # to be guided by captions, as in GLIDE (sec. 4)
+    return model, training
