@@ -372,7 +372,7 @@ def embed(clip, data, folder, batch_size=128):
     if folder.exists():
         try:
             return Embeddings(folder, clip.text_width)
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, EOFError) as e:
             print(f"note: {folder} is damaged ({e}): its embeddings are computed again")
             shutil.rmtree(folder)
     making = folder.with_name(f"{folder.name}.part")
@@ -388,20 +388,26 @@ def embed(clip, data, folder, batch_size=128):
     except OSError:
         if not folder.exists():  # else another process was faster with the same
             raise
-    return Embeddings(folder, clip.text_width)
+    try:
+        return Embeddings(folder, clip.text_width)
+    except ValueError as e:
+        raise UserError(f"{folder}: {e}; is the CLIP broken? Its weights may hold NaNs") from e
 
 
 class Progress:
-    """Rows of a memory-mapped half-precision array that are written for good: FILE and FILE.done.
+    """A half-precision array that is filled row by row on disk, and how far: FILE and FILE.done.
 
-    with Progress(path, shape) as array: ... the rows before array.done are there already.
+    array: to write to. done: so many rows are written for good, by this pass or an earlier one.
     """
 
     def __init__(self, path, shape):
         self.path, self.count, fresh = path, path.with_suffix(".done"), True
         if path.exists() and self.count.exists():
-            self.array = np.load(path, mmap_mode="r+")
-            fresh = self.array.shape != shape
+            try:
+                self.array = np.load(path, mmap_mode="r+")
+                fresh = self.array.shape != shape
+            except (OSError, ValueError, EOFError):
+                pass  # damaged: begin anew
         if fresh:
             self.count.unlink(missing_ok=True)
             self.array = np.lib.format.open_memmap(path, "w+", np.float16, shape)

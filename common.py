@@ -67,7 +67,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows every default but None and False, which the help's own words explain."""
 
     def _get_help_string(self, action):
-        said = action.default in (None, False)
+        said = action.default is None or action.default is False
         return action.help if said else super()._get_help_string(action)
 
 
@@ -96,6 +96,10 @@ def exit_code(main):
         except OSError as e:  # a full disk, a folder that is a file, no permission, ...
             where = f"{e.filename}: " if e.filename else ""
             print(f"error: {where}{e.strerror or e}; check the path and the room", file=sys.stderr)
+            return 2
+        except torch.OutOfMemoryError as e:
+            print(f"error: out of memory ({str(e).splitlines()[0][:100]}); try a smaller "
+                  "--batch-size in training, a smaller -n or --size in drawing", file=sys.stderr)
             return 2
         except KeyboardInterrupt as e:
             print(f"stopped. {e}", file=sys.stderr)
@@ -299,6 +303,8 @@ def read_metrics(run):
 def plot_runs(runs):
     """Training and validation loss of every stage, one chart a stage, one colour a curve."""
     metrics = {str(run): read_metrics(run) for run in runs}
+    short = [Path(run).name for run in metrics]
+    names = {run: Path(run).name if short.count(Path(run).name) == 1 else run for run in metrics}
     stages = dict.fromkeys(line["stage"] for lines in metrics.values() for line in lines)
     charts = []
     for stage in stages:
@@ -306,8 +312,8 @@ def plot_runs(runs):
         for run, lines in metrics.items():
             for key, name in (("loss", ""), ("val_loss", ", validation")):
                 curve = [(x["step"], x[key]) for x in lines if x["stage"] == stage and key in x]
-                if curve:
-                    series[Path(run).name + name] = curve
+                if curve:  # of steps done twice, before and after an interruption, the later one
+                    series[names[run] + name] = sorted(dict(curve).items())
         if series:
             charts.append(chart(series, stage, "training step", "loss", log_y=True))
     columns = min(2, len(charts))

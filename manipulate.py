@@ -12,8 +12,8 @@ changes one half of the pair. Other noise and the same embedding: a variation. A
 and the same noise: an edit. A point between two embeddings: a blend. An embedding that has lost
 some of its components: a look at what CLIP knows.
 
-The decoder draws from the embedding alone here, without a caption and without guidance: inversion
-follows the decoder's own path backwards, and guidance would bend it.
+But for inpainting, the decoder draws from the embedding alone here, without a caption and without
+guidance: inversion follows the decoder's own path backwards, and guidance would bend it.
 
 Letters: B pictures, D CLIP embedding, H, W sides of the decoder's pictures.
 Read next: evaluate.py, which measures what these do.
@@ -23,6 +23,8 @@ import math
 
 import torch
 import torch.nn.functional as F
+
+from common import autocast
 
 INVERSION_STEPS = 100  # there and back; fewer leave a larger error
 
@@ -51,8 +53,9 @@ def psnr(a, b):
 
 def invert(pipeline, pictures, image_emb, steps=INVERSION_STEPS):
     """The noise x_T (B, 3, H, W) from which redraw() returns `pictures`, given image_emb (B, D)."""
-    network = pipeline.decoder.network(image_emb, None, None)
-    return pipeline.decoder.diffusion.ddim_invert(network, pictures, steps)
+    with autocast(pipeline.device):  # as in drawing: there and back by the same network
+        network = pipeline.decoder.network(image_emb, None, None)
+        return pipeline.decoder.diffusion.ddim_invert(network, pictures, steps)
 
 
 def redraw(pipeline, image_emb, x_T, seeds, steps=INVERSION_STEPS, eta=0.0):
@@ -120,7 +123,8 @@ def probe(pipeline, image_emb, pca, counts, seed):
     rebuilt = [
         F.normalize(pca.reconstruct(centred @ pca.basis[:count].T), dim=-1) for count in counts
     ]
-    return torch.cat([pipeline.decode(emb, None, [seed], eta=0.0) for emb in rebuilt])
+    settings = {"scale": 1.0, "eta": 0.0}
+    return torch.cat([pipeline.decode(emb, None, [seed], **settings) for emb in rebuilt])
 
 
 def inpaint(pipeline, picture, mask, image_emb, text, seed, scale=2.0, steps=None, resamples=4):
@@ -131,10 +135,11 @@ def inpaint(pipeline, picture, mask, image_emb, text, seed, scale=2.0, steps=Non
     Paper: GLIDE trains a network for this. We: any trained decoder. Because: the known part can be
     noised to each level and put in place of what was drawn there (RePaint, 2201.09865).
     """
-    network = pipeline.decoder.network(image_emb, *text[1:], scale=scale)
-    steps = steps or pipeline.decoder.config.sample_steps
-    generator = [torch.Generator().manual_seed(seed)]
-    return pipeline.decoder.diffusion.inpaint(network, picture, mask, steps, resamples, generator)
+    decoder, generator = pipeline.decoder, [torch.Generator().manual_seed(seed)]
+    steps = steps or decoder.config.sample_steps
+    with autocast(pipeline.device):
+        network = decoder.network(image_emb, *text[1:], scale=scale)
+        return decoder.diffusion.inpaint(network, picture, mask, steps, resamples, generator)
 
 
 def probe_counts(dim):

@@ -208,9 +208,8 @@ class DiffusionPrior(nn.Module):
 
         key_mask = torch.cat([key_mask, key_mask.new_ones(B, 3 * K)], dim=1)
         # Which group each token is in: 0 for the prefix, 1..K for the copies.
-        group = torch.cat([torch.zeros(P), torch.arange(1, K + 1).repeat_interleave(3)]).to(
-            x.device
-        )
+        copies = torch.arange(1, K + 1, device=x.device).repeat_interleave(3)
+        group = F.pad(copies, (P, 0))
         same_group = (group[:, None] == group) | (group == 0)  # (N, N): rows look at columns
         x, _ = run_blocks(self.blocks, x, causal_mask(key_mask) & same_group)
         return self.read_out(x[:, P + 2 :: 3]).reshape(B * K, -1)
@@ -232,6 +231,7 @@ class DiffusionPrior(nn.Module):
             network, x_0.repeat_interleave(self.config.copies, 0)
         ).mean()
 
+    @torch.no_grad()
     def finish(self, batch):
         """Once, after training: measure what the analytic variance needs on a batch of data."""
         if self.config.variance == "analytic":
@@ -289,7 +289,8 @@ class DiffusionPrior(nn.Module):
 
 def rerank(image_emb, text_emb):
     """Keep, for each caption, the candidate closest to it: (B, C, D) and (B, D) -> (B, D)."""
-    best = torch.einsum("bcd,bd->bc", image_emb, text_emb.to(image_emb.dtype)).argmax(dim=1)
+    # A sum, not a matrix product: autocast would round that to bfloat16, and ties would decide.
+    best = (image_emb.float() * text_emb.float()[:, None]).sum(dim=-1).argmax(dim=1)
     return image_emb[torch.arange(len(best), device=best.device), best]
 
 

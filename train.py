@@ -7,7 +7,8 @@
 
 The one idea of this file: batch number k and the noise of step k are functions of (seed, k) and
 of nothing else. No random state has to be saved, so a training that was killed and resumed
-arrives at the same weights, bit for bit, as one that was not.
+arrives at the same weights as one that was not: on a CPU bit for bit, on a GPU up to the order in
+which its sums are done.
 
 What differs between stages is above the loop: how large the model is and how long it trains
 (presets.py), what a batch is (Batches), what to look at (preview). The loop itself knows no stage.
@@ -356,7 +357,8 @@ def train(run, model, batches, val_batches, device, resume=None):
             looking = done % settings["sample_every"] == 0 or done == steps
             if done == steps and hasattr(model, "finish"):  # what a stage measures when trained
                 averaged.load_state_dict(ema.weights)
-                averaged.finish(batch)
+                with autocast(device):
+                    averaged.finish(batch)
                 ema.weights = {k: v.detach().clone() for k, v in averaged.state_dict().items()}
             if done % every_log == 0 or saving or looking:
                 # The only place that waits for the device: figures are read here, not every step.
@@ -529,6 +531,9 @@ def export(run, folder):
     """Small copies of every stage in `run`, for drawing only."""
     paths = [Path(run) / f"{stage}.pt" for stage in ORDER + BASELINES]
     paths = [path for path in paths if path.exists()]
+    if Path(run).resolve() == Path(folder).resolve():
+        raise UserError(f"--to {folder} is the run itself: its checkpoints would lose what "
+                        "--resume needs; give another folder")
     if not paths:
         raise UserError(f"{run} has no trained stage to export: give --out the folder of a run")
     for path in paths:
@@ -589,7 +594,7 @@ def main(argv=None):
     device = choose_device(args.device)
     if "RANK" in os.environ:  # started by torchrun
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
             torch.cuda.set_device(device)
         # The others wait while the first process computes embeddings, which can take hours.
         backend = "nccl" if device.type == "cuda" else "gloo"

@@ -1,6 +1,6 @@
 """How fast is it here? Training steps, sampling with and without the cache. Run it by hand, alone.
 
-    python tests/bench.py [--preset base] [--batch-size 64] [--compile]
+    python tests/bench.py [--preset base] [--batch-size 64] [--compile] [--copies MINUTES]
 
 FLOPs are counted by PyTorch's own counter (multiply-adds as two), forward and backward. The peak is
 measured too: the fastest of some square matrix products, in the precision that training uses.
@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint as checkpoints
 from common import Parser, autocast, choose_device, exit_code, positive
+from common import positive_number
 from presets import PRESETS, recipe
 from prior import DiffusionPrior, PriorConfig
 from train import ADAM
@@ -32,7 +33,7 @@ def seconds(work, device, repeats=5):
         begun = time.perf_counter()
         work()
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         times.append(time.perf_counter() - begun)
     return min(times[2:])
 
@@ -125,6 +126,49 @@ def bench_prior_cache(device):
           f"(least cosine between the two results {same:.4f})")
 
 
+def bench_copies(device, minutes):
+    """Validation loss of the prior against time, with 1 and with 4 noised copies an embedding."""
+    import tempfile
+
+    import numpy as np
+
+    from clip_model import embed
+    from data import Shapes
+    from sample import default_weights
+
+    clip = checkpoints.load_clip(default_weights(), device=device)
+    with tempfile.TemporaryDirectory() as folder:
+        train, val = (embed(clip, Shapes(n, split), folder)
+                      for n, split in ((5000, "train"), (512, "val")))
+        check = val.batch(range(512), np.random.default_rng(0))
+        check = {k: v.to(device) for k, v in check.items()}
+        fields, training = recipe("base", "prior")
+        fields = fields | {"dim": clip.dim, "text_width": clip.text_width, "text_len": 32}
+        for copies in (1, 4):
+            torch.manual_seed(0)
+            model = DiffusionPrior(PriorConfig(**fields | {"copies": copies})).to(device)
+            optimizer = torch.optim.AdamW(model.parameters(), training["lr"], fused=True, **ADAM)
+            said, step, begun, paused = 0, 0, time.time(), 0.0
+            while said < 4:
+                rng = np.random.default_rng(step)
+                batch = train.batch(rng.choice(5000, training["batch_size"], replace=False), rng)
+                with autocast(device):
+                    loss = model.loss({k: v.to(device) for k, v in batch.items()})
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                step += 1
+                if time.time() - begun - paused >= (said + 1) / 4 * minutes * 60:
+                    stopped, said = time.time(), said + 1
+                    torch.manual_seed(1)
+                    with torch.no_grad(), autocast(device):
+                        value = model.eval().loss(check).item()
+                    model.train()
+                    print(f"K = {copies}: after {said / 4 * minutes * 60:.0f} s, {step} steps: "
+                          f"validation loss {value:.4f}")
+                    paused += time.time() - stopped
+
+
 @exit_code
 def main(argv=None):
     parser = Parser("bench.py", description=__doc__.split("\n")[0])
@@ -132,8 +176,12 @@ def main(argv=None):
     parser.add_argument("--batch-size", type=positive, help="examples a step (default: preset's)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the loss")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--copies", type=positive_number, metavar="MINUTES",
+                        help="only train priors with 1 and 4 noised copies, for so long each")
     args = parser.parse_args(argv)
     device = choose_device(args.device)
+    if args.copies:
+        return bench_copies(device, args.copies)
     peak, kind = matmul_peak(device)
     print(f"{device}, {torch.get_num_threads()} threads; peak of matrix products in "
           f"{str(kind).removeprefix('torch.')}: {peak / 1e9:.0f} GFLOP/s")

@@ -532,7 +532,11 @@ def missing(folder):
     (folder / "starts.npy").unlink()
 
 
-@pytest.mark.parametrize("damage", [cut_short, fewer_rows, zeros, missing])
+def empty(folder):
+    (folder / "image_emb.npy").write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [cut_short, fewer_rows, zeros, missing, empty])
 def test_damaged_embeddings_are_noticed_and_computed_again(damage, small, tmp_path, passes, capsys):
     wanted = embed(small, Data(), tmp_path)
     wanted = {name: np.array(getattr(wanted, name)) for name in Embeddings.ARRAYS}

@@ -5,10 +5,11 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from PIL import ImageColor
 
 import train
-from common import CURVES, chart, log_ticks, plot_runs, ticks
+from common import CURVES, chart, exit_code, log_ticks, plot_runs, ticks
 
 
 def pixels_of(image, colour):
@@ -85,3 +86,26 @@ def test_a_run_without_metrics_is_a_mistake(make, says, tmp_path, capsys):
 def test_plot_needs_a_run_and_training_takes_none(tmp_path, capsys):
     assert train.main(["plot"]) == 2 and "folder" in capsys.readouterr().err
     assert train.main(["clip", "runs/other"]) == 2 and "runs/other" in capsys.readouterr().err
+
+
+def test_steps_done_twice_are_drawn_once_and_equal_names_are_told_apart(tmp_path):
+    def line(step, loss):
+        return json.dumps({"stage": "prior", "step": step, "loss": loss})
+
+    again = [line(1, 1.0), line(2, 0.5), line(1, 1.0), line(2, 0.5), line(3, 0.3)]
+    plain = [line(1, 1.0), line(2, 0.5), line(3, 0.3)]
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    one, other = write(tmp_path / "a" / "run", *again), write(tmp_path / "b" / "run", *plain)
+    assert plot_runs([one]).tobytes() == plot_runs([other]).tobytes()
+    x, _ = pixels_of(plot_runs([one, other]), CURVES[1])  # a second curve, not the same name twice
+    assert len(x) > 0
+
+
+def test_out_of_memory_is_one_line(capsys):
+    @exit_code
+    def main(argv):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+    assert main([]) == 2
+    said = capsys.readouterr().err
+    assert "--batch-size" in said and said.count("\n") == 1

@@ -149,7 +149,7 @@ def test_a_probe_adds_components_until_it_has_the_embedding_itself(micro_run, mo
     closeness = [(emb * image_emb).sum().item() for emb, _, _ in seen]
     assert closeness == sorted(closeness) and closeness[0] < 0.99
     assert closeness[-1] == pytest.approx(1, abs=1e-5)
-    assert all(rest == (None, [7]) and kw == {"eta": 0.0} for _, rest, kw in seen)
+    assert all(rest == (None, [7]) and kw == {"scale": 1.0, "eta": 0.0} for _, rest, kw in seen)
 
 
 def test_inpainting_leaves_the_rest_as_it_was_to_the_bit(pipeline):

@@ -180,6 +180,13 @@ def test_an_exported_run_draws_the_same_and_is_much_smaller(micro_run, tmp_path,
     assert on["step"] == 9 and all(v.dtype == torch.float32 for v in on["ema"].values())
 
 
+def test_a_run_is_not_exported_onto_itself(micro_run, capsys):
+    before = (micro_run / "decoder.pt").read_bytes()
+    assert train.main(["export", "--out", str(micro_run), "--to", f"{micro_run}/../micro"]) == 2
+    assert "the run itself" in capsys.readouterr().err
+    assert (micro_run / "decoder.pt").read_bytes() == before
+
+
 def test_baselines_have_the_decoders_size_and_budget():
     for preset in ("tiny", "base"):
         model, training = train.recipe(preset, "decoder")
