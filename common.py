@@ -109,25 +109,19 @@ def exit_code(main):
     return wrapped
 
 
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: must be 1 or more")
-    return value
+def at_least(least):
+    """An argument's type: whole numbers from `least` up, below 2^48 (seeds are multiplied by 8)."""
+
+    def whole_number(text):
+        value = int(text)
+        if not least <= value < 2**48:
+            raise argparse.ArgumentTypeError(f"{value}: must be {least} or more, and below 2^48")
+        return value
+
+    return whole_number
 
 
-def natural(text):
-    value = int(text)
-    if not 0 <= value < 2**48:
-        raise argparse.ArgumentTypeError(f"{value}: must be 0 or more, and below 2^48")
-    return value
-
-
-def two_or_more(text):
-    value = int(text)
-    if value < 2:
-        raise argparse.ArgumentTypeError(f"{value}: must be 2 or more")
-    return value
+natural, positive, two_or_more = at_least(0), at_least(1), at_least(2)
 
 
 def number(text):
@@ -295,6 +289,8 @@ def read_metrics(run):
             lines.append(json.loads(line))
         except json.JSONDecodeError:
             continue
+    lines = [x for x in lines if isinstance(x, dict) and {"stage", "step"} <= set(x)
+             and {"loss", "val_loss"} & set(x)]
     if not lines:
         raise UserError(f"{path} is empty: train a little first")
     return lines

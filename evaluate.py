@@ -373,8 +373,8 @@ def judge_manipulations(args):
           f"{table['blend_ends_psnr'] or 0:.1f} dB")
     print_table({name: table[name] for name in ("reconstruction", "variation")})
 
-    edits, results = single_edits(Shapes(20 * args.edits, "val", args.seed), args.edits), []
     scenes = Shapes(20 * args.edits, "val", args.seed)
+    edits, results = single_edits(scenes, args.edits), []
     for i, part, before, after, claim in tqdm(edits, "edits", disable=None):
         picture = scenes.image(i, low)[None].to(device)
         emb = pipeline.clip.encode_image(scenes.image(i, pipeline.clip.image_size)[None].to(device))

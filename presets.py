@@ -1,7 +1,7 @@
 """How large each model is, and how long it trains: the numbers that a student changes first.
 
     tiny    minutes on two CPU cores: draws at 32 pixels, enlarges to 64 and 256
-    base    an hour or so a stage on two CPU cores: the paper's sizes, 64, 256 and 1024
+    base    an hour or so a stage on a CPU core: the paper's sizes, 64, 256 and 1024
     large   for one GPU, real pictures and a pretrained CLIP
 
 The one idea: a preset is a table of differences from the dataclasses' own defaults, nothing more;
@@ -17,7 +17,6 @@ BASELINES = ("ar_prior", "decoder_text_emb", "decoder_caption")
 # Paper (table 3): 0.8 million steps of 2048 pictures for the decoder alone. We: what one machine
 # can do in minutes (tiny) or hours (base). Because: the findings show long before the beauty does.
 PRESETS = {
-    # Draws at 32 px, then 32 -> 64 -> 256: minutes on two CPU cores.
     "tiny": {
         "data": 20_000,  # scenes of the shapes data
         "clip": (
@@ -42,7 +41,6 @@ PRESETS = {
             {"steps": 300, "batch_size": 16, "lr": 1e-3},
         ),
     },
-    # The paper's sizes: 64 -> 256 -> 1024.
     "base": {
         "data": 60_000,
         "clip": ({"vision_width": 24}, {"steps": 2400, "batch_size": 256, "lr": 2e-3}),
@@ -65,7 +63,7 @@ PRESETS = {
             {"steps": 1200, "batch_size": 8, "lr": 1e-3},
         ),
     },
-    # For one GPU and real pictures, with a pretrained CLIP: the paper's design, a fortieth of it.
+    # The paper's design, a thirtieth of its size.
     "large": {
         "data": 100_000,
         "clip": ({}, {"steps": 20_000, "batch_size": 512, "lr": 1e-3}),

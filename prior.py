@@ -2,8 +2,9 @@
 
 A caption does not determine a picture, and CLIP's text embedding is not an image embedding: the
 two live in different parts of the sphere. The prior draws, for a caption, one of the image
-embeddings that a picture with this caption could have. Here it is a diffusion model whose
-"pixels" are the D numbers of an embedding and whose network is a causal transformer:
+embeddings that a picture with this caption could have. The paper has two. The autoregressive one,
+at the end of this file, spells the embedding as a sentence of codes. The other is a diffusion
+model whose "pixels" are the D numbers of an embedding and whose network is a causal transformer:
 
     [caption tokens, L] [text embedding] | [timestep] [noised image embedding] [query] -> z_i
     <------ the prefix: P = L + 1 ----->   <--------- the suffix: 3 tokens --------->
@@ -11,10 +12,11 @@ embeddings that a picture with this caption could have. Here it is a diffusion m
 The one idea of this file: the mask is causal and the caption comes first, so the prefix knows
 nothing of t or of the noised embedding. Its keys and values are therefore computed *once* per
 caption: sampling runs 64 steps of three tokens each, and training lets K noised copies of an
-embedding, each at its own t, share one prefix.
+embedding, each at its own t, share one prefix. The autoregressive prior keeps it just so.
 
 Letters: B batch, D CLIP embedding, L caption tokens, W width of CLIP's token features,
-M width of this transformer, P prefix length, K noised copies, S suffix length (3), T steps.
+M width of this transformer, P prefix length, K noised copies, S suffix length (3), T steps,
+C principal components, and as many codes.
 Read next: decoder.py, which turns the embedding into pixels.
 """
 

@@ -2,6 +2,8 @@
 
     python sample.py text "a large red circle above a small blue square" -n 4 --size 256
 
+    python sample.py vary picture.png          # and blend, edit, probe, inpaint: manipulate.py
+
     caption -> CLIP -> prior -> image_emb -> decoder: 64 px -> upsampler1: 256 -> upsampler2: 1024
 
 The one idea of this file: a picture is a function of the weights, the caption and its own seed.

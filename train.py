@@ -34,11 +34,12 @@ from torch import nn
 from tqdm import tqdm
 
 import checkpoint as checkpoints
+from clip_model import Tokenizer, embed, make_vocab
 from common import Parser, autocast, choose_device, draw_grid, exit_code, plot_runs, save_picture
 from common import natural, positive, positive_number
-from clip_model import Tokenizer, embed, make_vocab
 from data import UserError, load_data
 from presets import BASELINES, ORDER, PRESETS, recipe
+from prior import AutoregressivePrior, AutoregressivePriorConfig
 from prior import fewest_components, principal_components, quantisation_errors
 from upsampler import training_pair
 
@@ -59,17 +60,22 @@ def make_model(stage, preset, data, clip, embeddings=None):
     if needs_clip(stage):
         fields |= {"dim": clip.dim, "text_width": clip.text_width, "text_len": clip.text_len}
     make, make_config = checkpoints.STAGES[stage]
-    if stage != "ar_prior":
-        return make(make_config(**fields))
-    # Its codes are those of the training data: how many components, and where the buckets are.
-    image_emb, text_emb = embeddings.pairs(range(min(len(data), 100_000)), np.random.default_rng(0))
+    if stage == "ar_prior":
+        return make_ar_prior(fields, embeddings)
+    return make(make_config(**fields))
+
+
+def make_ar_prior(fields, embeddings):
+    """Its codes are those of the training data: how many components, and where the buckets are."""
+    some = range(min(len(embeddings), 100_000))
+    image_emb, text_emb = embeddings.pairs(some, np.random.default_rng(0))
     _, _, variances = principal_components(image_emb)
-    fields["components"] = fewest_components(variances)
-    model = make(make_config(**fields))
+    components = fewest_components(variances)
+    model = AutoregressivePrior(AutoregressivePriorConfig(components=components, **fields))
     model.fit(image_emb, text_emb)
-    left_out = 1 - variances[: fields["components"]].sum() / variances.sum()
+    left_out = 1 - variances[:components].sum() / variances.sum()
     errors = quantisation_errors(model.project(image_emb).T.contiguous(), model.config.buckets)
-    print(f"ar_prior: {fields['components']} of {clip.dim} principal components leave out "
+    print(f"ar_prior: {components} of {model.config.dim} principal components leave out "
           f"{left_out:.2%} of the variance; quantising them into {model.config.buckets} buckets "
           f"of equal mass costs {errors['equal mass']:.3%}, "
           f"of equal width {errors['equal width']:.3%}")
@@ -313,12 +319,7 @@ def train(run, model, batches, val_batches, device, resume=None):
     model.to(device).train()
     ema, optimizer = Ema(model), torch.optim.AdamW(model.parameters(), fused=True, **ADAM)
     if resume:
-        if "optimizer" in resume:  # else an exported copy, and `model` has its averaged weights
-            model.load_state_dict(resume["model"])
-            optimizer.load_state_dict(resume["optimizer"])
-        full = model.state_dict()  # exported averages are in half precision
-        ema.weights = {k: v.to(full[k]) for k, v in resume["ema"].items()}
-        ema.updates = first
+        restore(resume, model, ema, optimizer)
     loss_of = Loss(model)
     if settings["compile"]:
         loss_of.compile()  # in place: the weights keep their names
@@ -355,11 +356,8 @@ def train(run, model, batches, val_batches, device, resume=None):
             pause.agree(device)
             saving = done % settings["save_every"] == 0 or done == steps or pause.asked
             looking = done % settings["sample_every"] == 0 or done == steps
-            if done == steps and hasattr(model, "finish"):  # what a stage measures when trained
-                averaged.load_state_dict(ema.weights)
-                with autocast(device):
-                    averaged.finish(batch)
-                ema.weights = {k: v.detach().clone() for k, v in averaged.state_dict().items()}
+            if done == steps and hasattr(model, "finish"):
+                finish(averaged, ema, batch, device)
             if done % every_log == 0 or saving or looking:
                 # The only place that waits for the device: figures are read here, not every step.
                 smooth = torch.stack(losses).mean().item()
@@ -386,6 +384,24 @@ def train(run, model, batches, val_batches, device, resume=None):
         print(f"{run.stage}: steps {first} to {steps}, {elapsed / 60:.1f} minutes, loss "
               f"{smooth:.4f}, {(steps - first) * settings['batch_size'] / elapsed:.0f} images/s, "
               f"waiting for data {waited[1] / elapsed:.1%}, {peak_memory(device):.1f} GB")
+
+
+def restore(resume, model, ema, optimizer):
+    """Put a checkpoint's state back into all three, to go on where it was written."""
+    if "optimizer" in resume:  # else an exported copy, and `model` has its averaged weights
+        model.load_state_dict(resume["model"])
+        optimizer.load_state_dict(resume["optimizer"])
+    full = model.state_dict()  # exported averages are in half precision
+    ema.weights = {k: v.to(full[k]) for k, v in resume["ema"].items()}
+    ema.updates = resume["step"]
+
+
+def finish(averaged, ema, batch, device):
+    """Let a trained stage measure what it needs of its averaged weights, which keep the result."""
+    averaged.load_state_dict(ema.weights)
+    with autocast(device):
+        averaged.finish(batch)
+    ema.weights = {k: v.detach().clone() for k, v in averaged.state_dict().items()}
 
 
 def timed(iterable):

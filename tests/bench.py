@@ -23,7 +23,8 @@ from presets import PRESETS, recipe
 from prior import DiffusionPrior, PriorConfig
 from train import ADAM
 
-D, W, L = 128, 128, 20  # CLIP's embedding, its token features, a caption's tokens
+# CLIP's embedding and token features; a caption's tokens, and the most there may be.
+SMALL, PRETRAINED = (128, 128, 20, 32), (512, 512, 77, 77)  # the latter with the preset `large`
 
 
 def seconds(work, device, repeats=5):
@@ -38,30 +39,27 @@ def seconds(work, device, repeats=5):
     return min(times[2:])
 
 
-def matmul_peak(device):
-    """FLOP/s of the best square matrix product under the training's own autocast."""
+def matmul_peak(device, kind):
+    """FLOP/s of the best square matrix product in a precision."""
     best = 0
     for n in (1024, 2048, 8192) if device.type == "cuda" else (1024, 2048):
-        a, b = (torch.randn(n, n, device=device) for _ in "ab")
-        with autocast(device) as precision:
-            kind = torch.get_autocast_dtype(device.type) if precision._enabled else torch.float32
-            a, b = a.to(kind), b.to(kind)
-            best = max(best, 2 * n**3 / seconds(lambda: a @ b, device))
-    return best, kind
+        a, b = (torch.randn(n, n, device=device).to(kind) for _ in "ab")
+        best = max(best, 2 * n**3 / seconds(lambda: a @ b, device))
+    return best
 
 
-def caption(B, device, dim=D, width=W, length=L):
+def caption(B, device, dim, width, length):
     return (F.normalize(torch.randn(B, dim, device=device), dim=-1),
             torch.randn(B, length, width, device=device),
             torch.ones(B, length, dtype=torch.bool, device=device))
 
 
-def batch_of(stage, config, B, device):
+def batch_of(stage, config, B, device, sizes):
     """A made-up batch of the right shapes."""
     if "upsampler" in stage:
         image = 2 * torch.rand(B, 3, config.crop, config.crop, device=device) - 1
         return {"image": image, "low": F.avg_pool2d(image, config.factor)}
-    text_emb, text_enc, text_mask = caption(B, device)
+    text_emb, text_enc, text_mask = caption(B, device, *sizes[:3])
     batch = {"image_emb": text_emb.roll(1, 0), "text_emb": text_emb, "text_enc": text_enc,
              "text_mask": text_mask}
     if stage == "decoder":
@@ -72,12 +70,13 @@ def batch_of(stage, config, B, device):
 def bench_training(stage, args, device, peak):
     make, make_config = checkpoints.STAGES[stage]
     fields, training = recipe(args.preset, stage)
+    sizes = PRETRAINED if args.preset == "large" else SMALL
     if stage in ("prior", "decoder"):
-        fields = fields | {"dim": D, "text_width": W, "text_len": 32}
+        fields = fields | {"dim": sizes[0], "text_width": sizes[1], "text_len": sizes[3]}
     model = make(make_config(**fields)).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True, **ADAM)
     B = args.batch_size or training["batch_size"]
-    batch = batch_of(stage, model.config, B, device)
+    batch = batch_of(stage, model.config, B, device, sizes)
     loss_of = torch.compile(model.loss) if args.compile else model.loss
 
     def step(loss_of=loss_of):
@@ -182,9 +181,12 @@ def main(argv=None):
     device = choose_device(args.device)
     if args.copies:
         return bench_copies(device, args.copies)
-    peak, kind = matmul_peak(device)
-    print(f"{device}, {torch.get_num_threads()} threads; peak of matrix products in "
-          f"{str(kind).removeprefix('torch.')}: {peak / 1e9:.0f} GFLOP/s")
+    peaks = {kind: matmul_peak(device, kind) for kind in (torch.float32, torch.bfloat16)}
+    used = torch.bfloat16 if autocast(device)._enabled else torch.float32
+    said = ", ".join(f"{p / 1e9:.0f} GFLOP/s in {str(k)[6:]}" for k, p in peaks.items())
+    print(f"{device}, {torch.get_num_threads()} threads; peak of matrix products: {said}; "
+          f"training uses {str(used)[6:]}")
+    peak = peaks[used]
     for stage in ("prior", "decoder", "upsampler1", "upsampler2"):
         bench_training(stage, args, device, peak)
     bench_prior_cache(device)
