@@ -49,7 +49,7 @@ def cpu_is_fast_in_bf16():
     """Whether this CPU multiplies bfloat16 faster than float32: not all that can do it are.
 
     AMX is made for it, and AMD's AVX512-BF16 was twice as fast. Intel's AVX512-BF16 without AMX
-    (as in some virtual machines) was half as fast: 150 against 280 GFLOP/s on two cores.
+    (as in some virtual machines) was not: 150 against 263 GFLOP/s. tests/bench.py prints both.
     """
     if getattr(torch.cpu, "_is_amx_tile_supported", bool)():
         return True
