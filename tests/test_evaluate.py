@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -147,6 +148,16 @@ def test_frechet_distance_of_two_known_gaussians():
     assert frechet_distance(z * s, z * s) == pytest.approx(0, abs=1e-6)
     turned = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
     assert frechet_distance(z * s @ turned, (z * r + shift) @ turned) == pytest.approx(10, abs=1e-6)
+
+
+def test_frechet_distance_of_covariances_that_do_not_commute():
+    # The trace of (C_a C_b)^1/2 by numpy: the roots of the product's own eigenvalues.
+    torch.manual_seed(0)
+    a, b = (torch.randn(50, 4, dtype=torch.float64) @ torch.randn(4, 4).double() for _ in "ab")
+    cov_a, cov_b = (np.cov(x.numpy().T, bias=True) for x in (a, b))
+    mixed = np.sqrt(np.linalg.eigvals(cov_a @ cov_b)).real.sum()
+    wanted = (a.mean(0) - b.mean(0)).square().sum().item() + np.trace(cov_a + cov_b) - 2 * mixed
+    assert frechet_distance(a, b) == pytest.approx(wanted)
 
 
 def test_priors_compares_variances_steps_and_both_priors(micro_run, tmp_path, capsys):
