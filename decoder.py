@@ -211,6 +211,7 @@ class DecoderConfig:
     drop_caption: float = 0.5  # share of examples trained without their caption
     predict: str = "v"  # Paper: "noise". We: v. Because: flat pictures stay grainy for long.
     weight_cap: float | None = None  # loss weights of x_0 prediction: see GaussianDiffusion
+    focus: tuple = ()  # (first, end): noise levels that half of the training is spent on
     variance: str = "learned"  # or "fixed_small", "fixed_large"
     diffusion_steps: int = 1000  # T
     stem: int = 1  # fold so many by so many pixels into channels first; see UNet. Paper: 1.
@@ -250,6 +251,7 @@ class Decoder(nn.Module):
         self.diffusion = GaussianDiffusion(
             T=config.diffusion_steps, schedule="cosine", predict=config.predict,
             variance=config.variance, clip_x_0=True, weight_cap=config.weight_cap,
+            focus=config.focus,
         )
 
     def embedding_of(self, batch):

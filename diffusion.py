@@ -112,12 +112,14 @@ class GaussianDiffusion(nn.Module):
     clip_x_0: clip each predicted x_0 to [-1, 1]. For images; off for embeddings
     snr_gamma: Min-SNR loss weights (2303.09556), usually 5; None weighs every t the same
     weight_cap: for "x_0": weigh its error as v-prediction does, by SNR + 1, but at most by this
+    focus:    (first, end): half of the training's levels are drawn from first .. end - 1, the
+              other half from all; None draws all of them from all
 
     The table stays in float64: run a network in bf16 by autocast, not by .bfloat16() on the module.
     """
 
     def __init__(self, T=1000, schedule="cosine", predict="noise", variance="fixed_small",
-                 clip_x_0=True, snr_gamma=None, weight_cap=None):
+                 clip_x_0=True, snr_gamma=None, weight_cap=None, focus=None):
         super().__init__()
         schedules = {"cosine": cosine_betas, "linear": linear_betas}
         for value, allowed in ((schedule, schedules), (predict, ("noise", "x_0", "v")),
@@ -126,8 +128,11 @@ class GaussianDiffusion(nn.Module):
                 raise UserError(f"{value!r} is unknown, choose one of {', '.join(allowed)}")
         if T < 2:
             raise UserError(f"T is {T}, it must be at least 2: raise the number of noise levels")
+        if focus and not 0 <= focus[0] < focus[1] <= T:
+            raise UserError(f"focus is {focus}, it must be two levels, first < end, in [0, {T}]")
         self.T, self.predict, self.variance = T, predict, variance
         self.clip_x_0, self.snr_gamma, self.weight_cap = clip_x_0, snr_gamma, weight_cap
+        self.focus = tuple(focus) if focus else None
         self.range_checked, self.levels = False, (0, T)  # levels: those drawn in training
         # Not persistent: made again from the config, they have no place in a checkpoint.
         betas = schedules[schedule](T)
@@ -246,7 +251,7 @@ class GaussianDiffusion(nn.Module):
         """
         self.check_range(x_0)
         if t is None:
-            t = torch.randint(*self.levels, x_0.shape[:1], device=x_0.device)
+            t = self.draw_levels(len(x_0), x_0.device)
         noise = torch.randn_like(x_0) if noise is None else noise
         if t.shape != x_0.shape[:1] or noise.shape != x_0.shape:
             raise ValueError(f"training_loss: x_0 {tuple(x_0.shape)} does not fit "
@@ -263,6 +268,19 @@ class GaussianDiffusion(nn.Module):
             # L_vlb is a *sum* over T terms, of which we draw one: T * 0.001 times that one.
             loss = loss + self.T / 1000 * self.vlb_loss(out, x_0, x_t, t)
         return loss
+
+    def draw_levels(self, n, device):
+        """The noise levels t (n,) of a training batch.
+
+        Paper: uniform. We: with `focus`, half of them from a band. Because: not all levels are as
+        hard. Near T - 1 only the background shows, near 0 an edge is sharpened; between, it is
+        decided what is where, and that takes longest to learn (likewise 2403.03206 sec. 3.1).
+        """
+        t = torch.randint(*self.levels, (n,), device=device)
+        if self.focus is None or self.levels != (0, self.T):  # validation asks for its own levels
+            return t
+        band = torch.randint(*self.focus, (n,), device=device)
+        return torch.where(torch.rand(n, device=device) < 0.5, band, t)
 
     def vlb_loss(self, out, x_0, x_t, t):
         """One term of the variational bound, in bits per dimension: (B,) (improved DDPM sec. 3.1).

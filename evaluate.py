@@ -30,6 +30,8 @@ from data import BACKGROUNDS, COLOURS, SHAPES
 from data import Claim, Shapes, UserError, load_data, parse_caption, render
 from judge import COLUMNS, S, judge, score, shares
 from manipulate import blend, edit, invert, psnr, redraw, text_diff
+from measures import frechet_distance, in_batches, look, precision_recall, scene_claim
+from measures import wrong_captions
 from sample import Pipeline, default_weights, generators
 
 def print_table(table):
@@ -63,16 +65,6 @@ def judge_judge(args):
     table = {name: shares(scores) for name, scores in results.items()}
     print_table(table)
     return table
-
-
-def in_batches(n, size=16):
-    """range(n) in pieces: slices of at most `size`, with a progress bar."""
-    return (slice(k, min(k + size, n)) for k in tqdm(range(0, n, size), "drawing", disable=None))
-
-
-def scene_claim(scene):
-    """All that is true of a scene, as the judge's claim."""
-    return Claim(scene.things, scene.relation, scene.background, scene.word)
 
 
 def draw(pipeline, captions, args, condition="prior", image_emb=None, size=S):
@@ -137,14 +129,6 @@ def judge_captions(args):
     return table
 
 
-@torch.no_grad()
-def look(pipeline, data):
-    """CLIP's embeddings (n, D) of all pictures of a data set."""
-    size, device = pipeline.clip.image_size, pipeline.device
-    return torch.cat([pipeline.clip.encode_image(data.image(i, size)[None].to(device))
-                      for i in range(len(data))])
-
-
 def judge_upsamplers(args):
     """True pictures shrunk to the decoder's size and enlarged again, against bicubic enlargement.
 
@@ -175,39 +159,6 @@ def judge_upsamplers(args):
                 print(f"{way} to {size}: {table[f'{way} {size}']['psnr']:.2f} dB")
     print_table(table)
     return table
-
-
-def frechet_distance(a, b):
-    """Squared Frechet distance of the gaussians that fit points a (n, D) and b (m, D).
-
-        |mean_a - mean_b|^2 + trace(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2)     (FID, 1706.08500)
-
-    Few points have covariances that are too small in most directions: use several times D.
-    """
-    a, b = a.double(), b.double()
-    cov_a, cov_b = torch.cov(a.T, correction=0), torch.cov(b.T, correction=0)
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # C_a^1/2
-    mixed = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    means = (a.mean(0) - b.mean(0)).square().sum()
-    return (means + cov_a.trace() + cov_b.trace() - 2 * mixed).item()
-
-
-def nearest_distances(points, k):
-    """Distance of each of points (n, D) to its k-th nearest neighbour among the others: (n,)."""
-    return torch.cdist(points, points).kthvalue(k + 1, dim=1).values  # the 0th is itself
-
-
-def precision_recall(drawn, true, k=3):
-    """Share of drawn points that lie among the true ones, and the reverse (1904.06991).
-
-    A point lies among others if it is no farther from one of them than that one's own k-th nearest
-    neighbour. Precision falls with bad pictures, recall with missing variety.
-    """
-    distance = torch.cdist(drawn, true)  # (n, m)
-    precision = (distance <= nearest_distances(true, k)).any(dim=1)
-    recall = (distance.T <= nearest_distances(drawn, k)).any(dim=1)
-    return precision.float().mean().item(), recall.float().mean().item()
 
 
 def captions_and_pictures(args):
@@ -405,28 +356,6 @@ def changed_and_kept(seen, claim, part):
     return right.pop(part), all(right.values())
 
 
-OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
-
-
-def wrong_captions(scene):
-    """A two-object scene -> its plain caption, and {what is wrong: a caption with that wrong}."""
-    a, b = scene.things
-
-    def say(a, b, relation):
-        articles = ("an" if thing.colour[0] in "aeiou" else "a" for thing in (a, b))
-        words = (f"{x} {t.colour} {t.shape}" for x, t in zip(articles, (a, b), strict=True))
-        return f" {relation} ".join(words)
-
-    wrong = {"relation": say(a, b, OPPOSITE[scene.relation])}
-    if a.colour != b.colour and a.shape != b.shape:
-        # The same words, the colours exchanged: only who is bound to what has changed.
-        swapped = replace(a, colour=b.colour), replace(b, colour=a.colour)
-        wrong["binding"] = say(*swapped, scene.relation)
-    others = [shape for shape in SHAPES if shape not in (a.shape, b.shape)]
-    wrong["shape"] = say(replace(a, shape=others[0]), b, scene.relation)
-    return say(a, b, scene.relation), wrong
-
-
 def judge_clip(args):
     """Does CLIP itself prefer a scene's true caption to one with a single thing wrong? Chance: 50%.
 
@@ -447,6 +376,12 @@ def judge_clip(args):
     for name, row in table.items():
         print(f"{name:12}{row['right']:8.1%} of {row['n']}, chance 50%")
     return table
+
+
+def run_findings(args):
+    from findings import report  # here, as only this command needs all that it imports
+
+    return report(args)
 
 
 def add_drawing_options(sub):
@@ -499,6 +434,12 @@ def build_parser():
     sub.add_argument("--weights", help="folder of checkpoints (default: as sample.py)")
     sub.add_argument("--prior-scale", type=number, default=1.0, help="guidance; off at 1")
     sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    sub = command("findings", run_findings, "the paper's findings, one by one; writes FINDINGS.md")
+    sub.add_argument("names", nargs="*", metavar="F1 ... F10", help="which (default: all)")
+    sub.add_argument("--weights", help="folder of checkpoints (default: as sample.py)")
+    sub.add_argument("--out", default="findings", help="folder for FINDINGS.md and its pictures")
+    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    sub.set_defaults(n=120)
     sub = command("manipulations", judge_manipulations, "reconstruct, vary, blend and edit scenes")
     sub.add_argument("--weights", help="folder of checkpoints (default: as sample.py)")
     sub.add_argument("--edits", type=positive, default=20, help="number of text diffs")

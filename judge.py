@@ -36,7 +36,7 @@ SPECK = 40  # pixels of S x S: a smaller patch is no object; the smallest star h
 
 @dataclass(frozen=True)
 class Seen:
-    """What a picture shows. Its things have colour, shape, size, x, y and radius."""
+    """What a picture shows. Its things have colour, shape, size, x, y, radius, angle and rgb."""
 
     background: str | None  # None: neither black nor white nor gray
     things: tuple
@@ -149,13 +149,14 @@ def measure(pixels, ground, index, mask, taken):
     cover = (pixels - ground) @ (ink - ground) / max(1e-3, np.sum((ink - ground) ** 2))
     near = grow(mask, 2) & (~grow(taken & ~mask, 1) | mask)
     silhouette, area, x, y = standard(np.clip(cover, 0, 1) * near)
-    views, shapes, radii = templates()
+    views, shapes, angles, radii = templates()
     likeness = views @ silhouette  # cosines; 0.96 or more for a drawing, even a noisy one
     best = int(likeness.argmax())
     shape = shapes[best] if likeness[best] > 0.9 else None  # None: a blob
     radius = radii[best] * math.sqrt(area)
     size = "small" if radius < 0.18 else "large"  # SIZES: small to 0.16, large from 0.20
-    return Thing(list(COLOURS)[index], shape, size, x, y, radius)
+    rgb = tuple(round(255 * float(channel)) for channel in ink)
+    return Thing(list(COLOURS)[index], shape, size, x, y, radius, angles[best], rgb)
 
 
 def standard(cover):
@@ -177,8 +178,11 @@ def standard(cover):
 
 @lru_cache
 def templates():
-    """Every shape, angle, size and blur -> views (n, G * G), shapes, radius / sqrt(area)."""
-    views, shapes, radii = [], [], []
+    """Every shape, angle, size and blur -> views (n, G * G), shapes, angles, radius / sqrt(area).
+
+    Of angles that look the same the smallest is named: within +- half of the shape's symmetry.
+    """
+    views, shapes, angles, radii = [], [], [], []
     symmetry = {"circle": 5, "square": 90, "triangle": 120, "star": 72, "cross": 90}  # degrees
     for shape in SHAPES:
         for degrees in range(0, symmetry[shape], 5):
@@ -190,8 +194,10 @@ def templates():
                 view, area, _, _ = standard(np.asarray(drawing) / 255)
                 views.append(view)
                 shapes.append(shape)
+                half = symmetry[shape] / 2
+                angles.append(math.radians((degrees + half) % symmetry[shape] - half))
                 radii.append(radius / math.sqrt(area))
-    return np.stack(views), shapes, radii
+    return np.stack(views), shapes, angles, radii
 
 
 def find_sign(pixels, ground, taken):

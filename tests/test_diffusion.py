@@ -889,3 +889,33 @@ def test_inpainting_does_each_step_but_the_last_so_often_and_sees_the_known_part
     assert [t for t, _ in seen] == [t for t in levels[:-1] for _ in range(resamples)] + levels[-1:]
     for t, noise in seen[resamples:]:  # after the first step, which starts from pure noise
         assert noise == pytest.approx((1 - d.alpha_bar(torch.tensor([t]))).sqrt().item(), rel=0.15)
+
+
+# --- which noise levels training draws ----------------------------------------------------------
+
+
+def test_focus_spends_half_of_training_on_its_band():
+    torch.manual_seed(0)
+    t = GaussianDiffusion(T=1000, focus=(500, 900)).draw_levels(40_000, "cpu")
+    inside = ((t >= 500) & (t < 900)).float().mean().item()
+    assert abs(inside - (0.5 + 0.5 * 0.4)) < 3 * math.sqrt(0.7 * 0.3 / 40_000)
+    assert t.min() == 0 and t.max() == 999
+    # Within the band and outside of it, every level is as likely as any other.
+    outside = t[(t < 500) | (t >= 900)].double()
+    assert abs(outside.mean().item() - (500 * 249.5 + 100 * 949.5) / 600) < 8
+
+
+def test_without_focus_all_levels_are_alike_and_validation_chooses_its_own():
+    torch.manual_seed(0)
+    uniform = GaussianDiffusion(T=100)
+    counts = torch.bincount(uniform.draw_levels(100_000, "cpu"), minlength=100)
+    assert counts.min() > 1000 - 5 * math.sqrt(1000) and counts.max() < 1000 + 5 * math.sqrt(1000)
+    focused = GaussianDiffusion(T=100, focus=(50, 90))
+    focused.levels = (0, 25)
+    assert focused.draw_levels(1000, "cpu").max() < 25
+
+
+@pytest.mark.parametrize("focus", [(5, 5), (-1, 4), (0, 11)])
+def test_a_focus_outside_of_the_levels_is_refused(focus):
+    with pytest.raises(UserError, match="focus"):
+        GaussianDiffusion(T=10, focus=focus)

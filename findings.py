@@ -1,0 +1,384 @@
+"""The paper's findings, one by one, on the toy world: `python evaluate.py findings`.
+
+For each: the question, what is compared, a table with 95% intervals, a picture, the paper's own
+figure, and a verdict. The one idea: the verdict is computed, never written by hand. A finding is a
+list of differences that should be above zero, and
+
+    reproduced                       every interval lies above zero
+    not reproduced                   one lies below zero
+    can't be decided at this scale   else: more scenes (-n) or better weights would tell
+
+A finding's docstring is its text in FINDINGS.md: the question, the setup, the paper's figure.
+Here are F1 to F7, on the prior, the decoder and guidance; F8 to F10 are in probing.py.
+
+Letters: n scenes, D CLIP embedding.
+Read next: probing.py.
+"""
+
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from clip_model import embed
+from common import autocast, chart, save_picture
+from data import BACKGROUNDS, COLOURS, SHAPES, SIZES, TRAIN_PAIRS
+from data import Shapes, Thing, UserError, parse_caption
+from judge import judge
+from lab import Lab, Result, farther, frechet_interval, mean_interval, number, percent, right, sheet
+from measures import bootstrap, entropy, in_batches, precision_recall
+from prior import DiffusionPrior, PriorConfig
+from probing import f8, f9, f10
+from sample import generators
+from train import ADAM
+
+# --- F1 to F3: what the prior is good for ----------------------------------------------------
+
+
+def f1(lab):
+    """Does the prior matter?
+
+    The same captions through unCLIP, through a decoder that was trained on text embeddings, and
+    through unCLIP's decoder with the text embedding put in as if it were an image embedding.
+    paper: FID 7.99 with the prior, 9.16 trained on text embeddings, 16.55 text embedding put in
+    """
+    ways = {"prior": {}, "text embedding put in": {"given": "text_emb"}}
+    if lab.has("decoder_text_emb"):
+        ways["trained on text embeddings"] = {"given": "text_emb", "decoder": "decoder_text_emb"}
+    result = Result(["system", "guidance", "binding right", "Frechet distance (CLIP) x 1000"])
+    true, kept = lab.true_emb(lab.data).cpu(), {}
+    for scale in (1.0, 2.0):
+        for name, way in ways.items():
+            pictures = lab.draw(lab.captions, scale=scale, **way)
+            kept[name, scale] = lab.clip_emb(pictures), right(pictures, lab.captions), pictures
+            emb, bound, _ = kept[name, scale]
+            result.table.append([name, f"{scale:g}", percent(mean_interval(bound)),
+                                 number(frechet_interval(emb, true), 1)])
+    for name in list(ways)[1:]:
+        result.claims.append((f"{name} is farther from the true pictures than the prior",
+                              farther(kept[name, 2.0][0], kept["prior", 2.0][0], true)))
+    if not lab.has("decoder_text_emb"):
+        result.note = "The decoder trained on text embeddings is not here (train.py decoder " \
+                      "--condition text_emb): its row is missing."
+    result.picture = sheet([kept[name, 2.0][2] for name in ways], list(ways))
+    return result
+
+
+def f2(lab):
+    """What does one decoder draw from the caption, from the embedding, from both?
+
+    unCLIP's decoder with the prior's embedding and the caption, with either alone, guidance 2.
+    paper: fig. 8: the caption alone is worst; dropping the caption costs little
+    """
+    ways = {"both": {}, "embedding alone": {"say": False}, "caption alone": {"given": "caption"}}
+    drawn = {name: lab.draw(lab.captions, **way) for name, way in ways.items()}
+    bound = {name: right(p, lab.captions) for name, p in drawn.items()}
+    emb, true = {name: lab.clip_emb(p) for name, p in drawn.items()}, lab.true_emb(lab.data).cpu()
+    result = Result(["given", "binding right", "Frechet distance (CLIP) x 1000"])
+    for name in ways:
+        result.table.append([name, percent(mean_interval(bound[name])),
+                             number(frechet_interval(emb[name], true), 1)])
+    alone, caption = bound["embedding alone"], bound["caption alone"]
+    cost = lambda both, e, c: np.nanmean(both - c) - 2 * np.nanmean(both - e)  # noqa: E731
+    result.claims = [
+        ("binding: the embedding alone is better than the caption alone",
+         bootstrap(lambda e, c: np.nanmean(e - c), alone, caption)),
+        ("binding: dropping the embedding costs over twice what dropping the caption does",
+         bootstrap(cost, bound["both"], alone, caption)),
+    ]
+    result.picture = sheet(list(drawn.values()), list(ways))
+    return result
+
+
+def f3(lab):
+    """Is the diffusion prior better than the autoregressive one?
+
+    Both priors' embeddings for the same captions against the true ones, and pictures from both.
+    paper: FID 10.39 (diffusion) against 10.63 (autoregressive), with less training compute
+    """
+    if not lab.has("ar_prior"):
+        return Result(["prior"], note="There is no autoregressive prior: python train.py ar_prior")
+    data = Shapes(4 * lab.n, "val", lab.seed + 1)
+    captions, true = [data.captions(i)[i % 3] for i in range(len(data))], lab.true_emb(data)
+    result = Result(["prior", "parameters", "examples seen", "evaluations", "ms an embedding",
+                     "cosine with the true one", "Frechet x 1000", "binding right"])
+    kept = {}
+    for name in ("prior", "ar_prior"):
+        pipeline, drawn, begun = lab.pipeline(prior=name), [], time.perf_counter()
+        for part in in_batches(len(data), 64):
+            seeds = range(lab.seed + part.start, lab.seed + part.stop)
+            drawn.append(pipeline.embed(pipeline.text(captions[part]), seeds))
+        ms, emb = 1000 * (time.perf_counter() - begun) / len(data), torch.cat(drawn)
+        bound = right(lab.draw(lab.captions, prior=name), lab.captions)
+        model = pipeline.prior
+        steps = 2 * model.config.sample_steps if name == "prior" else model.config.components
+        seen = torch.load(lab.folder / f"{name}.pt", map_location="cpu", weights_only=True)
+        seen = seen["step"] * seen["run"]["batch_size"]
+        kept[name] = emb, bound
+        result.table.append([
+            name, f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M", f"{seen:,}",
+            str(steps), f"{ms:.1f}", number(mean_interval((emb * true).sum(1).cpu()), 3),
+            number(frechet_interval(emb, true), 1), percent(mean_interval(bound))])
+    result.claims = [("the autoregressive prior's embeddings are farther from the true ones",
+                      farther(kept["ar_prior"][0], kept["prior"][0], true))]
+    names = ["diffusion prior", "autoregressive prior"]
+    result.picture = sheet([lab.draw(lab.captions, prior=p) for p in kept], names)
+    return result
+
+
+# --- F4 and F5: guidance, fidelity and diversity ---------------------------------------------
+
+GUIDANCE = (1.0, 1.25, 2.0, 3.0, 4.0, 6.0)
+# Captions that leave colour, or shape, and always size, background, place and shade open.
+OPEN = [f"a {shape}" for shape in SHAPES] + [
+    f"{'an' if c[0] in 'aeiou' else 'a'} {c} shape" for c in COLOURS]
+PARTS = (tuple(COLOURS), SHAPES, tuple(SIZES), tuple(BACKGROUNDS))
+
+
+def attributes(pictures):
+    """What the judge sees in pictures of one object: (n, 4) numbers of colour, shape, size and
+    background in PARTS; -1 where there is not just one object, or no name fits."""
+    rows = []
+    for seen in map(judge, pictures):
+        thing = seen.things[0] if len(seen.things) == 1 else Thing()
+        values = thing.colour, thing.shape, thing.size, seen.background
+        rows.append([part.index(v) if v in part else -1
+                     for part, v in zip(PARTS, values, strict=True)])
+    return np.array(rows)
+
+
+def open_entropies(rows, asks_shape):
+    """Entropies of what was left open: colour, shape, size, background. rows: attributes()."""
+    return np.array([entropy(rows[asks_shape, 0]), entropy(rows[~asks_shape, 1]),
+                     entropy(rows[:, 2]), entropy(rows[:, 3])])
+
+
+def data_entropies(captions, times=50):
+    """The same of as many true scenes as pictures: a small sample's entropy is too small for both.
+    """
+    rng, rows = np.random.default_rng(0), []
+    for _ in range(times):
+        picked = []
+        for caption in captions:
+            thing = parse_caption(caption).things[0]
+            fits = [p for p in TRAIN_PAIRS if thing.colour in (None, p[0])
+                    and thing.shape in (None, p[1])]
+            colour, shape = fits[rng.integers(len(fits))]
+            picked.append([PARTS[0].index(colour), PARTS[1].index(shape), rng.integers(2),
+                           rng.integers(3)])
+        rows.append(open_entropies(np.array(picked), asked_for_shape(captions)))
+    return np.mean(rows, axis=0)
+
+
+def asked_for_shape(captions):
+    return np.array([not caption.endswith("shape") for caption in captions])
+
+
+def sweep(lab, scales):
+    """{system: {scale: (pictures, attributes)}} for OPEN captions, and the captions."""
+    m = max(len(OPEN), lab.n // 2)
+    captions = [OPEN[k % len(OPEN)] for k in range(m)]
+    systems = {"unCLIP": {}, "GLIDE": lab.glide()[0]}
+    drawn = {name: {scale: lab.draw(captions, scale=scale, **way) for scale in scales}
+             for name, way in systems.items()}
+    return captions, {name: {scale: (p, attributes(p)) for scale, p in by_scale.items()}
+                      for name, by_scale in drawn.items()}
+
+
+def f4(lab):
+    """Does guidance cost GLIDE more diversity than unCLIP?
+
+    Captions that leave most open, decoder guidance 1 to 6, the prior's guidance off. Diversity is
+    the entropy of what the judge sees of the open parts, over that of as many true scenes.
+    paper: figs. 9 to 11: unCLIP's diversity survives guidance, since the embedding holds it
+    """
+    captions, drawn = sweep(lab, GUIDANCE)
+    asks, full = asked_for_shape(captions), data_entropies(captions)
+
+    def diversity(rows, asks):
+        return (open_entropies(rows, asks) / full).mean()
+
+    result = Result(["system", "guidance", "fidelity", "diversity", "distance in CLIP's space"])
+    curves = {name: [] for name in drawn}
+    for name, by_scale in drawn.items():
+        for scale, (pictures, rows) in by_scale.items():
+            fit = mean_interval(right(pictures, captions, "all"))
+            emb, spread = lab.clip_emb(pictures).numpy(), bootstrap(diversity, rows, asks)
+            same = [1 - emb[i] @ emb[j] for i in range(len(emb)) for j in range(i)
+                    if captions[i] == captions[j]]
+            result.table.append([name, f"{scale:g}", percent(fit), percent(spread),
+                                 f"{np.mean(same):.3f}" if same else "-"])
+            curves[name].append((spread[0], fit[0]))
+
+    def loss_difference(asks, *rows):
+        u_1, u_6, g_1, g_6 = (diversity(r, asks) for r in rows)
+        return (g_1 - g_6) - (u_1 - u_6)
+
+    rows = [drawn[name][scale][1] for name in drawn for scale in (GUIDANCE[0], GUIDANCE[-1])]
+    result.claims = [("from guidance 1 to 6 GLIDE loses more diversity than unCLIP",
+                      bootstrap(loss_difference, asks, *rows))]
+    result.note = lab.glide()[1]
+    result.picture = chart(curves, "guidance 1 to 6: fidelity against diversity", "diversity",
+                           "fidelity", points=True)
+    return result
+
+
+def f5(lab):
+    """Is unCLIP as faithful as GLIDE, and more diverse?
+
+    Both at guidance 2: binding for caption similarity, precision in CLIP's space for realism,
+    entropy of what captions leave open for diversity.
+    paper: preferred over GLIDE in 48.9% (realism), 45.3% (caption), 70.5% (diversity)
+    """
+    way, note = lab.glide()
+    true, result = lab.true_emb(lab.data).cpu(), Result(
+        ["system", "realism (precision)", "binding right", "diversity"], note=note)
+    captions, drawn = sweep(lab, (2.0,))
+    asks, full, kept = asked_for_shape(captions), data_entropies(captions), {}
+    diversity = lambda rows, asks: (open_entropies(rows, asks) / full).mean()  # noqa: E731
+    for name, settings in (("unCLIP", {}), ("GLIDE", way)):
+        pictures = lab.draw(lab.captions, **settings)
+        bound, rows = right(pictures, lab.captions), drawn[name][2.0][1]
+        precision = precision_recall(lab.clip_emb(pictures), true)[0]
+        kept[name] = bound, rows, pictures
+        result.table.append([name, f"{precision:.1%}", percent(mean_interval(bound)),
+                             percent(bootstrap(diversity, rows, asks))])
+    more = lambda u, g, asks: diversity(u, asks) - diversity(g, asks)  # noqa: E731
+    result.claims = [
+        ("unCLIP is more diverse", bootstrap(more, kept["unCLIP"][1], kept["GLIDE"][1], asks))]
+    result.picture = sheet([kept[name][2] for name in kept], list(kept))
+    return result
+
+
+def f6(lab):
+    """What is the zero-shot FID on COCO?
+
+    Not measurable on shapes: it takes COCO, weights trained on photos and Inception's features.
+    paper: FID 27.5 DALL-E, 12.24 GLIDE, 11.84 Make-A-Scene, 10.39 unCLIP
+    """
+    return Result(["step", "command"], [
+        ["draw", "python evaluate.py export --data coco --root COCO --weights RUN -n 30000 "
+                 "--size 256 --out fid"],
+        ["measure", "fidelity --gpu 0 --fid --input1 fid/samples --input2 fid/references"],
+    ], note="The protocol: 30,000 validation captions, one picture each, at 256 pixels.")
+
+
+# --- F7: what the prior predicts -------------------------------------------------------------
+
+
+def short_prior(lab, predict, embeddings, steps):
+    """A small prior trained for `steps` batches of 64, from scratch, with the lab's seed."""
+    clip = lab.pipeline().clip
+    torch.manual_seed(lab.seed)
+    prior = DiffusionPrior(PriorConfig(
+        dim=clip.dim, text_width=clip.text_width, text_len=clip.text_len, width=128, depth=2,
+        predict=predict, variance="fixed_small")).to(lab.device)
+    optimizer = torch.optim.AdamW(prior.parameters(), lr=1e-3, **ADAM)
+    for step in tqdm(range(steps), f"prior that predicts {predict}", disable=None):
+        rng = np.random.default_rng([lab.seed, step])
+        batch = embeddings.batch(rng.choice(len(embeddings), 64, replace=False), rng)
+        with autocast(lab.device):
+            loss = prior.loss({k: v.to(lab.device) for k, v in batch.items()})
+        optimizer.zero_grad()
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * (1 - step / steps)
+        optimizer.step()
+    return prior.eval()
+
+
+def f7(lab, scenes=3000, steps=300):
+    """Should the prior predict the embedding or its noise?
+
+    Two small priors trained here and now, the same but for what they predict.
+    paper: sec. 2.2: predicting the embedding itself was better
+    """
+    clip = lab.pipeline().clip
+    data = Shapes(2 * lab.n, "val", lab.seed)
+    true, text = lab.true_emb(data), clip.encode_text([data.captions(i)[i % 3]
+                                                       for i in range(len(data))])
+    result = Result(["predicts", "cosine with the true one", "Frechet x 1000"])
+    kept = {}
+    with tempfile.TemporaryDirectory() as folder:
+        embeddings = embed(clip, Shapes(scenes, "train", lab.seed), folder)
+        for predict in ("x_0", "noise"):
+            prior = short_prior(lab, predict, embeddings, steps)
+            seeds = generators(range(lab.seed, lab.seed + len(data)), "prior")
+            with autocast(lab.device):
+                emb = prior.sample(*text, generators=seeds, candidates=1)
+            kept[predict] = emb, (emb * true).sum(1).cpu()
+            result.table.append([predict, number(mean_interval(kept[predict][1]), 3),
+                                 number(frechet_interval(emb, true), 1)])
+    result.claims = [
+        ("cosine with the true embedding: x_0 above noise",
+         bootstrap(lambda a, b: (a - b).mean(), kept["x_0"][1], kept["noise"][1])),
+        ("noise is farther from the true embeddings than x_0",
+         farther(kept["noise"][0], kept["x_0"][0], true)),
+    ]
+    values = {name: np.sort(c.numpy()) for name, (_, c) in kept.items()}
+    curves = {name: [(x, k / len(v)) for k, x in enumerate(v)] for name, v in values.items()}
+    title = "share of scenes below a cosine"
+    result.picture = chart(curves, title, "cosine with the true embedding", "share")
+    return result
+
+
+# --- the report ------------------------------------------------------------------------------
+
+FINDINGS = {f"F{k}": f for k, f in enumerate((f1, f2, f3, f4, f5, f6, f7, f8, f9, f10), 1)}
+
+
+def explained(finding):
+    """A finding's docstring -> (question, setup, the paper's figure)."""
+    question, rest = finding.__doc__.strip().split("\n", 1)
+    setup, paper = rest.split("paper:")
+    return question, " ".join(setup.split()), " ".join(paper.split())
+
+
+def as_markdown(name, result, picture):
+    question, setup, paper = explained(FINDINGS[name])
+    line = lambda cells: "| " + " | ".join(cells) + " |"  # noqa: E731
+    parts = [f"## {name}: {question}", setup, f"Paper: {paper}.", f"**{result.verdict}**"]
+    parts += [f"- {claim}: difference {number(interval, 3)}" for claim, interval in result.claims]
+    parts.append("\n".join([line(result.header), line(["---"] * len(result.header)),
+                            *map(line, result.table)]))
+    parts += [result.note.strip()] if result.note.strip() else []
+    parts += [f"![{name}]({picture})"] if picture else []
+    return "\n\n".join(parts) + "\n"
+
+
+def report(args):
+    """evaluate.py findings: each finding asked for, printed as it is found, and OUT/FINDINGS.md."""
+    unknown = [name for name in args.names if name.upper() not in FINDINGS]
+    if unknown:
+        raise UserError(f"unknown finding '{unknown[0]}': use {', '.join(FINDINGS)}")
+    names = [name.upper() for name in args.names] or list(FINDINGS)
+    lab, out, sections, table = Lab(args), Path(args.out or "findings"), [], {}
+    for name in tqdm(names, "findings", disable=None):
+        begun = time.perf_counter()
+        result = FINDINGS[name](lab)
+        picture = None
+        if result.picture is not None:
+            picture = f"pictures/finding_{name}.png"
+            save_picture(result.picture, out / picture)
+        section = as_markdown(name, result, picture)
+        section += f"\n{time.perf_counter() - begun:.0f} s\n"
+        print(section, flush=True)
+        sections.append(section)
+        table[name] = {"verdict": result.verdict, "header": result.header, "table": result.table,
+                       "claims": [[c, *map(float, i)] for c, i in result.claims]}
+    head = (f"# The paper's findings, measured here\n\nWritten by `python evaluate.py findings` on "
+            f"{date.today()}: weights {lab.folder}, n = {lab.n}, seed {lab.seed}, 95% bootstrap "
+            "intervals in brackets. Few scenes make an entropy too small and a Frechet distance too "
+            "large: the interval is corrected for that, the figure before it is not, and may lie "
+            "outside. How each verdict is computed: findings.py.\n\n"
+            "| finding | question | verdict |\n| --- | --- | --- |\n")
+    head += "".join(f"| {name} | {explained(FINDINGS[name])[0]} | {table[name]['verdict']} |\n"
+                    for name in names)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "FINDINGS.md").write_text(head + "\n" + "\n".join(sections))
+    print(out / "FINDINGS.md")
+    return table

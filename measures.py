@@ -1,0 +1,128 @@
+"""What is measured, apart from who asks: distances in CLIP's space, entropy, intervals, helpers.
+
+evaluate.py and findings.py count over hundreds of scenes; what both need is here. A figure without
+its uncertainty is a rumour, so the tool that matters most is the bootstrap (Efron 1979): draw the
+scenes again, with repetition, from those at hand, and see how far the figure moves.
+
+The one idea: everything is a statistic of paired rows, one row a scene. Two systems draw the same
+scenes from the same seeds, and their *difference* has an interval of its own, narrower than either.
+
+Letters: n, m number of scenes, D CLIP embedding.
+Read next: evaluate.py, then findings.py.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import SHAPES, Claim
+
+# --- many scenes at once ---------------------------------------------------------------------
+
+
+def in_batches(n, size=16):
+    """range(n) in pieces: slices of at most `size`, with a progress bar."""
+    return (slice(k, min(k + size, n)) for k in tqdm(range(0, n, size), "drawing", disable=None))
+
+
+def scene_claim(scene):
+    """All that is true of a scene, as the judge's claim."""
+    return Claim(scene.things, scene.relation, scene.background, scene.word)
+
+
+@torch.no_grad()
+def look(pipeline, data):
+    """CLIP's embeddings (n, D) of all pictures of a data set."""
+    size, device = pipeline.clip.image_size, pipeline.device
+    return torch.cat([pipeline.clip.encode_image(data.image(i, size)[None].to(device))
+                      for i in range(len(data))])
+
+
+OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
+
+
+def wrong_captions(scene):
+    """A two-object scene -> its plain caption, and {what is wrong: a caption with that wrong}."""
+    a, b = scene.things
+
+    def say(a, b, relation):
+        articles = ("an" if thing.colour[0] in "aeiou" else "a" for thing in (a, b))
+        words = (f"{x} {t.colour} {t.shape}" for x, t in zip(articles, (a, b), strict=True))
+        return f" {relation} ".join(words)
+
+    wrong = {"relation": say(a, b, OPPOSITE[scene.relation])}
+    if a.colour != b.colour and a.shape != b.shape:
+        # The same words, the colours exchanged: only who is bound to what has changed.
+        swapped = replace(a, colour=b.colour), replace(b, colour=a.colour)
+        wrong["binding"] = say(*swapped, scene.relation)
+    others = [shape for shape in SHAPES if shape not in (a.shape, b.shape)]
+    wrong["shape"] = say(replace(a, shape=others[0]), b, scene.relation)
+    return say(a, b, scene.relation), wrong
+
+
+# --- distances in CLIP's space ----------------------------------------------------------------
+
+
+def frechet_distance(a, b):
+    """Squared Frechet distance of the gaussians that fit points a (n, D) and b (m, D).
+
+        |mean_a - mean_b|^2 + trace(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2)     (FID, 1706.08500)
+
+    Few points have covariances that are too small in most directions: use several times D.
+    """
+    a, b = a.double(), b.double()
+    cov_a, cov_b = torch.cov(a.T, correction=0), torch.cov(b.T, correction=0)
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # C_a^1/2
+    mixed = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    means = (a.mean(0) - b.mean(0)).square().sum()
+    return (means + cov_a.trace() + cov_b.trace() - 2 * mixed).item()
+
+
+def nearest_distances(points, k):
+    """Distance of each of points (n, D) to its k-th nearest neighbour among the others: (n,)."""
+    return torch.cdist(points, points).kthvalue(k + 1, dim=1).values  # the 0th is itself
+
+
+def precision_recall(drawn, true, k=3):
+    """Share of drawn points that lie among the true ones, and the reverse (1904.06991).
+
+    A point lies among others if it is no farther from one of them than that one's own k-th nearest
+    neighbour. Precision falls with bad pictures, recall with missing variety.
+    """
+    distance = torch.cdist(drawn, true)  # (n, m)
+    precision = (distance <= nearest_distances(true, k)).any(dim=1)
+    recall = (distance.T <= nearest_distances(drawn, k)).any(dim=1)
+    return precision.float().mean().item(), recall.float().mean().item()
+
+# --- intervals and entropy -------------------------------------------------------------------
+
+
+def bootstrap(statistic, *rows, times=1000, seed=0):
+    """A figure and its 95% interval: (estimate, low, high).
+
+    statistic: a function of arrays or tensors -> float. rows: its arguments, of n rows each; row i
+    of all of them belongs to scene i, so all are drawn again together.
+
+    The *basic* interval, 2 * estimate - quantiles: resampling repeats scenes, which makes entropies
+    smaller and Frechet distances larger than they are; the reflection takes that error out.
+    """
+    rows = [np.asarray(r) for r in rows]
+    n, rng = len(rows[0]), np.random.default_rng(seed)
+    estimate = float(statistic(*rows))
+    again = []
+    for _ in range(times):
+        picked = rng.integers(n, size=n)
+        again.append(float(statistic(*(r[picked] for r in rows))))
+    low, high = np.nanquantile(again, (0.025, 0.975))
+    return estimate, 2 * estimate - high, 2 * estimate - low
+
+
+def entropy(values):
+    """Entropy in nats of the values' frequencies; None and -1 are not seen and left out."""
+    values = [v for v in values if v is not None and v != -1]
+    counts = np.unique(values, return_counts=True)[1] if values else np.array([1])
+    shares = counts / counts.sum()
+    return float(-(shares * np.log(shares)).sum())

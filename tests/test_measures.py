@@ -1,0 +1,60 @@
+"""measures.py: intervals and entropies against closed forms (distances: tests/test_evaluate.py)."""
+
+import math
+
+import numpy as np
+import pytest
+
+from measures import bootstrap, entropy, frechet_distance
+
+
+def test_a_95_percent_interval_holds_the_true_mean_in_95_percent_of_cases():
+    rng, hits = np.random.default_rng(0), 0
+    for k in range(300):
+        _, low, high = bootstrap(np.mean, rng.normal(3.0, 2.0, 50), times=200, seed=k)
+        hits += low <= 3.0 <= high
+    # 95% less what 50 points and 200 resamplings miss; three standard errors are 3.8%.
+    assert 0.89 <= hits / 300 <= 0.985
+
+
+def test_the_interval_of_a_mean_has_the_width_that_the_normal_distribution_gives():
+    values = np.random.default_rng(1).normal(0, 1, 400)
+    estimate, low, high = bootstrap(np.mean, values, times=4000)
+    assert estimate == pytest.approx(values.mean())
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.06)
+
+
+def test_rows_are_resampled_together_so_a_paired_difference_is_sharp():
+    noise = np.random.default_rng(2).normal(0, 10, 100)
+    _, low, high = bootstrap(lambda a, b: (a - b).mean(), noise + 1, noise)
+    assert low == pytest.approx(1) and high == pytest.approx(1)
+
+
+def test_the_reflection_corrects_what_resampling_does_to_entropy():
+    """60 values of 20 kinds have too small an entropy, resamples a still smaller one."""
+    hits = {"basic": 0, "quantiles": 0}
+    for k in range(60):
+        values = np.random.default_rng(k).integers(0, 20, 60)
+        estimate, low, high = bootstrap(entropy, values, times=200)
+        hits["basic"] += low <= math.log(20) <= high
+        hits["quantiles"] += 2 * estimate - high <= math.log(20) <= 2 * estimate - low
+    assert hits["basic"] > 45 and hits["quantiles"] < 10
+
+
+@pytest.mark.parametrize("values, nats", [
+    ([1, 1, 1], 0.0), ([], 0.0), ([0, 1], math.log(2)), (["a", "b", "c", "d"] * 3, math.log(4)),
+    ([0, 0, 0, 1], -0.75 * math.log(0.75) - 0.25 * math.log(0.25)),
+    ([2, -1, 3, None, -1], math.log(2)),  # what is not seen is left out
+])
+def test_entropy_of_known_frequencies(values, nats):
+    assert entropy(values) == pytest.approx(nats)
+
+
+def test_frechet_distance_of_shifted_and_scaled_gaussians():
+    import torch
+
+    points = torch.randn(4000, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    points = (points - points.mean(0)) @ torch.linalg.inv(
+        torch.linalg.cholesky(torch.cov(points.T, correction=0)).T)  # mean 0, covariance 1, exactly
+    assert frechet_distance(points, points + 2) == pytest.approx(3 * 4)
+    assert frechet_distance(points, 3 * points) == pytest.approx(3 * (3 - 1) ** 2)
