@@ -404,6 +404,25 @@ def test_two_processes_take_the_step_of_the_averaged_gradient(tmp_path):
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
 
 
+def test_one_process_and_two_follow_the_same_loss_curve(micro_run, tmp_path):
+    """The same global batches; each process draws its own noise, so curves agree in the mean."""
+    run = ["decoder", "--preset", "micro", "--steps", 80, "--workers", 0, "--batch-size", 16,
+           "--lr", 5e-3]
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        shutil.copy(micro_run / "clip.pt", tmp_path / name)
+    torchrun(tmp_path, *run, "--out", tmp_path / "two")
+    assert train.main([*map(str, run), "--out", str(tmp_path / "one")]) == 0
+    curves = []
+    for name in ("one", "two"):
+        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        losses = [x["loss"] for x in lines if "loss" in x]
+        curves.append([sum(losses[k : k + 5]) / 5 for k in range(0, 20, 5)])
+    one, two = map(torch.tensor, curves)
+    torch.testing.assert_close(one, two, rtol=0.15, atol=0)
+    assert one[-1] < 0.75 * one[0]  # there is a curve to agree on
+
+
 # --- mistakes --------------------------------------------------------------------------------
 
 
