@@ -437,7 +437,8 @@ def build_parser():
     sub = command("findings", run_findings, "the paper's findings, one by one; writes FINDINGS.md")
     sub.add_argument("names", nargs="*", metavar="F1 ... F10", help="which (default: all)")
     sub.add_argument("--weights", help="folder of checkpoints (default: as sample.py)")
-    sub.add_argument("--out", default="findings", help="folder for FINDINGS.md and its pictures")
+    sub.add_argument("--out", default="samples/findings",
+                     help="folder for FINDINGS.md and its pictures")
     sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
     sub.set_defaults(n=120)
     sub = command("manipulations", judge_manipulations, "reconstruct, vary, blend and edit scenes")

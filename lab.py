@@ -8,6 +8,7 @@ Letters: n scenes, D CLIP embedding, S = 64, the side at which pictures are judg
 Read next: findings.py.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,15 +36,20 @@ class Result:
 
     @property
     def verdict(self):
-        if any(high < 0 for _, (_, _, high) in self.claims):
+        """From the claims alone. An interval without width means that no scene differed from any
+        other: too few were looked at to say anything."""
+        if not self.claims:
+            return "not measured here"
+        sides = [(low > 0) - (high < 0) if low < high else 0 for _, (_, low, high) in self.claims]
+        if min(sides) < 0:
             return "not reproduced"
-        if self.claims and all(low > 0 for _, (_, low, _) in self.claims):
-            return "reproduced"
-        return "can't be decided at this scale"
+        return "reproduced" if min(sides) > 0 else "can't be decided at this scale"
 
 
 def percent(interval):
     """Of a share: an interval that reaches beyond 0% or 100% is cut there."""
+    if not math.isfinite(interval[0]):
+        return "-"  # nobody said anything about it
     estimate, low, high = (100 * min(1, max(0, x)) for x in interval)
     return f"{estimate:.1f}% ({low:.1f} to {high:.1f})"
 
@@ -53,7 +59,7 @@ def number(interval, digits=2):
 
 
 class Lab:
-    """Trained stages, validation scenes, and every picture drawn so far: nothing is drawn twice."""
+    """Trained stages, validation scenes, and every picture drawn so far: none is drawn twice."""
 
     def __init__(self, args):
         self.folder = Path(args.weights or default_weights())
@@ -99,21 +105,27 @@ class Lab:
             emb = pipeline.condition(given, text, seeds) if isinstance(given, str) else given[part]
             batch = pipeline.decode(emb, text if say else None, seeds, scale)
             pictures.append(pipeline.upsample(batch, seeds, S).cpu())
-        self.drawn[key] = torch.cat(pictures)
+        self.drawn[key] = at_side_S(torch.cat(pictures))
         return self.drawn[key]
 
     def glide(self):
-        """draw()'s settings for the paper's rival, and a note where its weights are not there."""
+        """The paper's rival: (its name, settings for draw(), a note where its weights lack)."""
         if self.has("decoder_caption"):
-            return {"given": "caption", "decoder": "decoder_caption"}, ""
-        return {"given": "caption"}, (
-            "GLIDE's weights (train.py decoder --condition caption) are not here: in its place "
-            "stands unCLIP's own decoder without an embedding, which saw so 5% of its training.")
+            return "GLIDE", {"given": "caption", "decoder": "decoder_caption"}, ""
+        return "unCLIP without embedding", {"given": "caption"}, (
+            "GLIDE's weights are not here (train.py decoder --condition caption). In its place "
+            "stands unCLIP's own decoder with the caption alone, a case that it met in 5% of its "
+            "training: the verdict is about that.")
 
     def clip_emb(self, pictures):
-        size = self.pipeline().clip.image_size
-        return torch.cat([self.pipeline().clip.encode_image(p.to(self.device)).cpu() for p in
-                          F.interpolate(pictures, size, mode="area").split(50)])
+        """CLIP's embeddings (n, D) of drawn pictures."""
+        encode = self.pipeline().clip.encode_image
+        return torch.cat([encode(p.to(self.device)).cpu() for p in pictures.split(50)])
+
+
+def at_side_S(pictures):
+    """Pictures of any side, as most decoders draw them, at the side of the judge and the sheets."""
+    return pictures if pictures.shape[-1] == S else F.interpolate(pictures, S, mode="area")
 
 
 def right(pictures, captions, column="binding"):
@@ -144,6 +156,7 @@ def farther(a, b, true):
 
 def sheet(rows, labels, count=6):
     """The first pictures of several sets, a row a set."""
+    count = min(count, *map(len, rows))
     pictures = torch.cat([row[:count] for row in rows])
-    captions = [label for label, row in zip(labels, rows) for _ in row[:count]]
-    return draw_grid(pictures, captions, columns=min(count, len(rows[0])), cell=96)
+    captions = [label for label in labels for _ in range(count)]
+    return draw_grid(pictures, captions, columns=count, cell=96)

@@ -5,7 +5,8 @@ its uncertainty is a rumour, so the tool that matters most is the bootstrap (Efr
 scenes again, with repetition, from those at hand, and see how far the figure moves.
 
 The one idea: everything is a statistic of paired rows, one row a scene. Two systems draw the same
-scenes from the same seeds, and their *difference* has an interval of its own, narrower than either.
+scenes from the same seeds, so what makes a scene hard for both drops out of their *difference*,
+which has an interval of its own.
 
 Letters: n, m number of scenes, D CLIP embedding.
 Read next: evaluate.py, then findings.py.
@@ -107,7 +108,7 @@ def bootstrap(statistic, *rows, times=1000, seed=0):
     of all of them belongs to scene i, so all are drawn again together.
 
     The *basic* interval, 2 * estimate - quantiles: resampling repeats scenes, which makes entropies
-    smaller and Frechet distances larger than they are; the reflection takes that error out.
+    smaller and Frechet distances larger than they are; the reflection takes most of that error out.
     """
     rows = [np.asarray(r) for r in rows]
     n, rng = len(rows[0]), np.random.default_rng(seed)
@@ -116,7 +117,7 @@ def bootstrap(statistic, *rows, times=1000, seed=0):
     for _ in range(times):
         picked = rng.integers(n, size=n)
         again.append(float(statistic(*(r[picked] for r in rows))))
-    low, high = np.nanquantile(again, (0.025, 0.975))
+    low, high = np.nanquantile(again, (0.025, 0.975)).tolist()
     return estimate, 2 * estimate - high, 2 * estimate - low
 
 
