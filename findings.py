@@ -388,8 +388,11 @@ def report(args):
 
 def write_report(out, lab, sections, table):
     """OUT/FINDINGS.md: how it was made, all verdicts, then a section a finding."""
+    here = Path(__file__).parent
+    inside = lab.folder.resolve().is_relative_to(here)
+    weights = lab.folder.resolve().relative_to(here) if inside else lab.folder.name
     head = ("# The paper's findings, measured here\n\nWritten by `python evaluate.py findings` on "
-            f"{date.today()}: weights {lab.folder}, n = {lab.n}, seed {lab.seed}, 95% bootstrap "
+            f"{date.today()}: weights {weights}, n = {lab.n}, seed {lab.seed}, 95% bootstrap "
             "intervals in brackets. Few scenes make an entropy too small and a Frechet distance too "
             "large: the interval is corrected for that, the figure before it is not, and may lie "
             "outside. Intervals say how a figure would move with other scenes, not with another "

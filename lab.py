@@ -55,6 +55,7 @@ def percent(interval):
 
 
 def number(interval, digits=2):
+    """Of any figure: "estimate (low to high)"."""
     return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(*interval, d=digits)
 
 
@@ -70,9 +71,11 @@ class Lab:
         self.captions = [self.data.captions(i)[i % 3] for i in range(self.n)]
 
     def has(self, stage):
+        """Are this stage's weights there?"""
         return (self.folder / f"{stage}.pt").exists()
 
     def pipeline(self, decoder="decoder", prior="prior"):
+        """The trained stages with this decoder and this prior, loaded once."""
         key = decoder, prior
         if key not in self.pipelines:
             self.pipelines[key] = Pipeline(self.folder, self.device, S, prior, decoder)
@@ -82,6 +85,7 @@ class Lab:
         return self.pipelines[key]
 
     def true_emb(self, data):
+        """CLIP's embeddings (n, D) of the true pictures of a data set."""
         key = "true", data.fingerprint()
         if key not in self.drawn:
             self.drawn[key] = look(self.pipeline(), data)
@@ -136,6 +140,7 @@ def right(pictures, captions, column="binding"):
 
 
 def mean_interval(values):
+    """Mean of (n,) numbers with its interval; NaNs are left out."""
     return bootstrap(np.nanmean, values)
 
 
@@ -145,6 +150,7 @@ def frechet(drawn, true):
 
 
 def frechet_interval(drawn, true):
+    """frechet() with its interval."""
     return bootstrap(frechet, drawn.cpu(), true.cpu(), times=100)
 
 
