@@ -12,6 +12,7 @@ Letters: n, m number of scenes, D CLIP embedding.
 Read next: evaluate.py, then findings.py.
 """
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -116,7 +117,9 @@ def bootstrap(statistic, *rows, times=1000, seed=0):
     again = []
     for _ in range(times):
         picked = rng.integers(n, size=n)
-        again.append(float(statistic(*(r[picked] for r in rows))))
+        with warnings.catch_warnings():  # a mean over nothing is NaN, and is left out below
+            warnings.simplefilter("ignore", RuntimeWarning)
+            again.append(float(statistic(*(r[picked] for r in rows))))
     low, high = np.nanquantile(again, (0.025, 0.975)).tolist()
     return estimate, 2 * estimate - high, 2 * estimate - low
 
