@@ -34,6 +34,7 @@ from measures import frechet_distance, in_batches, look, precision_recall, scene
 from measures import wrong_captions
 from sample import Pipeline, default_weights, generators
 
+
 def print_table(table):
     """{row: shares} as text."""
     print(f"{'':16}" + "".join(f"{column:>11}" for column in COLUMNS) + f"{'n':>7}")
@@ -438,7 +439,7 @@ def build_parser():
     sub.add_argument("names", nargs="*", metavar="F1 ... F10", help="which (default: all)")
     sub.add_argument("--weights", help="folder of checkpoints (default: as sample.py)")
     sub.add_argument("--out", default="samples/findings",
-                     help="folder for FINDINGS.md and its pictures")
+                     help="folder for the report and its pictures")
     sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
     sub.set_defaults(n=120)
     sub = command("manipulations", judge_manipulations, "reconstruct, vary, blend and edit scenes")

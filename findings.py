@@ -16,6 +16,7 @@ Letters: n scenes, D CLIP embedding.
 Read next: probing.py.
 """
 
+import os
 import tempfile
 import time
 from datetime import date
@@ -130,7 +131,8 @@ def f3(lab):
             number(frechet_interval(emb, true), 1), percent(mean_interval(bound))])
     result.claims = [("the autoregressive prior's embeddings are farther from the true ones",
                       farther(kept["ar_prior"][0], kept["prior"][0], true))]
-    result.note = "In training the diffusion prior sees 4 noised copies of each embedding."
+    copies = lab.pipeline().prior.config.copies
+    result.note = f"In training the diffusion prior sees {copies} noised copies of each embedding."
     names = ["diffusion prior", "autoregressive prior"]
     result.picture = sheet([lab.draw(lab.captions, prior=p) for p in kept], names)
     return result
@@ -164,22 +166,27 @@ def open_entropies(rows, asks_shape):
 
 
 def data_entropies(captions):
-    """The same of the true scenes that fit these captions: every combination once."""
-    rows, asks = [], []
+    """The same of the true scenes that fit these captions: each open value as often as another."""
+    rows = []
     for caption in captions:
         thing = parse_caption(caption).things[0]
         fits = [p for p in TRAIN_PAIRS
                 if thing.colour in (None, p[0]) and thing.shape in (None, p[1])]
-        # As often as other captions' pairs, although some shapes have fewer colours than others.
-        for k in range(60):
+        for k in range(60):  # divisible by 4, 5 and 6, as many pairs as fit, and by 2 and 3
             colour, shape = fits[k % len(fits)]
             rows.append([PARTS[0].index(colour), PARTS[1].index(shape), k % 2, k % 3])
-            asks.append(not caption.endswith("shape"))
-    return open_entropies(np.array(rows), np.array(asks))
+    return open_entropies(np.array(rows), np.repeat(asked_for_shape(captions), 60))
 
 
 def asked_for_shape(captions):
+    """Which of OPEN's captions name a shape and leave the colour open, (n,) bool; else reversed."""
     return np.array([not caption.endswith("shape") for caption in captions])
+
+
+def diversity_of(captions):
+    """A function (rows, asks_shape) -> mean entropy of the open parts, 1 being that of the data."""
+    full = data_entropies(captions)
+    return lambda rows, asks: (open_entropies(rows, asks) / full).mean()
 
 
 def sweep(lab, scales):
@@ -199,15 +206,12 @@ def f4(lab):
 
     Captions that leave most open, decoder guidance 1 to 6, the prior's guidance off. Diversity is
     the entropy of what the judge sees of the open parts, over that of the true scenes: 1 is as
-    diverse as the data. Distance: between two pictures of one caption, 1 less their cosine.
+    diverse as the data. Fidelity: the share of pictures that show all that the caption says.
+    Distance: between two pictures of one caption, 1 less their cosine.
     paper: figs. 9 to 11: unCLIP's diversity survives guidance, since the embedding holds it
     """
     captions, drawn = sweep(lab, GUIDANCE)
-    asks, full = asked_for_shape(captions), data_entropies(captions)
-
-    def diversity(rows, asks):
-        return (open_entropies(rows, asks) / full).mean()
-
+    asks, diversity = asked_for_shape(captions), diversity_of(captions)
     result = Result(["system", "guidance", "fidelity", "diversity", "distance in CLIP's space"])
     curves = {name: [] for name in drawn}
     for name, by_scale in drawn.items():
@@ -244,8 +248,7 @@ def f5(lab):
     true, result = lab.true_emb(lab.data).cpu(), Result(
         ["system", "realism (precision)", "binding right", "diversity"], note=note)
     captions, drawn = sweep(lab, (2.0,))
-    asks, full, kept = asked_for_shape(captions), data_entropies(captions), {}
-    diversity = lambda rows, asks: (open_entropies(rows, asks) / full).mean()  # noqa: E731
+    asks, diversity, kept = asked_for_shape(captions), diversity_of(captions), {}
     for name, settings in (("unCLIP", {}), (rival, way)):
         pictures = lab.draw(lab.captions, **settings)
         bound, rows = right(pictures, lab.captions), drawn[name][2.0][1]
@@ -348,6 +351,7 @@ def explained(finding):
 
 
 def as_markdown(name, result, picture):
+    """A finding's section of the report; picture: its path from there, or None."""
     question, setup, paper = explained(FINDINGS[name])
     line = lambda cells: "| " + " | ".join(cells) + " |"  # noqa: E731
     parts = [f"## {name}: {question}", setup, f"Paper: {paper}.", f"**{result.verdict}**"]
@@ -360,7 +364,8 @@ def as_markdown(name, result, picture):
 
 
 def report(args):
-    """evaluate.py findings: each finding asked for, printed as it is found, and OUT/FINDINGS.md."""
+    """evaluate.py findings: each finding asked for, printed as it is found, and a report in OUT:
+    FINDINGS.md of all ten, of some a file with their names, such as F4_F5.md."""
     unknown = [name for name in args.names if name.upper() not in FINDINGS]
     if unknown:
         raise UserError(f"unknown finding '{unknown[0]}': use {', '.join(FINDINGS)}")
@@ -381,13 +386,17 @@ def report(args):
         sections.append(section)
         table[name] = {"verdict": result.verdict, "header": result.header, "table": result.table,
                        "claims": [[c, *map(float, i)] for c, i in result.claims]}
-        write_report(out, lab, sections, table)  # at once: an interrupted run keeps what it has
-    print(out / "FINDINGS.md")
+        # At once, so that an interrupted run keeps what it has; under another name until it is
+        # whole, so that it does not take the place of an earlier report.
+        write_report(out / "FINDINGS.part.md", lab, sections, table)
+    path = out / ("FINDINGS.md" if len(names) == len(FINDINGS) else f"{'_'.join(names)}.md")
+    os.replace(out / "FINDINGS.part.md", path)
+    print(path)
     return table
 
 
-def write_report(out, lab, sections, table):
-    """OUT/FINDINGS.md: how it was made, all verdicts, then a section a finding."""
+def write_report(path, lab, sections, table):
+    """How it was made, all verdicts, then a section a finding, to `path`."""
     here = Path(__file__).parent
     inside = lab.folder.resolve().is_relative_to(here)
     weights = lab.folder.resolve().relative_to(here) if inside else lab.folder.name
@@ -400,5 +409,5 @@ def write_report(out, lab, sections, table):
             "| finding | question | verdict |\n| --- | --- | --- |\n")
     head += "".join(f"| {name} | {explained(FINDINGS[name])[0]} | {table[name]['verdict']} |\n"
                     for name in table)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "FINDINGS.md").write_text(head + "\n" + "\n".join(sections))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(head + "\n" + "\n".join(sections))

@@ -99,6 +99,7 @@ def precision_recall(drawn, true, k=3):
     recall = (distance.T <= nearest_distances(drawn, k)).any(dim=1)
     return precision.float().mean().item(), recall.float().mean().item()
 
+
 # --- intervals and entropy -------------------------------------------------------------------
 
 

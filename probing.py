@@ -142,6 +142,7 @@ def f9(lab):
 
 
 def sign_scene(word, x=0.5, y=0.5, radius=0.37):
+    """A sign with a word on gray: what "a sign that says WORD" should look like."""
     sign = Thing(shape="sign", x=x, y=y, radius=radius, rgb=(240, 240, 230))
     return Scene((sign,), "gray", (128, 128, 128), word=word)
 
@@ -176,10 +177,12 @@ def read_word(picture):
 
 
 def window(picture, x, y, half_w, half_h):
+    """The pixels of (H, W) around (x, y), as many as lie inside."""
     return picture[max(0, y - half_h):y + half_h, max(0, x - half_w):x + half_w]
 
 
 def cosine(a, b):
+    """Correlation of two windows of one shape: no matter how bright, or how strong the contrast."""
     a, b = a - a.mean(), b - b.mean()
     return float((a * b).sum() / (np.linalg.norm(a) * np.linalg.norm(b) + 1e-6))
 

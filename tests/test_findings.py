@@ -16,6 +16,7 @@ from findings import FINDINGS, attributes, data_entropies, explained, open_entro
 from judge import S, judge
 from lab import Lab, Result, percent, right
 from measures import wrong_captions
+from prior import DiffusionPrior
 from probing import kept_shares, read_word, sign_scene, survival
 
 
@@ -104,14 +105,22 @@ def lab(micro_run):
     return Lab(argparse.Namespace(weights=str(micro_run), device="cpu", n=6, seed=0))
 
 
-def test_each_picture_is_drawn_once_and_from_its_own_seed(lab, monkeypatch):
+def test_each_picture_has_a_seed_of_its_own(lab, micro_run):
+    """Picture 1 of seed 0 is picture 0 of seed 1, for the same caption."""
+    other = Lab(argparse.Namespace(weights=str(micro_run), device="cpu", n=6, seed=1))
+    here, there = (x.draw(["a red circle"] * 2) for x in (lab, other))
+    torch.testing.assert_close(here[1], there[0], rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(here[0], there[0], atol=1e-2)
+
+
+def test_each_picture_is_drawn_once(lab, monkeypatch):
     first = lab.draw(lab.captions)
     monkeypatch.setattr(lab, "pipeline", None)  # a second drawing would fail
     assert lab.draw(lab.captions) is first
     assert right(first, lab.captions).shape == (6,)
 
 
-def test_pictures_from_other_conditions_are_other_pictures(lab):
+def test_pictures_from_other_conditions_are_kept_apart(lab):
     drawn = [lab.draw(lab.captions, **way) for way in (
         {}, {"given": "text_emb"}, {"given": "caption"}, {"say": False}, {"scale": 1.0},
         {"prior": "ar_prior"}, {"given": lab.true_emb(lab.data)},
@@ -121,8 +130,14 @@ def test_pictures_from_other_conditions_are_other_pictures(lab):
         assert not any(a is b for b in drawn[:i])
 
 
-def test_f7_trains_both_priors_on_the_same_batches(lab):
+def test_f7_trains_both_priors_on_the_same_batches(lab, monkeypatch):
+    seen, loss = [], DiffusionPrior.loss
+    monkeypatch.setattr(DiffusionPrior, "loss", lambda self, batch: (
+        seen.append((self.config.predict, batch["image_emb"])) or loss(self, batch)))
     result = findings.f7(lab, scenes=64, steps=3)
+    assert [predict for predict, _ in seen] == ["x_0"] * 3 + ["noise"] * 3
+    for (_, a), (_, b) in zip(seen[:3], seen[3:], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
     assert [row[0] for row in result.table] == ["x_0", "noise"] and len(result.claims) == 2
 
 
@@ -131,7 +146,9 @@ def test_the_report_holds_every_finding_asked_for(micro_run, tmp_path, capsys):
     code = evaluate.main(["findings", "f2", "F3", "F6", "F10", "-n", "8", "--weights",
                           str(micro_run), "--out", str(tmp_path), "--json", str(file)])
     assert code == 0
-    text = (tmp_path / "FINDINGS.md").read_text()
+    text = (tmp_path / "F2_F3_F6_F10.md").read_text()
+    assert not (tmp_path / "FINDINGS.md").exists()  # a report of some is not that of all
+    assert not (tmp_path / "FINDINGS.part.md").exists()
     table = json.loads(file.read_text())
     assert list(table) == ["F2", "F3", "F6", "F10"]
     for name, found in table.items():
