@@ -246,6 +246,11 @@ DETAIL = {
 }
 
 
+def with_article(words):
+    """ "orange circle" -> "an orange circle". """
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
 def describe(scene, rng, detail):
     """A caption of a scene; every object is mentioned. detail: a key of DETAIL."""
 
@@ -260,8 +265,7 @@ def describe(scene, rng, detail):
             words = [thing.size] if mention("size") else []
             words += [thing.colour] if mention("colour") else []
             words += [thing.shape if mention("shape") else "shape"]
-            article = "an" if words[0][0] in "aeiou" else "a"
-            phrases.append(" ".join([article, *words]))
+            phrases.append(with_article(" ".join(words)))
         joint = scene.relation if scene.relation and mention("relation") else "and"
         text = f" {joint} ".join(phrases)
     if mention("background"):
@@ -554,7 +558,7 @@ class Cifar:
 
     def captions(self, i):
         label = self.classes[self.labels[i]]
-        phrase = f"an {label}" if label[0] in "aeiou" else f"a {label}"
+        phrase = with_article(label)
         return [template.format(phrase) for template in self.templates]
 
     def fingerprint(self):

@@ -27,11 +27,11 @@ from checkpoint import check_clip, load_clip
 from common import Parser, autocast, choose_device, draw_grid, exit_code, save_picture, to_pil
 from common import natural, number, positive
 from data import BACKGROUNDS, COLOURS, SHAPES
-from data import Claim, Shapes, UserError, load_data, parse_caption, render
+from data import Claim, Shapes, UserError, load_data, parse_caption, render, with_article
 from judge import COLUMNS, S, judge, score, shares
 from manipulate import blend, edit, invert, psnr, redraw, text_diff
-from measures import frechet_distance, in_batches, look, precision_recall, scene_claim
-from measures import wrong_captions
+from measures import draw_many, frechet_distance, in_batches, look, precision_recall
+from measures import scene_claim, wrong_captions
 from sample import Pipeline, default_weights, generators
 
 
@@ -70,17 +70,10 @@ def judge_judge(args):
 
 def draw(pipeline, captions, args, condition="prior", image_emb=None, size=S):
     """Captions -> pictures at `size`; image_emb (n, D) replaces the condition."""
-    pictures = []
-    for part in in_batches(len(captions)):
-        seeds = range(args.seed + part.start, args.seed + part.stop)
-        text = pipeline.text(captions[part])
-        if image_emb is None:
-            emb = pipeline.condition(condition, text, seeds, args.prior_scale, args.prior_steps)
-        else:
-            emb = image_emb[part]
-        batch = pipeline.decode(emb, text, seeds, args.scale, args.steps)
-        pictures.append(pipeline.upsample(batch, seeds, size).cpu())
-    return torch.cat(pictures)
+    return draw_many(
+        pipeline, captions, args.seed, condition if image_emb is None else image_emb, size,
+        scale=args.scale, steps=args.steps, prior=(args.prior_scale, args.prior_steps),
+    )
 
 
 # Each row of `captions`: which scenes, which stages, what the decoder is given.
@@ -276,7 +269,7 @@ def single_edits(data, n):
         if len(scene.things) != 1 or scene.word or len(edits) == n:
             continue
         thing, part = scene.things[0], ("colour", "shape", "background")[len(edits) % 3]
-        say = lambda t, ground: (f"{'an' if t.colour[0] in 'aeiou' else 'a'} {t.colour} {t.shape}"
+        say = lambda t, ground: (with_article(f"{t.colour} {t.shape}")  # noqa: E731
                                  + (f" on {ground}" if part == "background" else ""))
         after, ground = thing, scene.background
         if part == "background":

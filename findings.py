@@ -30,7 +30,7 @@ from checkpoint import load_checkpoint
 from clip_model import embed
 from common import autocast, chart, save_picture
 from data import BACKGROUNDS, COLOURS, SHAPES, SIZES, TRAIN_PAIRS
-from data import Shapes, Thing, UserError, parse_caption
+from data import Shapes, Thing, UserError, parse_caption, with_article
 from judge import judge
 from lab import Lab, Result, farther, frechet_interval, mean_interval, number, percent, right, sheet
 from measures import bootstrap, entropy, in_batches, precision_recall
@@ -142,8 +142,7 @@ def f3(lab):
 
 GUIDANCE = (1.0, 1.25, 2.0, 3.0, 4.0, 6.0)
 # Captions that leave colour, or shape, and always size, background, place and shade open.
-OPEN = [f"a {shape}" for shape in SHAPES] + [
-    f"{'an' if c[0] in 'aeiou' else 'a'} {c} shape" for c in COLOURS]
+OPEN = [with_article(words) for words in (*SHAPES, *(f"{colour} shape" for colour in COLOURS))]
 PARTS = (tuple(COLOURS), SHAPES, tuple(SIZES), tuple(BACKGROUNDS))
 
 
@@ -402,8 +401,8 @@ def write_report(path, lab, sections, table):
     weights = lab.folder.resolve().relative_to(here) if inside else lab.folder.name
     head = ("# The paper's findings, measured here\n\nWritten by `python evaluate.py findings` on "
             f"{date.today()}: weights {weights}, n = {lab.n}, seed {lab.seed}, 95% bootstrap "
-            "intervals in brackets. Few scenes make an entropy too small and a Frechet distance too "
-            "large: the interval is corrected for that, the figure before it is not, and may lie "
+            "intervals in brackets. Few scenes make an entropy too small and a Frechet distance "
+            "too large: the interval is corrected for that, the figure before it is not, and may lie "
             "outside. Intervals say how a figure would move with other scenes, not with another "
             "training. How each verdict is computed: findings.py.\n\n"
             "| finding | question | verdict |\n| --- | --- | --- |\n")

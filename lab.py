@@ -20,7 +20,7 @@ from PIL import Image
 from common import choose_device, draw_grid
 from data import Shapes, UserError, parse_caption
 from judge import S, judge, score
-from measures import bootstrap, frechet_distance, in_batches, look
+from measures import bootstrap, draw_many, frechet_distance, look
 from sample import Pipeline, default_weights
 
 
@@ -93,23 +93,13 @@ class Lab:
 
     def draw(self, captions, given="prior", decoder="decoder", prior="prior", scale=2.0,
              say=True):
-        """Captions -> pictures (n, 3, S, S) from seeds 0 .. n - 1 on top of the lab's own.
-
-        given: what stands for the image embedding: "prior", "text_emb", "caption" (nothing), or
-        embeddings (n, D). say=False: the decoder does not get the caption.
-        """
+        """measures.draw_many with this decoder and prior: (n, 3, S, S), seeds from the lab's on."""
         name = given if isinstance(given, str) else hash(given.cpu().numpy().tobytes())
         key = tuple(captions), name, decoder, prior, scale, say
-        if key in self.drawn:
-            return self.drawn[key]
-        pipeline, pictures = self.pipeline(decoder, prior), []
-        for part in in_batches(len(captions), 20):
-            seeds = range(self.seed + part.start, self.seed + part.stop)
-            text = pipeline.text(captions[part]) if say or isinstance(given, str) else None
-            emb = pipeline.condition(given, text, seeds) if isinstance(given, str) else given[part]
-            batch = pipeline.decode(emb, text if say else None, seeds, scale)
-            pictures.append(pipeline.upsample(batch, seeds, S).cpu())
-        self.drawn[key] = at_side_S(torch.cat(pictures))
+        if key not in self.drawn:
+            pipeline = self.pipeline(decoder, prior)
+            pictures = draw_many(pipeline, captions, self.seed, given, S, say, scale)
+            self.drawn[key] = at_side_S(pictures)
         return self.drawn[key]
 
     def glide(self):

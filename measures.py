@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import SHAPES, Claim
+from data import SHAPES, Claim, with_article
 
 # --- many scenes at once ---------------------------------------------------------------------
 
@@ -42,6 +42,26 @@ def look(pipeline, data):
                       for i in range(len(data))])
 
 
+def draw_many(pipeline, captions, seed, given, size, say=True, scale=2.0, steps=None,
+              prior=(1.0, None)):
+    """Captions -> pictures (n, 3, size, size) on the CPU; picture k has the seed `seed` + k.
+
+    given: what stands for the image embedding: "prior", "text_emb", "caption" (nothing), or
+    embeddings (n, D). say=False: the decoder does not get the caption. prior: (scale, steps).
+    """
+    pictures = []
+    for part in in_batches(len(captions)):
+        seeds = range(seed + part.start, seed + part.stop)
+        text = pipeline.text(captions[part]) if say or isinstance(given, str) else None
+        if isinstance(given, str):
+            emb = pipeline.condition(given, text, seeds, *prior)
+        else:
+            emb = given[part]
+        batch = pipeline.decode(emb, text if say else None, seeds, scale, steps)
+        pictures.append(pipeline.upsample(batch, seeds, size).cpu())
+    return torch.cat(pictures)
+
+
 OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 
 
@@ -50,9 +70,7 @@ def wrong_captions(scene):
     a, b = scene.things
 
     def say(a, b, relation):
-        articles = ("an" if thing.colour[0] in "aeiou" else "a" for thing in (a, b))
-        words = (f"{x} {t.colour} {t.shape}" for x, t in zip(articles, (a, b), strict=True))
-        return f" {relation} ".join(words)
+        return f" {relation} ".join(with_article(f"{t.colour} {t.shape}") for t in (a, b))
 
     wrong = {"relation": say(a, b, OPPOSITE[scene.relation])}
     if a.colour != b.colour and a.shape != b.shape:

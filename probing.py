@@ -16,7 +16,8 @@ from itertools import product
 import numpy as np
 import torch
 
-from data import COLOURS, SHAPES, TRAIN_PAIRS, WORDS, Scene, Shapes, Thing, render, to_tensor
+from data import COLOURS, SHAPES, TRAIN_PAIRS, WORDS
+from data import Scene, Shapes, Thing, render, to_tensor, with_article
 from judge import S, at_judging_size, judge
 from lab import Result, at_side_S, mean_interval, percent, right, sheet
 from manipulate import invert, redraw
@@ -301,7 +302,7 @@ def typographic_attack(lab, scenes):
     The labels: "a COLOUR SHAPE" for all pairs, and "a sign that says WORD" for all words.
     """
     pipeline, clip, rng = lab.pipeline(), lab.pipeline().clip, np.random.default_rng(lab.seed)
-    labels = [f"{'an' if c[0] in 'aeiou' else 'a'} {c} {s}" for c in COLOURS for s in SHAPES]
+    labels = [with_article(f"{c} {s}") for c in COLOURS for s in SHAPES]
     text_emb = clip.encode_text(labels + [f"a sign that says {word}" for word in WORDS])[0]
     attacked = []
     for scene in scenes:
