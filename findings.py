@@ -312,7 +312,9 @@ def f7(lab, scenes=3000, steps=300):
     data = Shapes(2 * lab.n, "val", lab.seed)
     true, text = lab.true_emb(data), clip.encode_text([data.captions(i)[i % 3]
                                                        for i in range(len(data))])
-    result = Result(["predicts", "cosine with the true one", "Frechet x 1000"])
+    result = Result(["predicts", "cosine with the true one", "Frechet x 1000"], note=(
+        "A likely reason: embeddings lie near few directions, noise fills all D of them. To be of "
+        "use, a prediction of the noise must carry the whole of x_t through the network."))
     kept = {}
     with tempfile.TemporaryDirectory() as folder:
         embeddings = embed(clip, Shapes(scenes, "train", lab.seed), folder)
@@ -402,9 +404,9 @@ def write_report(path, lab, sections, table):
     head = ("# The paper's findings, measured here\n\nWritten by `python evaluate.py findings` on "
             f"{date.today()}: weights {weights}, n = {lab.n}, seed {lab.seed}, 95% bootstrap "
             "intervals in brackets. Few scenes make an entropy too small and a Frechet distance "
-            "too large: the interval is corrected for that, the figure before it is not, and may lie "
-            "outside. Intervals say how a figure would move with other scenes, not with another "
-            "training. How each verdict is computed: findings.py.\n\n"
+            "too large: the interval is corrected for that, the figure before it is not, and may "
+            "lie outside. Intervals say how a figure would move with other scenes, not with "
+            "another training. How each verdict is computed: findings.py.\n\n"
             "| finding | question | verdict |\n| --- | --- | --- |\n")
     head += "".join(f"| {name} | {explained(FINDINGS[name])[0]} | {table[name]['verdict']} |\n"
                     for name in table)
