@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import findings
 import probing
 from data import COLOURS, WORDS, Scene, Shapes, Thing, render, to_tensor
 from findings import FINDINGS, attributes, data_entropies, explained, open_entropies
-from judge import S, judge
+from judge import S, Seen, judge
 from lab import Lab, Result, percent, right
 from measures import wrong_captions
 from prior import DiffusionPrior
@@ -50,6 +51,18 @@ def test_every_word_is_read_off_a_true_sign_of_any_size_and_place():
         r = rng.choice((0.34, 0.37, 0.40))
         scene = sign_scene(word, rng.uniform(r, 1 - r), rng.uniform(r / 2, 1 - r / 2), r)
         assert read_word(to_tensor(render(scene, S))) == word
+
+
+@pytest.mark.parametrize("dx, dy", [(2, 0), (-2, 2), (0, -2)])
+def test_a_word_is_read_although_the_sign_is_seen_two_pixels_off(dx, dy, monkeypatch):
+    def misplaced(picture):
+        seen = judge(picture)
+        sign = replace(seen.things[0], x=seen.things[0].x + dx / S, y=seen.things[0].y + dy / S)
+        return Seen(seen.background, (sign,))
+
+    monkeypatch.setattr(probing, "judge", misplaced)
+    for word in WORDS[::4]:
+        assert read_word(to_tensor(render(sign_scene(word), S))) == word
 
 
 def test_no_word_is_read_where_there_is_no_sign():
