@@ -34,10 +34,10 @@ from data import Shapes, Thing, UserError, parse_caption, with_article
 from judge import judge
 from lab import Lab, Result, farther, frechet_interval, mean_interval, number, percent, right, sheet
 from measures import bootstrap, entropy, in_batches, precision_recall
+from optimizer import ADAM
 from prior import DiffusionPrior, PriorConfig
 from probing import f8, f9, f10
 from sample import generators
-from train import ADAM
 
 # --- F1 to F3: what the prior is good for ----------------------------------------------------
 

@@ -49,9 +49,9 @@ PRESETS = {
             # The U-Net works on patches of 4 x 4 pixels, 16 x 16 of them: a sixteenth of the cost.
             # Predicting x_0 then, as the noise of a patch would not fit through its channels; and
             # with it fixed variances: a learned one's loss drowns the others at low noise.
-            {"channels": 64, "multiples": (1, 2, 2), "attention_levels": (1, 2), "stem": 4,
+            {"channels": 96, "multiples": (1, 1), "attention_levels": (1,), "stem": 4,
              "predict": "x_0", "weight_cap": 5.0, "variance": "fixed_small", "focus": (500, 900)},
-            {"steps": 6000, "batch_size": 32, "lr": 1e-3},
+            {"steps": 8000, "batch_size": 32, "lr": 1.5e-3, "muon": 5.0},
         ),
         "upsampler1": (
             {"channels": 32, "multiples": (1, 2), "stem": 2},

@@ -38,13 +38,12 @@ from clip_model import Tokenizer, embed, make_vocab
 from common import Parser, autocast, choose_device, draw_grid, exit_code, plot_runs, save_picture
 from common import natural, positive, positive_number
 from data import UserError, load_data
+from optimizer import make_optimizers
 from presets import BASELINES, ORDER, PRESETS, recipe
 from prior import AutoregressivePrior, AutoregressivePriorConfig
 from prior import fewest_components, principal_components, quantisation_errors
 from upsampler import training_pair
 
-# Paper: table 3's Adam settings, for batches of thousands. We: one setting. Because: small batches.
-ADAM = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 1e-2}
 EMA_DECAY = 0.9995  # Paper: .9999 (AR prior .999), for 600K steps and more. We: shorter runs.
 CLIP_GRADIENT = 1.0  # largest norm of all gradients together
 
@@ -277,14 +276,14 @@ class Run:
         self.writes, self.figures = first_process, {}  # figures: the last of each kind reported
         (path.parent / "samples").mkdir(parents=True, exist_ok=True)
 
-    def save(self, step, model, ema, optimizer):
+    def save(self, step, model, ema, optimizers):
         """Everything that resuming needs; the random numbers need no state (see the top)."""
         if self.writes:
             checkpoints.save_checkpoint(self.path, {
                 "stage": self.stage, "config": checkpoints.config_dict(model), "step": step,
                 "ema": ema.weights, "clip": self.clip, "run": self.settings,
                 "figures": self.figures,
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "model": model.state_dict(), "optimizer": [o.state_dict() for o in optimizers],
             })
 
     def report(self, step, figures):
@@ -317,9 +316,9 @@ def train(run, model, batches, val_batches, device, resume=None):
     settings, steps, first = run.settings, run.settings["steps"], resume["step"] if resume else 0
     averaged = checkpoints.STAGES[run.stage][0](model.config).to(device).eval()  # for previews
     model.to(device).train()
-    ema, optimizer = Ema(model), torch.optim.AdamW(model.parameters(), fused=True, **ADAM)
+    ema, optimizers = Ema(model), make_optimizers(model, settings["muon"])
     if resume:
-        restore(resume, model, ema, optimizer)
+        restore(resume, model, ema, optimizers)
     loss_of = Loss(model)
     if settings["compile"]:
         loss_of.compile()  # in place: the weights keep their names
@@ -338,13 +337,14 @@ def train(run, model, batches, val_batches, device, resume=None):
             torch.manual_seed(hash((settings["seed"], step, batches.rank)) % 2**62)  # the noise
             with autocast(device):
                 loss = loss_of(batch)  # the one line that depends on the stage
-            optimizer.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             loss.backward()
             # A rare huge gradient, at a very clean or very noisy level, is cut to length 1.
             norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRADIENT)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, settings)
-            optimizer.step()
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step, settings) * group["scale"]
+                optimizer.step()
             if hasattr(model, "clamp"):
                 model.clamp()  # CLIP's temperature
             ema.update(model)
@@ -373,7 +373,7 @@ def train(run, model, batches, val_batches, device, resume=None):
                     averaged.load_state_dict(ema.weights)
                     run.look(done, averaged, val_batches, device)
                 if saving:
-                    run.save(done, model, ema, optimizer)
+                    run.save(done, model, ema, optimizers)
                 losses, started, waited[0] = [], time.time(), 0.0
             if pause.asked:
                 raise KeyboardInterrupt(f"{run.path} is saved at step {done}: --resume goes on")
@@ -386,11 +386,12 @@ def train(run, model, batches, val_batches, device, resume=None):
               f"waiting for data {waited[1] / elapsed:.1%}, {peak_memory(device):.1f} GB")
 
 
-def restore(resume, model, ema, optimizer):
-    """Put a checkpoint's state back into all three, to go on where it was written."""
+def restore(resume, model, ema, optimizers):
+    """Put a checkpoint's state back into all of them, to go on where it was written."""
     if "optimizer" in resume:  # else an exported copy, and `model` has its averaged weights
         model.load_state_dict(resume["model"])
-        optimizer.load_state_dict(resume["optimizer"])
+        for optimizer, state in zip(optimizers, resume["optimizer"], strict=True):
+            optimizer.load_state_dict(state)
     full = model.state_dict()  # exported averages are in half precision
     ema.weights = {k: v.to(full[k]) for k, v in resume["ema"].items()}
     ema.updates = resume["step"]
@@ -460,7 +461,7 @@ def prepare(stage, args, clip):
     earlier training in --out, or None. Raises UserError rather than write over one.
     """
     training = recipe(args.preset, stage)[1]
-    settings = {"decay": args.decay, "half_size_until": 0.0} | training
+    settings = {"decay": args.decay, "half_size_until": 0.0, "muon": None} | training
     given = {"steps": args.steps, "batch_size": args.batch_size, "lr": args.lr}
     settings |= {k: v for k, v in given.items() if v is not None}
     kept = ("seed", "data", "workers", "preset", "command", "compile")

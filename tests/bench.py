@@ -1,15 +1,20 @@
 """How fast is it here? Training steps, sampling with and without the cache. Run it by hand, alone.
 
-    python tests/bench.py [--preset base] [--batch-size 64] [--compile] [--copies MINUTES]
+    python tests/bench.py [--preset base] [--batch-size 64] [--compile]
+    python tests/bench.py --race optimizers --minutes 5     # which way of training gets further?
 
 FLOPs are counted by PyTorch's own counter (multiply-adds as two), forward and backward. The peak is
 measured too: the fastest of some square matrix products, in the precision that training uses.
 """
 
 import sys
+import tempfile
 import time
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,11 +22,14 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint as checkpoints
-from common import Parser, autocast, choose_device, exit_code, positive
-from common import positive_number
+from clip_model import embed
+from common import Parser, autocast, choose_device, exit_code, positive, positive_number
+from data import Shapes
+from optimizer import make_optimizers
 from presets import PRESETS, recipe
 from prior import DiffusionPrior, PriorConfig
-from train import ADAM
+from sample import default_weights
+from train import Batches, make_model
 
 # CLIP's embedding and token features; a caption's tokens, and the most there may be.
 SMALL, PRETRAINED = (128, 128, 20, 32), (512, 512, 77, 77)  # the latter with the preset `large`
@@ -74,7 +82,7 @@ def bench_training(stage, args, device, peak):
     if stage in ("prior", "decoder"):
         fields = fields | {"dim": sizes[0], "text_width": sizes[1], "text_len": sizes[3]}
     model = make(make_config(**fields)).to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True, **ADAM)
+    optimizers = make_optimizers(model, training.get("muon"))
     B = args.batch_size or training["batch_size"]
     batch = batch_of(stage, model.config, B, device, sizes)
     loss_of = torch.compile(model.loss) if args.compile else model.loss
@@ -82,9 +90,10 @@ def bench_training(stage, args, device, peak):
     def step(loss_of=loss_of):
         with autocast(device):
             loss = loss_of(batch)
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
 
     with FlopCounterMode(display=False) as counter:
         step(model.loss)
@@ -125,47 +134,60 @@ def bench_prior_cache(device):
           f"(least cosine between the two results {same:.4f})")
 
 
-def bench_copies(device, minutes):
-    """Validation loss of the prior against time, with 1 and with 4 noised copies an embedding."""
-    import tempfile
+def race(stage, arms, args, device):
+    """Validation loss against time of some ways to train a stage on 5,000 scenes.
 
-    import numpy as np
-
-    from clip_model import embed
-    from data import Shapes
-    from sample import default_weights
-
+    arms: name -> (fields of the model's config, Muon's learning rate in Adam's, None: Adam alone).
+    """
     clip = checkpoints.load_clip(default_weights(), device=device)
+    training = recipe(args.preset, stage)[1]
+    settings = training | {"seed": 0, "half_size_until": 0.0}
     with tempfile.TemporaryDirectory() as folder:
-        train, val = (embed(clip, Shapes(n, split), folder)
-                      for n, split in ((5000, "train"), (512, "val")))
-        check = val.batch(range(512), np.random.default_rng(0))
-        check = {k: v.to(device) for k, v in check.items()}
-        fields, training = recipe("base", "prior")
-        fields = fields | {"dim": clip.dim, "text_width": clip.text_width, "text_len": 32}
-        for copies in (1, 4):
+        data = [Shapes(n, split) for n, split in ((5000, "train"), (512, "val"))]
+        embeddings = [embed(clip, d, folder) for d in data]
+        for name, (fields, muon) in arms.items():
             torch.manual_seed(0)
-            model = DiffusionPrior(PriorConfig(**fields | {"copies": copies})).to(device)
-            optimizer = torch.optim.AdamW(model.parameters(), training["lr"], fused=True, **ADAM)
-            said, step, begun, paused = 0, 0, time.time(), 0.0
-            while said < 4:
-                rng = np.random.default_rng(step)
-                batch = train.batch(rng.choice(5000, training["batch_size"], replace=False), rng)
-                with autocast(device):
-                    loss = model.loss({k: v.to(device) for k, v in batch.items()})
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                step += 1
-                if time.time() - begun - paused >= (said + 1) / 4 * minutes * 60:
-                    stopped, said = time.time(), said + 1
+            model = make_model(stage, args.preset, data[0], clip).to(device)
+            model = type(model)(replace(model.config, **fields)).to(device)
+            batches, val = (Batches(stage, model.config, d, e, settings)
+                            for d, e in zip(data, embeddings, strict=True))
+            optimizers, timer = make_optimizers(model, muon), Stopwatch()
+            step, check = 0, val.make(0, range(512), np.random.default_rng(0))
+            check = {k: v.to(device) for k, v in check.items()}
+            for quarter in (1, 2, 3, 4):
+                while timer.seconds() < quarter / 4 * args.minutes * 60:
+                    batch = {k: v.to(device) for k, v in batches[step].items()}
+                    with autocast(device):
+                        loss = model.loss(batch)
+                    model.zero_grad(set_to_none=True)
+                    loss.backward()
+                    for optimizer in optimizers:
+                        for group in optimizer.param_groups:
+                            group["lr"] = training["lr"] * group["scale"]
+                        optimizer.step()
+                    step += 1
+                with timer.paused(), torch.no_grad(), autocast(device):
                     torch.manual_seed(1)
-                    with torch.no_grad(), autocast(device):
-                        value = model.eval().loss(check).item()
+                    value = model.eval().loss(check).item()
                     model.train()
-                    print(f"K = {copies}: after {said / 4 * minutes * 60:.0f} s, {step} steps: "
-                          f"validation loss {value:.4f}")
-                    paused += time.time() - stopped
+                print(f"{stage}, {name}: after {quarter / 4 * args.minutes * 60:.0f} s, "
+                      f"{step * training['batch_size']} examples: validation loss {value:.4f}")
+
+
+class Stopwatch:
+    """Seconds since it was made, without those in its pauses."""
+
+    def __init__(self):
+        self.begun = time.perf_counter()
+
+    def seconds(self):
+        return time.perf_counter() - self.begun
+
+    @contextmanager
+    def paused(self):
+        stopped = time.perf_counter()
+        yield
+        self.begun += time.perf_counter() - stopped
 
 
 @exit_code
@@ -175,12 +197,18 @@ def main(argv=None):
     parser.add_argument("--batch-size", type=positive, help="examples a step (default: preset's)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the loss")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--copies", type=positive_number, metavar="MINUTES",
-                        help="only train priors with 1 and 4 noised copies, for so long each")
+    parser.add_argument("--race", choices=("copies", "optimizers"),
+                        help="only train: priors with 1 and 4 noised copies of each embedding, or "
+                        "decoders by Adam alone and with Muon")
+    parser.add_argument("--minutes", type=positive_number, default=1.0, help="of each in a race")
     args = parser.parse_args(argv)
     device = choose_device(args.device)
-    if args.copies:
-        return bench_copies(device, args.copies)
+    if args.race == "copies":
+        return race("prior", {f"K = {k}": ({"copies": k}, None) for k in (1, 4)}, args, device)
+    if args.race == "optimizers":
+        muon = recipe(args.preset, "decoder")[1]["muon"]
+        arms = {"Adam": ({}, None), "Adam and Muon": ({}, muon)}
+        return race("decoder", arms, args, device)
     peaks = {kind: matmul_peak(device, kind) for kind in (torch.float32, torch.bfloat16)}
     used = torch.bfloat16 if autocast(device)._enabled else torch.float32
     said = ", ".join(f"{p / 1e9:.0f} GFLOP/s in {str(k)[6:]}" for k, p in peaks.items())

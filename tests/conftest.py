@@ -26,7 +26,7 @@ MICRO = {
     "upsampler1": (
         {"low_size": 16, "size": 32, "crop": 16, "channels": 8, "multiples": (1, 2),
          "sample_steps": 3},
-        {"steps": 3, "batch_size": 4, "lr": 1e-3},
+        {"steps": 3, "batch_size": 4, "lr": 1e-3, "muon": 2.0},  # of all stages, this is resumed
     ),
     "upsampler2": (
         {"low_size": 32, "size": 64, "crop": 16, "channels": 8, "multiples": (1, 2), "stem": 2,

@@ -19,8 +19,9 @@ import train
 from conftest import MICRO, ROOT
 from data import Shapes
 from decoder import DecoderConfig
+from optimizer import make_optimizers
 from sample import Pipeline
-from train import ADAM, Batches, Ema, learning_rate, make_model
+from train import Batches, Ema, learning_rate, make_model
 
 train.PRESETS["micro"] = MICRO
 UPSAMPLER = ["upsampler1", "--preset", "micro", "--batch-size", "4", "--limit", "16"]
@@ -387,7 +388,7 @@ def test_two_processes_take_the_step_of_the_averaged_gradient(tmp_path):
 
     torch.manual_seed(0)
     model = make_model("upsampler1", "micro", None, None).train()
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True, lr=1e-3, **ADAM)
+    optimizers = make_optimizers(model, 2.0)
     settings = {"batch_size": 4, "seed": 0}
     for step in range(2):
         for rank in range(2):
@@ -397,8 +398,10 @@ def test_two_processes_take_the_step_of_the_averaged_gradient(tmp_path):
                 loss = model.loss(batch) / 2
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), train.CLIP_GRADIENT)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = 1e-3 * optimizer.param_groups[0]["scale"]
+            optimizer.step()
+            optimizer.zero_grad()
     expected = model.state_dict()
     for name, value in weights(tmp_path / "two").items():
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
