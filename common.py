@@ -155,12 +155,11 @@ def to_pil(picture):
 
 
 def draw_grid(pictures, captions=None, columns=4, cell=None):
-    """Pictures (n, 3, H, W) in rows, each with its caption under it -> PIL image.
+    """Pictures (n, 3, H, W), or n of (3, H, W), in rows with their captions under -> PIL image.
 
     cell: side of a picture in the grid, pixels (default: at least 128, so that small ones show).
     """
-    H = pictures.shape[-1]
-    cell = cell or max(H, 128)
+    cell = cell or max(128, *(p.shape[-1] for p in pictures))
     font = ImageFont.load_default(max(10, cell // 12))
     # Captions are wrapped to the cell's width; the longest decides the height of every row.
     captions = captions or [""] * len(pictures)
@@ -173,7 +172,8 @@ def draw_grid(pictures, captions=None, columns=4, cell=None):
     pen = ImageDraw.Draw(sheet)
     for k, picture in enumerate(pictures):
         x, y = 4 + k % columns * (cell + 4), 4 + k // columns * (cell + under + 4)
-        resample = Image.Resampling.NEAREST if cell % H == 0 else Image.Resampling.BICUBIC
+        whole = cell % picture.shape[-1] == 0  # each pixel becomes a square, or is resampled
+        resample = Image.Resampling.NEAREST if whole else Image.Resampling.BICUBIC
         sheet.paste(to_pil(picture).resize((cell, cell), resample), (x, y))
         for i, words in enumerate(lines[k]):
             pen.text((x, y + cell + 2 + i * line), words, fill="black", font=font)

@@ -214,8 +214,11 @@ def text_command(args):
         # The whole of unCLIP in three lines (paper fig. 2).
         emb = pipeline.condition(condition, text, [seed], args.prior_scale, args.prior_steps)
         picture = pipeline.decode(emb, text, [seed], args.scale, args.steps, on_step=film)
-        picture = pipeline.upsample(picture, [seed], size)
-        pictures.append(picture.cpu())
+        stages = [picture.cpu()]
+        for side in pipeline.sizes[1:]:
+            picture = pipeline.upsample(picture, [seed], side)
+            stages.append(picture.cpu())
+        pictures += stages if args.stages else stages[-1:]
         save_picture(to_pil(picture[0]), folder / f"{name}.png")
         print(folder / f"{name}.png")
         if film:
@@ -223,7 +226,11 @@ def text_command(args):
             print(folder / f"{name}.gif")
     grid_path = grid_path or folder / f"grid_{names[0]}_{args.seed}.png"
     columns = args.n if args.n > 1 else 4
-    grid = draw_grid(torch.cat(pictures), [args.caption[c] for c, _ in jobs], columns)
+    labels, cell = [args.caption[c] for c, _ in jobs], None
+    if args.stages:  # a row is one picture, shown equally large at each of its sizes
+        columns, cell = len(pipeline.sizes), min(512, max(128, size))
+        labels = [f"{label}, {side} px" for label in labels for side in pipeline.sizes]
+    grid = draw_grid([p[0] for p in pictures], labels, columns, cell)
     save_picture(grid, grid_path)
     print(grid_path)
 
@@ -360,6 +367,7 @@ def main(argv=None):
     add("--prior-steps", type=int, help="sampling steps of the prior, 1 to T (default: 64)")
     add("--steps", type=int, help="sampling steps of the decoder, 1 to T (default: 32)")
     add("--film", action="store_true", help="also write the denoising as animated GIFs")
+    add("--stages", action="store_true", help="the grid shows each picture at every size it had")
 
     steps = {"type": positive, "default": manipulate.INVERSION_STEPS, "help": "DDIM steps each way"}
     add = command("vary", vary_command, "variations of a picture")

@@ -66,6 +66,24 @@ def test_a_larger_picture_starts_from_the_smaller_one(micro_run):
     assert torch.equal(again, pipeline.upsample(decoded, [1], 64))
 
 
+def test_stages_shows_each_picture_at_every_size_it_had(micro_run, tmp_path):
+    draw(micro_run, tmp_path / "plain", "-n", "1")
+    draw(micro_run, tmp_path / "stages", "-n", "1", "--stages")
+    name, cell = "a-red-circle_0.png", 128
+    plain, stages = tmp_path / "plain", tmp_path / "stages"
+    assert (plain / name).read_bytes() == (stages / name).read_bytes()
+    grid = Image.open(stages / "grid_a-red-circle_0.png")
+    assert grid.width == 3 * (cell + 4) + 4
+    pipeline = Pipeline(micro_run, size=64)
+    text = pipeline.text(["a red circle"])
+    small = pipeline.decode(pipeline.embed(text, [0]), text, [0])
+    middle = pipeline.upsample(small, [0], 32)
+    for k, stage in enumerate((small, middle, pipeline.upsample(middle, [0], 64))):
+        x = 4 + k * (cell + 4)
+        expected = to_pil(stage[0]).resize((cell, cell), Image.Resampling.NEAREST)
+        assert grid.crop((x, 4, x + cell, 4 + cell)).tobytes() == expected.tobytes()
+
+
 def test_film_has_a_frame_for_each_denoising_step(micro_run, tmp_path):
     draw(micro_run, tmp_path, "-n", "1", "--film", "--steps", "5")
     film = Image.open(tmp_path / "a-red-circle_0.gif")
