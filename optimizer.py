@@ -26,24 +26,24 @@ MOMENTUM = 0.95
 A, B, C, ROUNDS = 3.4445, -4.7750, 2.0315, 5
 
 
-def orthogonalise(matrix):
-    """(rows, columns) -> U V^T, nearly, of its singular value decomposition U S V^T.
+def orthogonalise(matrices):
+    """(..., rows, columns) -> U V^T, nearly, of each one's singular value decomposition U S V^T.
 
     Newton-Schulz iteration: x becomes p x with p = a + b x x^T + c (x x^T)^2. All p commute with
     x x^T, so the rounds can be done on that small square, and x is multiplied once, at the end.
     The singular values must begin below 1.2: divided by the Frobenius norm, the root of the sum of
     their squares, none is above 1. Zero stays zero.
     """
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix  # the smaller of the two squares
-    x = x / (x.norm() + 1e-7)
-    identity = torch.eye(len(x), dtype=x.dtype, device=x.device)
-    square, product = x @ x.T, identity
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices  # the smaller of the two squares
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    identity = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
+    square, product = x @ x.mT, identity
     for _ in range(ROUNDS):
         p = A * identity + B * square + C * square @ square
         square, product = p @ square @ p, p @ product
     x = product @ x
-    return x.T if tall else x
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -55,18 +55,21 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            alike = {}  # shape -> [(parameter, its update)]: one call for all of a shape is faster
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 if not self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
                 momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - MOMENTUM)
-                update = p.grad.lerp(momentum, MOMENTUM)  # Nesterov: look one step ahead
-                update = orthogonalise(update.flatten(1))
+                update = p.grad.lerp(momentum, MOMENTUM).flatten(1)  # Nesterov: a step ahead
+                alike.setdefault(update.shape, []).append((p, update))
+            for (rows, columns), pairs in alike.items():
                 # A tall matrix's step is as long as its output is wide: one lr for all shapes.
-                rows, columns = update.shape
                 length = group["lr"] * max(1, rows / columns) ** 0.5
-                p.add_(update.view_as(p), alpha=-length)
+                updates = orthogonalise(torch.stack([update for _, update in pairs]))
+                for (p, _), update in zip(pairs, updates, strict=True):
+                    p.add_(update.view_as(p), alpha=-length)
 
 
 def make_optimizers(model, muon=None):

@@ -78,6 +78,17 @@ def test_a_convolution_is_a_matrix_in_either_memory_format():
     torch.testing.assert_close(one_step([last]), expected)
 
 
+def test_parameters_of_one_shape_are_done_together_and_each_gets_its_own():
+    gradients = [torch.randn(5, 7), torch.randn(9, 7), torch.randn(5, 7)]
+    params = [nn.Parameter(torch.zeros_like(g)) for g in gradients] + [nn.Parameter(torch.ones(2))]
+    for p, gradient in zip(params, gradients):  # the last has none: it is left as it is
+        p.grad = gradient.clone()
+    Muon(params, 0.1).step()
+    for p, gradient in zip(params, gradients):
+        torch.testing.assert_close(p.detach(), one_step([gradient]))
+    assert (params[-1] == 1).all()
+
+
 def test_muon_agrees_with_torch_s_own():
     """torch.optim.Muon computes in bfloat16, eight bits of a number: so to a few percent."""
     gradients = list(torch.randn(3, 16, 40))
