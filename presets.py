@@ -51,7 +51,7 @@ PRESETS = {
             # with it fixed variances: a learned one's loss drowns the others at low noise.
             {"channels": 96, "multiples": (1, 1), "attention_levels": (1,), "stem": 4,
              "predict": "x_0", "weight_cap": 5.0, "variance": "fixed_small", "focus": (500, 900)},
-            {"steps": 8000, "batch_size": 32, "lr": 1.5e-3, "muon": 5.0},
+            {"steps": 7200, "batch_size": 32, "lr": 1.5e-3, "muon": 5.0},
         ),
         "upsampler1": (
             {"channels": 32, "multiples": (1, 2), "stem": 2},
