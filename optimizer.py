@@ -9,7 +9,7 @@ The one idea: U V^T needs no decomposition. The polynomial a s + b s^3 + c s^5 o
 its singular values s alone, and with the right a, b, c five rounds of it bring all of them near 1.
 
 Paper (table 3): Adam for everything. We: Muon within the decoder's stacks of layers, Adam for the
-rest. Because: the same loss for a half of the pictures or less (`tests/bench.py --race optimizers`).
+rest. Because: the same loss with half of the pictures (`tests/bench.py --race optimizers`).
 torch.optim.Muon is the same rule, but it computes in bfloat16, which is many times slower than
 float32 on a processor without it, and it takes no convolutions.
 Read next: train.py.
@@ -47,7 +47,10 @@ def orthogonalise(matrices):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised. A convolution (out, in, h, w) is a matrix (out, in * h * w)."""
+    """Momentum, orthogonalised. A convolution (out, in, h, w) is a matrix (out, in * h * w).
+
+    No weight decay, and no per-number scaling as in Adam: lr alone is the length of a step.
+    """
 
     def __init__(self, params, lr):
         super().__init__(params, {"lr": lr})

@@ -1,7 +1,7 @@
 """How large each model is, and how long it trains: the numbers that a student changes first.
 
     tiny    minutes on two CPU cores: draws at 32 pixels, enlarges to 64 and 256
-    base    an hour or so a stage on a CPU core: the paper's sizes, 64, 256 and 1024
+    base    half an hour or so a stage on a CPU core, the decoder three: 64, 256 and 1024 pixels
     large   for one GPU, real pictures and a pretrained CLIP
 
 The one idea: a preset is a table of differences from the dataclasses' own defaults, nothing more;
@@ -14,6 +14,7 @@ ORDER = ("clip", "prior", "decoder", "upsampler1", "upsampler2")
 BASELINES = ("ar_prior", "decoder_text_emb", "decoder_caption")
 
 # Per stage: fields of the model's config that differ from its defaults, then of the training.
+# "muon": Muon's learning rate, as a multiple of "lr" (optimizer.py); without it, Adam alone.
 # Paper (table 3): 0.8 million steps of 2048 pictures for the decoder alone. We: what one machine
 # can do in minutes (tiny) or hours (base). Because: the findings show long before the beauty does.
 PRESETS = {

@@ -211,7 +211,7 @@ def text_command(args):
     for c, seed in tqdm(jobs, "pictures", disable=None):
         film = Film() if args.film else None
         text, name = texts[c], f"{names[c]}_{seed}"
-        # The whole of unCLIP in three lines (paper fig. 2).
+        # The whole of unCLIP (paper fig. 2): the prior, the decoder, the upsamplers.
         emb = pipeline.condition(condition, text, [seed], args.prior_scale, args.prior_steps)
         picture = pipeline.decode(emb, text, [seed], args.scale, args.steps, on_step=film)
         stages = [picture.cpu()]

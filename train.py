@@ -389,9 +389,15 @@ def train(run, model, batches, val_batches, device, resume=None):
 def restore(resume, model, ema, optimizers):
     """Put a checkpoint's state back into all of them, to go on where it was written."""
     if "optimizer" in resume:  # else an exported copy, and `model` has its averaged weights
+        states = resume["optimizer"]
+        if not isinstance(states, list) or len(states) != len(optimizers):
+            raise UserError("--resume: the checkpoint was trained by another optimizer: set "
+                            "\"muon\" in presets.py as it was, or go on from an exported copy")
         model.load_state_dict(resume["model"])
-        for optimizer, state in zip(optimizers, resume["optimizer"], strict=True):
+        for optimizer, state in zip(optimizers, states, strict=True):
+            scale = optimizer.param_groups[0]["scale"]
             optimizer.load_state_dict(state)
+            optimizer.param_groups[0]["scale"] = scale  # as this training has it, like its lr
     full = model.state_dict()  # exported averages are in half precision
     ema.weights = {k: v.to(full[k]) for k, v in resume["ema"].items()}
     ema.updates = resume["step"]
@@ -486,7 +492,7 @@ def prepare(stage, args, clip):
         model.clip = resume["clip"]
         if clip is not None:
             checkpoints.check_clip(model, clip, path)
-        for key in ("batch_size", "lr", "seed", "steps", "decay", "fingerprint", "world"):
+        for key in ("batch_size", "lr", "muon", "seed", "steps", "decay", "fingerprint", "world"):
             if resume["run"].get(key) != settings[key]:
                 print(f"note: {path}: {key} was {resume['run'].get(key)}, is {settings[key]} now")
     elif path.exists():

@@ -181,6 +181,25 @@ def test_an_exported_run_draws_the_same_and_is_much_smaller(micro_run, tmp_path,
     assert on["step"] == 9 and all(v.dtype == torch.float32 for v in on["ema"].values())
 
 
+def test_a_resumed_run_has_the_optimizers_of_its_checkpoint(tmp_path, capsys, monkeypatch):
+    run = [*UPSAMPLER, "--out", str(tmp_path), "--workers", "0"]
+    path, (model, training) = tmp_path / "upsampler1.pt", MICRO["upsampler1"]
+    assert train.main([*run, "--steps", "2"]) == 0
+    before = path.read_bytes()
+    without = (model, {k: v for k, v in training.items() if k != "muon"})
+    monkeypatch.setitem(train.PRESETS, "micro", MICRO | {"upsampler1": without})
+    assert train.main([*run, "--resume", "--steps", "4"]) == 2  # Adam alone cannot go on from it
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "another optimizer" in error and "muon" in error and path.read_bytes() == before
+    # Another rate is one of the things that may change, and then is the rate.
+    monkeypatch.setitem(train.PRESETS, "micro",
+                        MICRO | {"upsampler1": (model, training | {"muon": 7.0})})
+    assert train.main([*run, "--resume", "--steps", "4"]) == 0
+    assert "muon was 2.0, is 7.0 now" in capsys.readouterr().out
+    groups = [s["param_groups"][0] for s in checkpoints.load_checkpoint(path)["optimizer"]]
+    assert [g["scale"] for g in groups] == [1.0, 7.0]
+
+
 def test_a_run_is_not_exported_onto_itself(micro_run, capsys):
     before = (micro_run / "decoder.pt").read_bytes()
     assert train.main(["export", "--out", str(micro_run), "--to", f"{micro_run}/../micro"]) == 2
