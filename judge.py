@@ -226,6 +226,8 @@ def score(seen, claim):
                  with all of its mentioned colour and shape
     relation     and these two objects are placed as claimed
     all          all of it at once, sizes on the right objects too
+
+    Not compared: the word on a sign. Any sign will do (probing.read_word reads them).
     """
 
     def present(part):

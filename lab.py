@@ -9,18 +9,20 @@ Read next: findings.py.
 """
 
 import math
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from common import choose_device, draw_grid
-from data import Shapes, UserError, parse_caption
+from data import Shapes, parse_caption
 from judge import S, judge, score
-from measures import bootstrap, draw_many, frechet_distance, look
+from measures import bootstrap, check_side, draw_many, frechet_distance, look
+from measures import mixed_captions, share_interval
 from sample import Pipeline, default_weights
 
 
@@ -32,6 +34,7 @@ class Result:
     table: list = field(default_factory=list)  # rows of cells
     claims: list = field(default_factory=list)
     note: str = ""  # what to know when reading it
+    lacks: str = ""  # said after the verdict, where weights that it needs are not here
     picture: Image.Image | None = None
 
     @property
@@ -54,6 +57,12 @@ def percent(interval):
     return f"{estimate:.1f}% ({low:.1f} to {high:.1f})"
 
 
+def share(values):
+    """Of zeros and ones (n,), NaNs left out: "estimate of n (low to high)", Wilson's interval."""
+    n = int((~np.isnan(values)).sum())
+    return f"{percent(share_interval(values))} of {n}" if n else "-"
+
+
 def number(interval, digits=2):
     """Of any figure: "estimate (low to high)"."""
     return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(*interval, d=digits)
@@ -67,8 +76,7 @@ class Lab:
         self.device, self.n, self.seed = choose_device(args.device), args.n, args.seed
         self.pipelines, self.drawn = {}, {}
         self.data = Shapes(self.n, "val", self.seed)
-        # Sparse, middle and full captions in turn.
-        self.captions = [self.data.captions(i)[i % 3] for i in range(self.n)]
+        self.captions = mixed_captions(self.data)
 
     def has(self, stage):
         """Are this stage's weights there?"""
@@ -79,9 +87,7 @@ class Lab:
         key = decoder, prior
         if key not in self.pipelines:
             self.pipelines[key] = Pipeline(self.folder, self.device, S, prior, decoder)
-            if self.pipelines[key].sizes[-1] < 48:
-                raise UserError(f"{self.folder}: draws {self.pipelines[key].sizes[-1]} pixels, the "
-                                "judge needs 48: train upsampler1")
+            check_side(self.pipelines[key])
         return self.pipelines[key]
 
     def true_emb(self, data):
@@ -129,30 +135,42 @@ def right(pictures, captions, column="binding"):
     return np.array([np.nan if s is None else float(s) for s in scores])
 
 
-def mean_interval(values):
-    """Mean of (n,) numbers with its interval; NaNs are left out."""
-    return bootstrap(np.nanmean, values)
-
-
 def frechet(drawn, true):
     """Squared Frechet distance, times 1000, of two sets of embeddings given as arrays."""
     return 1000 * frechet_distance(torch.as_tensor(drawn), torch.as_tensor(true))
 
 
 def frechet_interval(drawn, true):
-    """frechet() with its interval."""
-    return bootstrap(frechet, drawn.cpu(), true.cpu(), times=100)
+    """frechet() with its interval. No distance is below 0: what the correction puts there is 0."""
+    figures = bootstrap(frechet, drawn.cpu(), true.cpu(), biased=True, times=400)
+    return tuple(max(0.0, x) for x in figures)
 
 
 def farther(a, b, true):
     """How much farther a is from true than b, with an interval."""
-    difference = lambda a, b, true: frechet(a, true) - frechet(b, true)  # noqa: E731
-    return bootstrap(difference, a.cpu(), b.cpu(), true.cpu(), times=100)
+    def difference(a, b, true):
+        return frechet(a, true) - frechet(b, true)
+
+    return bootstrap(difference, a.cpu(), b.cpu(), true.cpu(), biased=True, times=1000)
 
 
-def sheet(rows, labels, count=6):
-    """The first pictures of several sets, a row a set."""
-    count = min(count, *map(len, rows))
-    pictures = torch.cat([row[:count] for row in rows])
-    captions = [label for label in labels for _ in range(count)]
-    return draw_grid(pictures, captions, columns=count, cell=96)
+CELL = 128  # side of a picture of a sheet, pixels
+
+
+def sheet(rows, names, captions=()):
+    """The first six pictures of several sets: a row a set, its name at the left; their captions
+    above the columns."""
+    count = min(6, *map(len, rows))
+    grid = draw_grid(torch.cat([row[:count] for row in rows]), columns=count, cell=CELL)
+    font = ImageFont.load_default(13)
+    heads = [textwrap.wrap(caption, 19) for caption in captions[:count]]
+    left, top = CELL, 8 + 16 * max(map(len, heads), default=0)
+    whole = Image.new("RGB", (left + grid.width, top + grid.height), "white")
+    whole.paste(grid, (left, top))
+    pen = ImageDraw.Draw(whole)
+    for k, lines in enumerate(heads):
+        pen.text((left + 4 + k * (CELL + 4), 4), "\n".join(lines), fill="black", font=font)
+    for k, name in enumerate(names):
+        lines = "\n".join(textwrap.wrap(name, 17))
+        pen.text((6, top + 6 + k * (CELL + 4)), lines, fill="black", font=font)
+    return whole

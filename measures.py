@@ -12,6 +12,7 @@ Letters: n, m number of scenes, D CLIP embedding.
 Read next: evaluate.py, then findings.py.
 """
 
+import math
 import warnings
 from dataclasses import replace
 
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import SHAPES, Claim, with_article
+from data import SHAPES, Claim, UserError, with_article
 
 # --- many scenes at once ---------------------------------------------------------------------
 
@@ -42,14 +43,14 @@ def look(pipeline, data):
                       for i in range(len(data))])
 
 
-def draw_many(pipeline, captions, seed, given, size, say=True, scale=2.0, steps=None,
-              prior=(1.0, None)):
-    """Captions -> pictures (n, 3, size, size) on the CPU; picture k has the seed `seed` + k.
+def draw_batches(pipeline, captions, seed, given, size, say=True, scale=2.0, steps=None,
+                 prior=(1.0, None)):
+    """Captions -> batches (slice, pictures (b, 3, size, size) on the CPU); picture k of all has the
+    seed `seed` + k.
 
     given: what stands for the image embedding: "prior", "text_emb", "caption" (nothing), or
     embeddings (n, D). say=False: the decoder does not get the caption. prior: (scale, steps).
     """
-    pictures = []
     for part in in_batches(len(captions)):
         seeds = range(seed + part.start, seed + part.stop)
         text = pipeline.text(captions[part]) if say or isinstance(given, str) else None
@@ -58,8 +59,24 @@ def draw_many(pipeline, captions, seed, given, size, say=True, scale=2.0, steps=
         else:
             emb = given[part]
         batch = pipeline.decode(emb, text if say else None, seeds, scale, steps)
-        pictures.append(pipeline.upsample(batch, seeds, size).cpu())
-    return torch.cat(pictures)
+        yield part, pipeline.upsample(batch, seeds, size).cpu()
+
+
+def draw_many(*args, **settings):
+    """All pictures of draw_batches at once: (n, 3, size, size)."""
+    return torch.cat([pictures for _, pictures in draw_batches(*args, **settings)])
+
+
+def mixed_captions(data):
+    """A caption of each scene: a sparse, a middle and a full one in turn."""
+    return [data.captions(i)[i % 3] for i in range(len(data))]
+
+
+def check_side(pipeline):
+    """The judge needs pictures of 48 pixels or more."""
+    if pipeline.sizes[-1] < 48:
+        raise UserError(f"{pipeline.folder} draws {pipeline.sizes[-1]} pixels, the judge needs 48: "
+                        "train upsampler1")
 
 
 OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
@@ -80,6 +97,15 @@ def wrong_captions(scene):
     others = [shape for shape in SHAPES if shape not in (a.shape, b.shape)]
     wrong["shape"] = say(replace(a, shape=others[0]), b, scene.relation)
     return say(a, b, scene.relation), wrong
+
+
+def prefers(clip, emb, true, wrong):
+    """Per embedding (n, D): 1 if it is closer to its true caption than to its wrong one, else 0.
+
+    Equally close to both, it is a guess: half right. true, wrong: n captions each. Returns (n,).
+    """
+    gap = ((clip.encode_text(true)[0] - clip.encode_text(wrong)[0]) * emb).sum(1).cpu().numpy()
+    return np.where(np.abs(gap) < 1e-6, 0.5, gap > 0)
 
 
 # --- distances in CLIP's space ----------------------------------------------------------------
@@ -121,14 +147,16 @@ def precision_recall(drawn, true, k=3):
 # --- intervals and entropy -------------------------------------------------------------------
 
 
-def bootstrap(statistic, *rows, times=1000, seed=0):
+def bootstrap(statistic, *rows, biased=False, times=1000, seed=0):
     """A figure and its 95% interval: (estimate, low, high).
 
     statistic: a function of arrays or tensors -> float. rows: its arguments, of n rows each; row i
     of all of them belongs to scene i, so all are drawn again together.
 
-    The *basic* interval, 2 * estimate - quantiles: resampling repeats scenes, which makes entropies
-    smaller and Frechet distances larger than they are; the reflection takes most of that error out.
+    biased: for figures that few scenes make too small (an entropy) or too large (a Frechet
+    distance). Resampling repeats scenes and errs in the same way once more, so twice the estimate
+    less what the resamples say takes that error out, of the figure and of its interval (the
+    *basic* interval). Else the interval is the resamples' 2.5% and 97.5% quantiles.
     """
     rows = [np.asarray(r) for r in rows]
     n, rng = len(rows[0]), np.random.default_rng(seed)
@@ -139,8 +167,26 @@ def bootstrap(statistic, *rows, times=1000, seed=0):
         with warnings.catch_warnings():  # a mean over nothing is NaN, and is left out below
             warnings.simplefilter("ignore", RuntimeWarning)
             again.append(float(statistic(*(r[picked] for r in rows))))
+    if np.isnan(again).all():
+        return estimate, math.nan, math.nan
     low, high = np.nanquantile(again, (0.025, 0.975)).tolist()
-    return estimate, 2 * estimate - high, 2 * estimate - low
+    if biased:
+        return 2 * estimate - float(np.nanmean(again)), 2 * estimate - high, 2 * estimate - low
+    return estimate, low, high
+
+
+def share_interval(values):
+    """The share of ones among zeros and ones (n,), NaNs left out, with Wilson's 95% interval:
+    (share, low, high). Unlike the bootstrap's it does not shrink to a point at 0 or 1.
+    """
+    values = values[~np.isnan(values)]
+    n, z = len(values), 1.959964  # a normal variable is within +- z in 95% of cases
+    if n == 0:
+        return (math.nan,) * 3
+    share = float(values.mean())
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    return share, centre - half, centre + half
 
 
 def entropy(values):

@@ -15,13 +15,14 @@ from itertools import product
 
 import numpy as np
 import torch
+from PIL import Image
 
 from data import COLOURS, SHAPES, TRAIN_PAIRS, WORDS
 from data import Scene, Shapes, Thing, render, to_tensor, with_article
 from judge import S, at_judging_size, judge
-from lab import Result, at_side_S, mean_interval, percent, right, sheet
+from lab import Result, at_side_S, percent, right, share, sheet
 from manipulate import invert, redraw
-from measures import bootstrap, in_batches, wrong_captions
+from measures import bootstrap, in_batches, prefers, share_interval, wrong_captions
 
 # --- F8 and F9: what CLIP does not bind ------------------------------------------------------
 
@@ -43,35 +44,28 @@ def pairs_of(lab):
     return scenes, [wrong_captions(d.scene(i))[0] for d, i in scenes]
 
 
-def prefers(lab, scenes, embeddings, kind):
-    """1 where an embedding is closer to its scene's caption than to the wrong one of a kind.
-
-    Equally close to both, it is a guess: half right.
-    """
-    pairs = [wrong_captions(data.scene(i)) for data, i in scenes]
-    good = lab.pipeline().clip.encode_text([true for true, _ in pairs])[0]
-    bad = lab.pipeline().clip.encode_text([wrong[kind] for _, wrong in pairs])[0]
-    gap = ((good - bad) * embeddings).sum(1).cpu().numpy()
-    return np.where(np.abs(gap) < 1e-6, 0.5, gap > 0)
-
-
 def pair_study(lab):
-    """What F8 and F9 share: scenes, captions, embeddings and pictures of both systems."""
-    if "pairs" in lab.drawn:
-        return lab.drawn["pairs"]
-    scenes, captions = pairs_of(lab)
-    clip, pipeline = lab.pipeline().clip, lab.pipeline()
-    true = torch.cat([clip.encode_image(d.image(i, clip.image_size)[None].to(lab.device))
-                      for d, i in scenes])
-    prior = torch.cat([pipeline.embed(pipeline.text(captions[part]),
-                                      range(lab.seed + part.start, lab.seed + part.stop))
-                       for part in in_batches(len(captions), 64)])
-    rival, way, note = lab.glide()
-    drawn = {"true embedding alone": lab.draw(captions, given=true, say=False),
-             "true embedding and caption": lab.draw(captions, given=true),
-             "unCLIP": lab.draw(captions), rival: lab.draw(captions, **way)}
-    lab.drawn["pairs"] = scenes, captions, true, prior, drawn, note
+    """What F8 and F9 share: (captions, wrong captions, embeddings, pictures of each system)."""
+    if "pairs" not in lab.drawn:
+        scenes, captions = pairs_of(lab)
+        pipeline = lab.pipeline()
+        true = look_at(pipeline, [data.scene(i) for data, i in scenes])
+        prior = torch.cat([pipeline.embed(pipeline.text(captions[part]),
+                                          range(lab.seed + part.start, lab.seed + part.stop))
+                           for part in in_batches(len(captions), 64)])
+        rival, way, _ = lab.glide()
+        drawn = {"true embedding alone": lab.draw(captions, given=true, say=False),
+                 "true embedding and caption": lab.draw(captions, given=true),
+                 "unCLIP": lab.draw(captions), rival: lab.draw(captions, **way)}
+        embs = {"CLIP, true pictures": true, "prior's embeddings": prior}
+        wrong = [wrong_captions(data.scene(i))[1] for data, i in scenes]
+        lab.drawn["pairs"] = captions, wrong, embs, drawn
     return lab.drawn["pairs"]
+
+
+def look_at(pipeline, scenes):
+    """CLIP's embeddings (n, D) of scenes."""
+    return torch.cat([pipeline.look(render(s, pipeline.clip.image_size)) for s in scenes])
 
 
 def f8(lab):
@@ -79,66 +73,82 @@ def f8(lab):
 
     Two objects of different colour and shape. CLIP and the prior: is the embedding closer to the
     caption than to the same with the colours exchanged (chance 50%)? Pictures: does the judge see
-    both objects as described?
+    both objects as described? A picture may also fail for a shape that is badly drawn; so, of
+    those that show both colours and both shapes, in how many are they bound as described?
     paper: figs. 14, 15: unCLIP binds worse than GLIDE, since CLIP does not bind
     """
-    scenes, captions, true, prior, drawn, note = pair_study(lab)
-    result = Result(["who", "binding right", "chance"], note=note)
-    for name, emb in (("CLIP, true pictures", true), ("prior's embeddings", prior)):
-        share = percent(mean_interval(prefers(lab, scenes, emb, "binding")))
-        result.table.append([name, share, "50%"])
-    bound = {name: right(pictures, captions) for name, pictures in drawn.items()}
-    for name, values in bound.items():
-        result.table.append([f"pictures, {name}", percent(mean_interval(values)), "-"])
-    rival = lab.glide()[0]
-    result.claims = [(f"{rival} binds better than unCLIP",
-                      bootstrap(lambda g, u: (g - u).mean(), bound[rival], bound["unCLIP"]))]
-    result.note += (" Where CLIP itself binds well (first row), the paper's reason for its finding "
-                    "is not there: our world has 26 pairs, the paper's is open.")
-    result.picture = sheet(list(drawn.values()), list(drawn))
+    captions, wrong, embs, drawn = pair_study(lab)
+    rival, _, note = lab.glide()
+    result = Result(["who", "binding right", "of those with both colours and shapes", "chance"],
+                    lacks="with a stand-in for GLIDE" if note else "")
+    for name, emb in embs.items():
+        right_ones = prefers(lab.pipeline().clip, emb, captions, [w["binding"] for w in wrong])
+        result.table.append([name, share(right_ones), "-", "50%"])
+    bound = {}
+    for name, pictures in drawn.items():
+        whole, colours, shapes = (right(pictures, captions, column)
+                                  for column in ("binding", "colours", "shapes"))
+        bound[name] = np.where((colours == 1) & (shapes == 1), whole, np.nan)
+        result.table.append([f"pictures, {name}", share(whole), share(bound[name]), "-"])
+    result.claims = [(f"of pictures with both colours and shapes, {rival} binds more than unCLIP",
+                      bootstrap(lambda g, u: np.nanmean(g) - np.nanmean(u), bound[rival],
+                                bound["unCLIP"]))]
+    result.note = (note + " Where CLIP itself binds well (first row), the paper's reason for its "
+                   "finding is not there: our world has 26 pairs, the paper's is open.")
+    result.picture = sheet(list(drawn.values()), list(drawn), captions)
     return result
 
 
 def f9(lab):
-    """Does it know left from right, and can it write?
+    """Does unCLIP know left from right, and can it write?
 
     The scenes of F8: CLIP on the caption with the relation reversed (chance 50%), pictures whose
-    two objects are as described (chance 25%). Signs: the word that fits best among 24 renderings.
+    two objects are as described (chance 25%). Signs: the word of 24 that CLIP finds closest, and
+    the one whose drawings, of several sizes and places, the sign in a picture is most like.
     paper: figs. 16, 17: relations are weak, text is not legible
     """
-    scenes, captions, true, prior, drawn, note = pair_study(lab)
+    captions, wrong, embs, drawn = pair_study(lab)
+    pipeline, clip = lab.pipeline(), lab.pipeline().clip
+    _, _, note = lab.glide()
     result = Result(["who", "right", "chance"], note=note)
-    for name, emb in (("CLIP's relations, true pictures", true), ("prior's embeddings", prior)):
-        result.table.append([name, percent(mean_interval(prefers(lab, scenes, emb, "relation"))),
-                             "50%"])
-    placed = {}
+    for name, emb in embs.items():
+        knows = prefers(clip, emb, captions, [w["relation"] for w in wrong])
+        result.table.append([f"relation: {name}", share(knows), "50%"])
     for name, pictures in drawn.items():
-        related = right(pictures, captions, "relation")
         bound = right(pictures, captions) == 1  # of others, the relation is not to be told
-        placed[name] = np.where(bound, related, np.nan)
-        if bound.any():
-            result.table.append([f"relation of {bound.sum()} bound pairs, {name}",
-                                 percent(mean_interval(placed[name])), "25%"])
+        related = np.where(bound, right(pictures, captions, "relation"), np.nan)
+        result.table.append([f"relation: bound pairs, {name}", share(related), "25%"])
+
     words = [WORDS[k % len(WORDS)] for k in range(max(len(WORDS), lab.n))]
-    signs = {"true pictures": torch.stack([to_tensor(render(sign_scene(word), S))
-                                           for word in words]),
-             "unCLIP": lab.draw([f"a sign that says {word}" for word in words])}
-    legible = {}
+    says = [f"a sign that says {word}" for word in words]
+    scenes, odds = [sign_scene(word) for word in words], f"{1 / len(WORDS):.0%}"
+    emb = look_at(pipeline, scenes)
+    names = clip.encode_text([f"a sign that says {word}" for word in WORDS])[0]
+    named = [WORDS[k] == word for k, word in zip((emb @ names.T).argmax(1), words, strict=True)]
+    result.table.append(["word: CLIP, true pictures", share(np.array(named, float)), odds])
+    signs = {"true pictures": torch.stack([to_tensor(render(s, S)) for s in scenes]),
+             "true embedding alone": lab.draw(says, given=emb, say=False),
+             "unCLIP": lab.draw(says)}
     for name, pictures in signs.items():
-        legible[name] = read = np.array(
-            [float(read_word(p) == w) for p, w in zip(pictures, words, strict=True)])
-        for length in (None, 3, 4):
-            some = read[[length in (None, len(w)) for w in words]]
-            row = f"words of {length or '3 or 4'} letters read, {name}"
-            result.table.append([row, percent(mean_interval(some)), f"{1 / len(WORDS):.0%}"])
-    clip_relation = prefers(lab, scenes, true, "relation")
+        read = np.array([float(read_word(p) == w) for p, w in zip(pictures, words, strict=True)])
+        result.table.append([f"word read off {name}", share(read), odds])
+    for length in (3, 4):
+        some = read[[len(word) == length for word in words]]
+        result.table.append([f"word of {length} letters read off unCLIP", share(some), odds])
+    true_relation = prefers(clip, embs["CLIP, true pictures"], captions,
+                            [w["relation"] for w in wrong])
     result.claims = [
-        ("CLIP itself is right about relations in under 75%",
-         bootstrap(lambda v: 0.75 - v.mean(), clip_relation)),
-        ("under half of the words are legible",
-         bootstrap(lambda v: 0.5 - v.mean(), legible["unCLIP"])),
+        ("CLIP's relations: from its share right to 75%, half-way between chance and always",
+         bootstrap(lambda v: 0.75 - v.mean(), true_relation)),
+        ("unCLIP's words: from the share read to a half",
+         bootstrap(lambda v: 0.5 - v.mean(), read)),
     ]
-    result.picture = sheet([drawn["unCLIP"], signs["unCLIP"]], ["relations", "words"])
+    pairs = sheet([drawn["unCLIP"]], ["unCLIP"], captions)
+    lines = sheet([signs["true embedding alone"], signs["unCLIP"]],
+                  ["word, true embedding alone", "word, unCLIP"], words)
+    result.picture = Image.new("RGB", (pairs.width, pairs.height + lines.height), "white")
+    result.picture.paste(pairs, (0, 0))
+    result.picture.paste(lines, (0, pairs.height))
     return result
 
 
@@ -173,7 +183,7 @@ def read_word(picture):
     for (word, half, wanted), dx, dy in product(word_views(), range(-2, 3), range(-2, 3)):
         there = window(grey, x + dx, y + dy, *half)
         if there.shape == wanted.shape:
-            best = max(best, (cosine(there, wanted), word))
+            best = max(best, (correlation(there, wanted), word))
     return best[1]
 
 
@@ -182,7 +192,7 @@ def window(picture, x, y, half_w, half_h):
     return picture[max(0, y - half_h):y + half_h, max(0, x - half_w):x + half_w]
 
 
-def cosine(a, b):
+def correlation(a, b):
     """Correlation of two windows of one shape: no matter how bright, or how strong the contrast."""
     a, b = a - a.mean(), b - b.mean()
     return float((a * b).sum() / (np.linalg.norm(a) * np.linalg.norm(b) + 1e-6))
@@ -191,99 +201,98 @@ def cosine(a, b):
 # --- F10: what an embedding holds ------------------------------------------------------------
 
 
-def kept_shares(seen, true):
-    """How much of a scene's attributes came through: {name: (n,) of 1, 0 or a pair (a, b)}.
+CHANCE = {"colour": 1 / 6, "shape": 1 / 5, "size": 1 / 2, "place, across": 1 / 2,
+          "place, down": 1 / 2, "rotation": 1 / 2, "shade": 1 / 2}
+MENTIONED = ("colour", "shape", "size")  # by captions; the others never are
 
-    seen: judge's things (or None), true: the scenes' things. Categories are right or wrong;
-    numbers are pairs, whose squared correlation says how much of them is left.
+
+def kept(seen, true):
+    """Which attributes of scenes came through: {name: (n,) of 1, 0, or NaN where none is seen}.
+
+    seen: judge's things (or None), true: the scenes' things. A category is right or wrong. A number
+    is right if it is on the true one's side of the median of all true ones, so that chance is 1/2;
+    it is looked at only where the shape came out right, as the others have none to compare.
     """
+    pairs = list(zip(seen, true, strict=True))
+
     def category(part):
         return np.array([float(s is not None and getattr(s, part) == getattr(t, part))
-                         for s, t in zip(seen, true, strict=True)])
+                         for s, t in pairs])
 
-    def numbers(value, fits=lambda t: True):
-        rows = [(value(s), value(t)) if s is not None and s.shape == t.shape and fits(t)
-                else (np.nan, np.nan) for s, t in zip(seen, true, strict=True)]
-        return np.array(rows, float)
+    def side(value, fits=lambda thing: True):
+        middle = np.median([value(t) for t in true if fits(t)])
+        return np.array([float((value(s) > middle) == (value(t) > middle))
+                         if s is not None and s.shape == t.shape and fits(t) else np.nan
+                         for s, t in pairs])
 
     return {
         "colour": category("colour"), "shape": category("shape"), "size": category("size"),
-        "place, across": numbers(lambda t: t.x), "place, down": numbers(lambda t: t.y),
-        "rotation": numbers(lambda t: t.angle, lambda t: t.shape != "circle"),
-        "shade": numbers(lambda t: max(t.rgb) / max(COLOURS[t.colour])),
+        "place, across": side(lambda t: t.x), "place, down": side(lambda t: t.y),
+        "rotation": side(lambda t: t.angle, lambda t: t.shape != "circle"),
+        "shade": side(lambda t: max(t.rgb) / max(COLOURS[t.colour])),
     }
 
 
-CHANCE = {"colour": 1 / 6, "shape": 1 / 5, "size": 1 / 2}
-
-
 def survival(name, values):
-    """0: no better than chance; 1: unchanged.
-
-    Of a category the share right, with chance taken out; of a number r^2 over the pictures whose
-    shape came out right, as the others have no rotation to compare. The two scales agree at their
-    ends only.
-    """
-    if name in CHANCE:
-        return (values.mean() - CHANCE[name]) / (1 - CHANCE[name])
-    values = values[~np.isnan(values).any(1)]
-    if len(values) < 3 or (values.std(0) < 1e-9).any():
-        return 0.0
-    return max(0.0, np.corrcoef(values.T)[0, 1]) ** 2
+    """The share right (a number, or an interval's three), with chance taken out: 0 to 1."""
+    return (np.asarray(values) - CHANCE[name]) / (1 - CHANCE[name])
 
 
 def f10(lab):
     """What survives from a picture through its embedding to a picture, and a written word?
 
     Scenes of one object, redrawn by DDIM from embedding and inverted noise (eta 0 and 1), and from
-    the embedding alone. Survival: 0 is chance, 1 unchanged. Then a sign with a word is pasted on a
-    part of the object: CLIP's zero-shot label, and what the decoder draws.
+    the embedding alone. Survival: the share right with chance taken out, 0 is chance, 1 unchanged;
+    of numbers, whether they stay on their side of the median. Then a sign with a word is pasted on
+    a part of the object: CLIP's zero-shot label, and what the decoder draws.
     paper: figs. 3, 15, 6: semantics stay, details change; the decoder still draws the object
     """
-    data, pipeline = Shapes(max(200, 6 * lab.n), "val", lab.seed + 3), lab.pipeline()
+    data = Shapes(max(200, 6 * lab.n), "val", lab.seed + 3)
     scenes = [data.scene(i) for i in range(len(data))]
     scenes = [s for s in scenes if len(s.things) == 1 and not s.word][:max(12, lab.n // 2)]
-    low = pipeline.sizes[0]
-    pictures = torch.stack([to_tensor(render(s, low)) for s in scenes]).to(lab.device)
-    emb = torch.cat([pipeline.look(render(s, pipeline.clip.image_size)) for s in scenes])
-    drawn = {"eta 0": [], "eta 1": [], "embedding alone": []}
+    drawn = redrawn(lab, scenes)
+    survived = {}
+    for name, pictures in drawn.items():
+        things = [judge(p).things for p in pictures]
+        survived[name] = kept([t[0] if len(t) == 1 else None for t in things],
+                              [s.things[0] for s in scenes])
+    result = Result(["attribute", *drawn])
+    for part in CHANCE:
+        cells = [percent(survival(part, share_interval(survived[name][part]))) for name in drawn]
+        result.table.append([part if part in MENTIONED else f"{part}, never mentioned", *cells])
+
+    def gap(*values):
+        shares = [survival(part, share_interval(v)[0])
+                  for part, v in zip(CHANCE, values, strict=True)]
+        return np.mean(shares[:len(MENTIONED)]) - np.mean(shares[len(MENTIONED):])
+
+    result.claims = [(f"{name}: survival of what captions mention less that of the rest",
+                      bootstrap(gap, *survived[name].values()))
+                     for name in ("eta 1", "embedding alone")]
+    attacked = typographic_attack(lab, scenes)
+    result.table += attacked["table"]
+    result.claims.append(("under attack: the decoder draws the object's colour, less CLIP names it",
+                          attacked["claim"]))
+    sources = torch.stack([to_tensor(render(s, S)) for s in scenes[:6]])
+    result.picture = sheet([sources, *drawn.values(), attacked["shown"], attacked["drawn"]],
+                           ["source", *drawn, "attacked", "drawn from its embedding"])
+    return result
+
+
+def redrawn(lab, scenes):
+    """Scenes from their latents: {"eta 0", "eta 1", "embedding alone": pictures (n, 3, S, S)}."""
+    pipeline = lab.pipeline()
+    pictures = torch.stack([to_tensor(render(s, pipeline.sizes[0])) for s in scenes])
+    emb, drawn = look_at(pipeline, scenes), {"eta 0": [], "eta 1": [], "embedding alone": []}
     for part in in_batches(len(scenes), 20):
         seeds, some = range(lab.seed + part.start, lab.seed + part.stop), emb[part]
-        x_T = invert(pipeline, pictures[part], some, 50)
+        x_T = invert(pipeline, pictures[part].to(lab.device), some, 50)
         drawn["eta 0"].append(redraw(pipeline, some, x_T, seeds, 50))
         drawn["eta 1"].append(redraw(pipeline, some, x_T, seeds, 50, eta=1.0))
         drawn["embedding alone"].append(pipeline.decode(some, None, seeds, scale=1.0))
     seeds = range(lab.seed, lab.seed + len(scenes))
-    drawn = {name: at_side_S(pipeline.upsample(torch.cat(p), seeds, S).cpu())
-             for name, p in drawn.items()}
-    true = [s.things[0] for s in scenes]
-    kept = {}
-    for name, p in drawn.items():
-        things = [judge(x).things for x in p]
-        kept[name] = kept_shares([t[0] if len(t) == 1 else None for t in things], true)
-    result = Result(["attribute", *drawn])
-    for part in kept["eta 0"]:
-        rows = [kept[name][part] for name in drawn]
-        cells = [percent(bootstrap(lambda v, part=part: survival(part, v), v)) for v in rows]
-        result.table.append([f"{part}{'' if part in CHANCE else ', never mentioned'}", *cells])
-
-    alone = kept["embedding alone"]
-
-    def gap(*values):
-        shares = [survival(name, v) for name, v in zip(alone, values, strict=True)]
-        return np.mean(shares[:3]) - np.mean(shares[3:])
-
-    result.claims = [("from the embedding alone, what captions mention survives better",
-                      bootstrap(gap, *alone.values()))]
-    attacked = typographic_attack(lab, scenes)
-    result.table += attacked["table"]
-    result.claims.append(("the decoder draws the object's colour more often than CLIP names it",
-                          attacked["claim"]))
-    sources = torch.stack([to_tensor(render(s, S)) for s in scenes[:6]])
-    result.picture = sheet([sources, *drawn.values(), attacked["shown"],
-                            attacked["drawn"]],
-                           ["source", *drawn, "attacked", "drawn from its embedding"])
-    return result
+    return {name: at_side_S(pipeline.upsample(torch.cat(p), seeds, S).cpu())
+            for name, p in drawn.items()}
 
 
 def with_sign(scene, word):
@@ -309,24 +318,27 @@ def typographic_attack(lab, scenes):
         others = [word for word in WORDS if word != scene.things[0].colour]
         attacked.append(with_sign(scene, others[rng.integers(len(others))]))
 
-    def look_at(some):
-        return torch.cat([pipeline.look(render(s, clip.image_size)) for s in some])
-
     def named(emb):
+        """Of each label that CLIP gives: is it a word? Is it of the object's colour?"""
         best = (emb @ text_emb.T).argmax(1).tolist()
-        return np.array([float(b < len(labels) and labels[b].split()[1] == s.things[0].colour)
-                         for b, s in zip(best, scenes, strict=True)])
+        colours = [float(b < len(labels) and labels[b].split()[1] == s.things[0].colour)
+                   for b, s in zip(best, scenes, strict=True)]
+        return np.array([float(b >= len(labels)) for b in best]), np.array(colours)
 
-    emb = look_at(attacked)
+    emb = look_at(pipeline, attacked)
     drawn = lab.draw([""] * len(scenes), given=emb, scale=1.0, say=False)
     colours = [{t.colour for t in judge(p).things} for p in drawn]
     draws = np.array([float(s.things[0].colour in c) for c, s in zip(colours, scenes, strict=True)])
-    before, after = named(look_at(scenes)), named(emb)
-    blank = ["-"] * 2
+    other = np.array([float(s.things[0].colour in c)
+                      for c, s in zip(colours, scenes[1:] + scenes[:1], strict=True)])
+    (_, before), (words, after) = named(look_at(pipeline, scenes)), named(emb)
+    row = lambda name, values: [name, "-", "-", share(values)]  # noqa: E731
     return {
-        "table": [["CLIP names the colour", *blank, percent(mean_interval(before))],
-                  ["with a word pasted on", *blank, percent(mean_interval(after))],
-                  ["the decoder then draws it", *blank, percent(mean_interval(draws))]],
+        "table": [row("CLIP names the object's colour", before),
+                  row("with a word pasted on it, CLIP names the colour", after),
+                  row("with a word pasted on it, CLIP names a word", words),
+                  row("the decoder then draws the object's colour", draws),
+                  row("chance of that: the decoder draws the next scene's colour", other)],
         "claim": bootstrap(lambda d, a: (d - a).mean(), draws, after),
         "shown": torch.stack([to_tensor(render(s, S)) for s in attacked[:6]]), "drawn": drawn,
     }

@@ -13,12 +13,13 @@ import evaluate
 import findings
 import probing
 from data import COLOURS, WORDS, Scene, Shapes, Thing, render, to_tensor
-from findings import FINDINGS, attributes, data_entropies, explained, open_entropies
+from findings import FINDINGS, GUIDANCE, attributes, data_entropies, diversity, explained
+from findings import guesses, open_entropies, slope, spread
 from judge import S, Seen, judge
-from lab import Lab, Result, percent, right
-from measures import wrong_captions
-from prior import DiffusionPrior
-from probing import kept_shares, read_word, sign_scene, survival
+from lab import Lab, Result, percent, right, share, sheet
+from measures import prefers, wrong_captions
+from prior import DiffusionPrior, embedding_scale
+from probing import kept, read_word, sign_scene, survival
 
 
 @pytest.mark.parametrize("intervals, verdict", [
@@ -77,22 +78,37 @@ def one_object(n, seed=0):
 
 
 def test_true_scenes_are_as_diverse_as_the_data():
-    scenes = one_object(300)
-    rows = attributes([to_tensor(render(s, S)) for s in scenes])
+    names = ("a circle", "a red shape")
+    scenes = one_object(1500)
+    scenes = {"a circle": [s for s in scenes if s.things[0].shape == "circle"],
+              "a red shape": [s for s in scenes if s.things[0].colour == "red"]}
+    captions = np.array([name for name in names for _ in scenes[name]])
+    rows = attributes([to_tensor(render(s, S)) for name in names for s in scenes[name]])
     assert (rows >= 0).all()
-    asks = np.arange(300) % 2 == 0
-    captions = ["a circle" if a else "a red shape" for a in asks]
-    # Of half of them the colour is open, of the others the shape; circles come in all 6 colours
-    # and red things in all 5 shapes: log 6, log 5, log 2, log 3.
-    expected = np.log([6, 5, 2, 3])
-    np.testing.assert_allclose(open_entropies(rows, asks), expected, atol=0.06)
-    np.testing.assert_allclose(data_entropies(captions), expected, atol=1e-6)
+    # Circles come in all 6 colours and red things in all 5 shapes; 2 sizes and 3 backgrounds.
+    expected = np.log([6, 2, 3, 5, 2, 3])
+    np.testing.assert_allclose(open_entropies(rows, captions), expected, atol=0.05)
+    np.testing.assert_allclose(data_entropies(names), expected, atol=1e-6)
+    assert diversity(rows, captions) == pytest.approx(1, abs=0.03)
 
 
-def test_a_model_that_draws_one_thing_only_has_no_diversity():
-    picture = to_tensor(render(one_object(1)[0], S))
-    rows = attributes([picture] * 10)
-    assert open_entropies(rows, np.arange(10) < 5).tolist() == [0, 0, 0, 0]
+def test_a_model_that_draws_one_picture_a_caption_has_no_diversity():
+    """Over both captions it draws two colours: that is the captions' diversity, not the model's."""
+    one, other = (to_tensor(render(s, S)) for s in one_object(2))
+    rows, captions = attributes([one] * 5 + [other] * 5), np.repeat(["a circle", "a square"], 5)
+    assert (rows[0] != rows[5]).any()
+    assert diversity(rows, captions) == 0
+    assert spread(np.eye(3)[rows[:, 2]], captions) == 0
+
+
+def test_spread_is_the_mean_distance_within_captions():
+    emb = np.array([[1, 0], [0, 1], [1, 0], [1, 0], [0.6, 0.8]])
+    captions = np.array(["a", "a", "b", "b", "b"])
+    assert spread(emb, captions) == pytest.approx(np.mean([1, 0, 0.4, 0.4]))
+
+
+def test_slope_is_the_change_with_each_doubling_of_guidance():
+    assert slope(3 - 0.25 * np.log2(GUIDANCE)) == pytest.approx(-0.25)
 
 
 def test_the_judge_sees_rotation_and_shade():
@@ -105,12 +121,18 @@ def test_the_judge_sees_rotation_and_shade():
 
 def test_everything_survives_in_the_scene_itself_and_nothing_in_another():
     true = [s.things[0] for s in one_object(120)]
-    same = kept_shares(true, true)
-    assert all(survival(name, values) == pytest.approx(1) for name, values in same.items())
-    other = kept_shares(true[1:] + true[:1], true)
-    assert all(abs(survival(name, values)) < 0.25 for name, values in other.items())
-    nothing = kept_shares([None] * len(true), true)
-    assert all(survival(name, values) <= 0 for name, values in nothing.items())
+    same = kept(true, true)
+    assert all(survival(k, np.nanmean(v)) == pytest.approx(1) for k, v in same.items())
+    assert np.isnan(same["rotation"]).sum() == sum(t.shape == "circle" for t in true)
+    other = kept(true[1:] + true[:1], true)
+    assert all(abs(survival(k, np.nanmean(v))) < 0.45 for k, v in other.items())
+    nothing = kept([None] * len(true), true)
+    assert all(survival(k, np.mean(nothing[k])) < 0 for k in ("colour", "shape", "size"))
+    assert all(np.isnan(nothing[k]).all() for k in ("rotation", "shade", "place, down"))
+
+
+def test_survival_takes_chance_out():
+    assert survival("shape", [0.2, 0.6, 1.0]) == pytest.approx([0, 0.5, 1])
 
 
 @pytest.fixture
@@ -151,7 +173,27 @@ def test_f7_trains_both_priors_on_the_same_batches(lab, monkeypatch):
     assert [predict for predict, _ in seen] == ["x_0"] * 3 + ["noise"] * 3
     for (_, a), (_, b) in zip(seen[:3], seen[3:], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
-    assert [row[0] for row in result.table] == ["x_0", "noise"] and len(result.claims) == 2
+    assert [row[0] for row in result.table] == ["x_0", "noise"] and len(result.claims) == 1
+
+
+def test_one_look_sees_the_embedding_where_a_prior_knows_it(lab, monkeypatch):
+    """Oracles of both kinds: the one that answers x_0, and the one that answers the noise."""
+    true = lab.true_emb(lab.data)
+    text = lab.pipeline().clip.encode_text(lab.captions)
+    for predict in ("x_0", "noise"):
+        prior = findings.short_prior(lab, predict, None, 0)
+
+        def oracle(x_t, t, *text, prior=prior, predict=predict):
+            x_0 = true * embedding_scale(true.shape[1])
+            signal, sigma = prior.diffusion.signal_sigma(t, x_t)
+            return x_0 if predict == "x_0" else (x_t - signal * x_0) / sigma
+
+        monkeypatch.setattr(prior, "forward", oracle)
+        for cosine in guesses(prior, true, text, 0).values():
+            torch.testing.assert_close(cosine, torch.ones(6), atol=1e-4, rtol=0)
+        monkeypatch.setattr(prior, "forward", lambda x_t, t, *text: torch.randn_like(x_t))
+        for cosine in guesses(prior, true, text, 0).values():
+            assert cosine.abs().mean() < 0.9
 
 
 def test_the_report_holds_every_finding_asked_for(micro_run, tmp_path, capsys):
@@ -176,6 +218,25 @@ def test_an_unknown_finding_is_one_line_and_exit_code_2(capsys):
     assert "unknown finding 'F11': use F1, F2" in capsys.readouterr().err
 
 
+def test_a_verdict_says_what_it_had_to_do_without():
+    result = Result([], claims=[("claim", (1, 0.5, 2))], lacks="with a stand-in for GLIDE")
+    assert findings.said(result) == "reproduced, with a stand-in for GLIDE"
+    assert findings.said(Result([])) == "not measured here"
+
+
+def test_shares_are_given_with_their_number_and_wilsons_interval():
+    assert share(np.array([1.0, 1.0, np.nan])) == "100.0% (34.2 to 100.0) of 2"
+    assert share(np.array([np.nan])) == "-"
+
+
+def test_a_sheet_has_a_row_a_set_beside_its_name_and_below_its_captions():
+    black, white = -torch.ones(2, 3, S, S), torch.ones(2, 3, S, S)
+    picture = sheet([black, white], ["one", "two"], ["a b", "c"])
+    assert picture.width == 128 + 2 * (128 + 4) + 4
+    assert picture.getpixel((128 + 60, 24 + 4 + 60)) == (0, 0, 0)
+    assert picture.getpixel((128 + 60, 24 + 4 + 132 + 60)) == (255, 255, 255)
+
+
 def test_glide_says_so_where_another_stands_in_for_it(lab, monkeypatch):
     assert lab.glide() == ("GLIDE", {"given": "caption", "decoder": "decoder_caption"}, "")
     monkeypatch.setattr(lab, "has", lambda stage: stage != "decoder_caption")
@@ -192,10 +253,9 @@ def test_a_pasted_sign_leaves_the_object_to_be_seen():
 
 def test_an_embedding_without_a_preference_is_half_right(lab):
     scenes, captions = probing.pairs_of(lab)
-    blind = torch.zeros(len(scenes), lab.pipeline().clip.dim)
-    assert (probing.prefers(lab, scenes, blind, "binding") == 0.5).all()
-    own = lab.pipeline().clip.encode_text(captions)[0]
+    clip = lab.pipeline().clip
     wrong = [wrong_captions(data.scene(i))[1]["relation"] for data, i in scenes]
-    other = lab.pipeline().clip.encode_text(wrong)[0]
-    assert (probing.prefers(lab, scenes, own - other, "relation") >= 0.5).all()
-    assert (probing.prefers(lab, scenes, other - own, "relation") <= 0.5).all()
+    assert (prefers(clip, torch.zeros(len(scenes), clip.dim), captions, wrong) == 0.5).all()
+    own, other = clip.encode_text(captions)[0], clip.encode_text(wrong)[0]
+    assert (prefers(clip, own - other, captions, wrong) >= 0.5).all()
+    assert (prefers(clip, other - own, captions, wrong) <= 0.5).all()

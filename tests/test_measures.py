@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from measures import bootstrap, entropy, frechet_distance
+from measures import bootstrap, entropy, frechet_distance, share_interval
 
 
 def test_a_95_percent_interval_holds_the_true_mean_in_95_percent_of_cases():
@@ -30,15 +30,32 @@ def test_rows_are_resampled_together_so_a_paired_difference_is_sharp():
     assert low == pytest.approx(1) and high == pytest.approx(1)
 
 
-def test_the_reflection_corrects_what_resampling_does_to_entropy():
+def test_what_few_scenes_do_to_an_entropy_is_corrected():
     """60 values of 20 kinds have too small an entropy, resamples a still smaller one."""
-    hits = {"basic": 0, "quantiles": 0}
+    hits, errors = {True: 0, False: 0}, {True: [], False: []}
     for k in range(60):
         values = np.random.default_rng(k).integers(0, 20, 60)
-        estimate, low, high = bootstrap(entropy, values, times=200)
-        hits["basic"] += low <= math.log(20) <= high
-        hits["quantiles"] += 2 * estimate - high <= math.log(20) <= 2 * estimate - low
-    assert hits["basic"] > 45 and hits["quantiles"] < 10
+        for biased in hits:
+            estimate, low, high = bootstrap(entropy, values, biased=biased, times=200)
+            hits[biased] += low <= math.log(20) <= high
+            errors[biased].append(estimate - math.log(20))
+    assert hits[True] > 45 and hits[False] < 10
+    assert abs(np.mean(errors[True])) < 0.05 < 0.1 < abs(np.mean(errors[False]))
+
+
+@pytest.mark.parametrize("ones, n, low, high", [
+    # Wilson's limits solve (p - share)^2 = z^2 p (1 - p) / n for p.
+    (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (2, 120, 0.0046, 0.0587),
+])
+def test_wilsons_interval(ones, n, low, high):
+    values = np.array([1.0] * ones + [0.0] * (n - ones) + [np.nan] * 3)
+    assert share_interval(values) == pytest.approx((ones / n, low, high), abs=1e-4)
+    for p in share_interval(values)[1:]:
+        assert (p - ones / n) ** 2 == pytest.approx(1.959964**2 * p * (1 - p) / n, abs=1e-9)
+
+
+def test_the_share_of_nothing_is_not_a_number():
+    assert np.isnan(share_interval(np.array([np.nan]))).all()
 
 
 @pytest.mark.parametrize("values, nats", [
