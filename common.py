@@ -27,7 +27,7 @@ def choose_device(name):
     """ "auto", "cpu", "cuda", "cuda:1", ... -> torch.device. Raises UserError if it isn't there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+    if not re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]?))?", name):
         raise UserError(f"--device {name}: not a device; use auto, cpu, cuda or cuda:N")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -81,6 +81,18 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
+def known_failure(e):
+    """What to do about a failure that is the machine's and not the program's; None of any other."""
+    words = (str(e).strip() or type(e).__name__).splitlines()[0][:100]
+    memory = ("allocate memory", "ALLOC_FAILED", "DataLoader worker")
+    if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or any(m in str(e) for m in memory):
+        return (f"out of memory ({words}); try a smaller --batch-size or fewer --workers in "
+                "training, a smaller -n or --size in drawing")
+    if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"torch.compile cannot work here ({words}); leave --compile out"
+    return None
+
+
 def exit_code(main):
     """Make main(argv=None) return 0, or 2 after a user's mistake: one line on stderr."""
 
@@ -97,9 +109,11 @@ def exit_code(main):
             where = f"{e.filename}: " if e.filename else ""
             print(f"error: {where}{e.strerror or e}; check the path and the room", file=sys.stderr)
             return 2
-        except torch.OutOfMemoryError as e:
-            print(f"error: out of memory ({str(e).splitlines()[0][:100]}); try a smaller "
-                  "--batch-size in training, a smaller -n or --size in drawing", file=sys.stderr)
+        except (MemoryError, RuntimeError) as e:
+            message = known_failure(e)
+            if message is None:
+                raise
+            print(f"error: {message}", file=sys.stderr)
             return 2
         except KeyboardInterrupt as e:
             print(f"stopped. {e}", file=sys.stderr)
@@ -160,7 +174,7 @@ def draw_grid(pictures, captions=None, columns=4, cell=None):
     cell: side of a picture in the grid, pixels (default: at least 128, so that small ones show).
     """
     cell = cell or max(128, *(p.shape[-1] for p in pictures))
-    font = ImageFont.load_default(max(10, cell // 12))
+    font = ImageFont.load_default(max(13, cell // 12))
     # Captions are wrapped to the cell's width; the longest decides the height of every row.
     captions = captions or [""] * len(pictures)
     lines = [textwrap.wrap(c, width=max(8, int(cell / font.getlength("e")))) for c in captions]
@@ -229,11 +243,13 @@ def log_ticks(low, high):
     return [y for y in logs if low <= y <= high]
 
 
-def chart(series, title, x_label, y_label, log_y=False, size=(640, 400), points=False):
+def chart(series, title, x_label, y_label, log_y=False, size=(640, 400), points=False,
+          ends=None):
     """Curves as a picture.
 
     series: {name: [(x, y), ...]}; values that are not finite are left out. log_y: a logarithmic y
-    axis, for positive values. points: a dot at each value. Returns a PIL image.
+    axis, for positive values. points: a dot at each value. ends: what to write at the first and the
+    last value of a curve. Returns a PIL image.
     """
     scale = math.log10 if log_y else float
     curves = {
@@ -243,7 +259,8 @@ def chart(series, title, x_label, y_label, log_y=False, size=(640, 400), points=
     }
     xs, ys = zip(*[p for values in curves.values() for p in values] or [(0.0, 0.0)])
     (x_min, x_max), (y_min, y_max) = (widened(min(v), max(v)) for v in (xs, ys))
-    left, top, right, bottom = 70, 34, size[0] - 16, size[1] - 46
+    under = 44 + 16 * math.ceil(len(curves) / 2)  # the axis, its label, and the names below them
+    left, top, right, bottom = 70, 44, size[0] - 16, size[1] - under
     sheet = Image.new("RGB", size, "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
 
@@ -265,10 +282,13 @@ def chart(series, title, x_label, y_label, log_y=False, size=(640, 400), points=
             pen.line([place(*p) for p in values], fill=colour, width=2, joint="curve")
         for x, y in (place(*p) for p in (values if points or len(values) == 1 else [])):
             pen.ellipse([x - 3, y - 3, x + 3, y + 3], fill=colour)
-        pen.text((right - 6, top + 5 + 15 * k), name, fill=colour, font=font, anchor="ra")
-    pen.text((left, 10), title, fill="black", font=ImageFont.load_default(14))
-    pen.text(((left + right) / 2, size[1] - 20), x_label, fill="black", font=font, anchor="ma")
-    pen.text((4, top - 16), y_label, fill="black", font=font)
+        for p, text in zip(values[::max(1, len(values) - 1)], ends or ()):
+            pen.text((place(*p)[0] + 6, place(*p)[1]), text, fill=colour, font=font, anchor="lm")
+        names = left + (right - left) // 2 * (k % 2), bottom + 40 + 16 * (k // 2)
+        pen.text(names, name, fill=colour, font=font)
+    pen.text((left, 6), title, fill="black", font=ImageFont.load_default(14))
+    pen.text(((left + right) / 2, bottom + 20), x_label, fill="black", font=font, anchor="ma")
+    pen.text((4, top - 17), y_label, fill="black", font=font)
     return sheet
 
 

@@ -30,8 +30,8 @@ from data import BACKGROUNDS, COLOURS, SHAPES
 from data import Claim, Shapes, UserError, load_data, parse_caption, render, with_article
 from judge import COLUMNS, S, judge, score, shares
 from manipulate import blend, edit, invert, psnr, redraw, text_diff
-from measures import draw_many, frechet_distance, in_batches, look, precision_recall
-from measures import scene_claim, wrong_captions
+from measures import check_side, draw_batches, frechet_distance, in_batches, look
+from measures import mixed_captions, precision_recall, prefers, scene_claim, wrong_captions
 from sample import Pipeline, default_weights, generators
 
 
@@ -69,8 +69,8 @@ def judge_judge(args):
 
 
 def draw(pipeline, captions, args, condition="prior", image_emb=None, size=S):
-    """Captions -> pictures at `size`; image_emb (n, D) replaces the condition."""
-    return draw_many(
+    """Captions -> batches of pictures, as draw_batches; image_emb (n, D) replaces the condition."""
+    return draw_batches(
         pipeline, captions, args.seed, condition if image_emb is None else image_emb, size,
         scale=args.scale, steps=args.steps, prior=(args.prior_scale, args.prior_steps),
     )
@@ -105,15 +105,14 @@ def judge_captions(args):
         settings = {"split": "val", "condition": "prior"} | ROWS[row]
         split, condition = settings.pop("split"), settings.pop("condition")
         pipeline = Pipeline(folder, device, S, **settings)
-        if pipeline.sizes[-1] < 48:
-            raise UserError(f"{pipeline.folder} draws {pipeline.sizes[-1]} pixels, the judge needs "
-                            "48: train upsampler1")
+        check_side(pipeline)
         if not table:
             print(f"weights: {folder}, drawn at {pipeline.sizes[0]}, judged at {S} px")
         data = Shapes(args.n, split, args.seed)
-        captions = [data.captions(i)[i % 3] for i in range(args.n)]  # sparse, middle, full in turn
+        captions = mixed_captions(data)
         image_emb = look(pipeline, data) if row == "true_embedding" else None
-        pictures = draw(pipeline, captions, args, condition, image_emb)
+        batches = draw(pipeline, captions, args, condition, image_emb)
+        pictures = torch.cat([pictures for _, pictures in batches])
         claims = [parse_caption(caption) for caption in captions]
         table[row] = shares([score(judge(p), c) for p, c in zip(pictures, claims, strict=True)])
         if args.out:
@@ -132,6 +131,9 @@ def judge_upsamplers(args):
     device, folder = choose_device(args.device), args.weights or default_weights()
     pipeline = Pipeline(folder, device, args.size, prior=None)
     data, low, table = Shapes(args.n, "val", args.seed), pipeline.sizes[0], {}
+    if len(pipeline.sizes) == 1:
+        raise UserError(f"{pipeline.folder} has no upsampler to {args.size} pixels: train "
+                        "upsampler1, or give a larger --size")
     for size in pipeline.sizes[1:]:
         psnrs, scores = {}, {}
         for i in tqdm(range(args.n), f"to {size}", disable=None):
@@ -155,14 +157,14 @@ def judge_upsamplers(args):
     return table
 
 
-def captions_and_pictures(args):
-    """(pipeline, data, captions, pictures) for --data: a validation caption each, drawn."""
+def captioned(args):
+    """(pipeline, data, captions, size of the pictures) for --data, a validation caption each."""
     device, folder = choose_device(args.device), args.weights or default_weights()
     pipeline = Pipeline(folder, device, args.size)
     data = load_data(args.data, args.root, "val", args.n, args.seed)
     captions = [data.captions(i)[0] for i in range(len(data))]
     size = min(s for s in pipeline.sizes if s >= min(args.size, pipeline.sizes[-1]))
-    return pipeline, data, captions, draw(pipeline, captions, args, size=size)
+    return pipeline, data, captions, size
 
 
 def judge_real(args):
@@ -171,12 +173,13 @@ def judge_real(args):
     frechet (times 1000), precision, recall: drawn against true pictures; clip_score: mean cosine of
     picture and caption, with that of the true pictures beside it.
     """
-    pipeline, data, captions, pictures = captions_and_pictures(args)
+    pipeline, data, captions, size = captioned(args)
     k = 3
     if len(data) <= k:
         raise UserError(f"{len(data)} validation pictures are too few: {k + 1} or more are needed")
     true = look(pipeline, data)
-    drawn = torch.cat([pipeline.clip.encode_image(p[None].to(pipeline.device)) for p in pictures])
+    drawn = torch.cat([pipeline.clip.encode_image(pictures.to(pipeline.device))
+                       for _, pictures in draw(pipeline, captions, args, size=size)])
     text_emb = torch.cat([pipeline.text([c])[0] for c in captions])
     precision, recall = precision_recall(drawn, true, k)
     table = {
@@ -192,13 +195,13 @@ def export_pictures(args):
     """Write OUT/samples and OUT/references, numbered alike, for the standard FID and IS tools."""
     if not args.out:
         raise UserError("--out: give a folder for the pictures")
-    _, data, captions, pictures = captions_and_pictures(args)
-    side = pictures.shape[-1]
-    for i in tqdm(range(len(data)), "writing", disable=None):
-        save_picture(to_pil(pictures[i]), Path(args.out) / "samples" / f"{i:06d}.png")
-        reference = to_pil(data.image(i, side))
-        save_picture(reference, Path(args.out) / "references" / f"{i:06d}.png")
-    print(f"{args.out}: {len(data)} samples and as many references of {side} x {side} pixels")
+    pipeline, data, captions, size = captioned(args)
+    for part, pictures in draw(pipeline, captions, args, size=size):  # 30,000 are too many to keep
+        for i, picture in enumerate(pictures, part.start):
+            save_picture(to_pil(picture), Path(args.out) / "samples" / f"{i:06d}.png")
+            reference = to_pil(data.image(i, size))
+            save_picture(reference, Path(args.out) / "references" / f"{i:06d}.png")
+    print(f"{args.out}: {len(data)} samples and as many references of {size} x {size} pixels")
     return {"captions": captions}
 
 
@@ -213,8 +216,8 @@ def judge_priors(args):
     device, folder = choose_device(args.device), Path(args.weights or default_weights())
     pipeline = Pipeline(folder, device)
     data = Shapes(args.n, "val", args.seed)
-    true, diffusion, table = look(pipeline, data), pipeline.prior.diffusion, {}
-    captions = [data.captions(i)[i % 3] for i in range(args.n)]
+    true, diffusion, table = look(pipeline, data).cpu(), pipeline.prior.diffusion, {}
+    captions = mixed_captions(data)
 
     def measure(row, prior, evaluations, **settings):
         drawn, started = [], time.perf_counter()
@@ -224,7 +227,8 @@ def judge_priors(args):
             settings["generators"] = generators(seeds, "prior")
             with autocast(device):
                 drawn.append(prior.sample(*text, scale=args.prior_scale, **settings))
-        seconds, drawn = time.perf_counter() - started, torch.cat(drawn)
+        drawn = torch.cat(drawn).cpu()  # waits for a GPU: before the clock is read
+        seconds = time.perf_counter() - started
         table[row] = {
             "frechet": 1000 * frechet_distance(drawn, true),
             "cosine": (drawn * true).sum(1).mean().item(),
@@ -362,10 +366,8 @@ def judge_clip(args):
     for i in tqdm(scenes, "comparing", disable=None):
         true, wrong = wrong_captions(data.scene(i))
         image_emb = clip.encode_image(data.image(i, clip.image_size)[None].to(clip.mean.device))
-        closeness = (clip.encode_text([true, *wrong.values()])[0] @ image_emb[0]).tolist()
-        for name, other in zip(wrong, closeness[1:], strict=True):
-            # A tie is a guess: half right.
-            right[name].append((closeness[0] > other) + 0.5 * (closeness[0] == other))
+        for name, other in wrong.items():
+            right[name] += prefers(clip, image_emb, [true], [other]).tolist()
     table = {name: {"right": sum(x) / max(1, len(x)), "n": len(x)} for name, x in right.items()}
     for name, row in table.items():
         print(f"{name:12}{row['right']:8.1%} of {row['n']}, chance 50%")
@@ -445,6 +447,8 @@ def build_parser():
 @exit_code
 def main(argv=None):
     args = build_parser().parse_args(argv)
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise UserError(f"--json {args.json}: there is no such folder")  # now, not after hours
     table = args.run(args)
     if args.json:
         try:

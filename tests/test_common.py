@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,30 @@ import torch
 from PIL import ImageColor
 
 import train
-from common import CURVES, chart, exit_code, log_ticks, plot_runs, ticks
+from common import CURVES, chart, choose_device, exit_code, log_ticks, plot_runs, ticks
+from conftest import ROOT
+from data import UserError
+
+
+@pytest.mark.parametrize("name", ["cuda:01", "cuda:300", "cuda:99999999999999", "gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_a_users_mistake(name):
+    with pytest.raises(UserError, match=f"--device {name}"):
+        choose_device(name)
+
+
+def test_any_other_failure_keeps_its_traceback():
+    @exit_code
+    def main(argv):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1"):
+        main([])
+
+
+def test_an_installed_copy_has_every_file():
+    text = (ROOT / "pyproject.toml").read_text()
+    modules = set(re.findall(r'"(\w+)"', text[text.index("py-modules"):].split("]")[0]))
+    assert modules == {path.stem for path in ROOT.glob("*.py")}
 
 
 def pixels_of(image, colour):
@@ -101,10 +125,16 @@ def test_steps_done_twice_are_drawn_once_and_equal_names_are_told_apart(tmp_path
     assert len(x) > 0
 
 
-def test_out_of_memory_is_one_line(capsys):
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"), MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."),
+])
+def test_out_of_memory_is_one_line(error, capsys):
     @exit_code
     def main(argv):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+        raise error
 
     assert main([]) == 2
     said = capsys.readouterr().err

@@ -242,6 +242,17 @@ def test_real_data_is_measured_in_clips_space(micro_run, tmp_path):
     assert 0 <= table["precision"] <= 1 and 0 <= table["recall"] <= 1
 
 
+def test_a_table_that_cannot_be_written_is_noticed_first(tmp_path, capsys):
+    assert evaluate.main(["judge", "-n", "1", "--json", str(tmp_path / "no" / "x.json")]) == 2
+    said = capsys.readouterr()
+    assert "no such folder" in said.err and said.out == ""
+
+
+def test_without_upsamplers_there_is_nothing_to_compare(micro_run, capsys):
+    assert evaluate.main(["upsamplers", "--weights", str(micro_run), "--size", "16"]) == 2
+    assert "no upsampler" in capsys.readouterr().err
+
+
 def test_export_writes_as_many_references_as_samples(micro_run, tmp_path):
     out = tmp_path / "out"
     command = ["export", "-n", "3", "--weights", str(micro_run), "--steps", "2", "--prior-steps",
