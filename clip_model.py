@@ -26,6 +26,7 @@ import logging
 import os
 import shutil
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -366,9 +367,30 @@ def embed(clip, data, folder, batch_size=128):
     changed data can never be served old embeddings. It is written as FOLDER.part and renamed when
     whole; an interrupted pass goes on where it last wrote its progress. Results go straight to
     memory-mapped files: 118,000 COCO pictures with 5 captions each never have to fit in memory.
+    Of two trainings that want the same, one computes and the other waits for it.
     """
     key = f"{clip.identity}|{data.name}|{data.fingerprint()}|{len(data)}"
     folder = Path(folder) / hashlib.sha256(key.encode()).hexdigest()[:16]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder.with_suffix(".lock")):
+        return embed_alone(clip, data, folder, batch_size)
+
+
+@contextmanager
+def locked(path):
+    """Only one process at a time gets in; the others wait."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: start the second training when the first has its embeddings
+        yield
+        return
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed, also by a crash
+        yield
+
+
+def embed_alone(clip, data, folder, batch_size):
+    """embed(), by the one process that is in here."""
     if folder.exists():
         try:
             return Embeddings(folder, clip.text_width)
@@ -383,11 +405,7 @@ def embed(clip, data, folder, batch_size=128):
     np.save(making / "caption_starts.npy", np.cumsum([0] + [len(cs) for cs in captions]))
     embed_captions(clip, list(unique), making, batch_size)
     embed_images(clip, data, making, batch_size)
-    try:
-        making.rename(folder)
-    except OSError:
-        if not folder.exists():  # else another process was faster with the same
-            raise
+    making.rename(folder)
     try:
         return Embeddings(folder, clip.text_width)
     except ValueError as e:

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffusion import GaussianDiffusion, guided, timestep_embedding
+from diffusion import GaussianDiffusion, evaluating, guided, timestep_embedding
 from prior import Block, attention
 
 # --- the U-Net's parts -----------------------------------------------------------------------
@@ -170,7 +170,8 @@ class UNet(nn.Module):
         Returns (B, out_channels, H, W). H and W: multiples of stem * 2^(levels - 1).
         """
         x = F.pixel_unshuffle(x, self.stem) if self.stem > 1 else x
-        # Channels last in memory: what convolutions on CPUs and tensor cores like best.
+        # Channels last in memory: what convolutions on CPUs and tensor cores like best. (Group
+        # norm on CUDA copies to channels first and back; not timed, as no GPU was there.)
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         skips = [x]
         for layer in self.down:
@@ -335,6 +336,7 @@ class Decoder(nn.Module):
         return guided(self, cond, uncond, scale)
 
     @torch.no_grad()
+    @evaluating
     def sample(self, image_emb=None, text_enc=None, text_mask=None, scale=1.0, steps=None, eta=None,
                size=None, generators=None, x_T=None, on_step=None):
         """Draw pictures (B, 3, size, size) in [-1, 1]; see network() for the conditions and scale.

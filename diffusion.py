@@ -15,6 +15,7 @@ one step below, and is written t = -1 (alpha_bar = 1).
 
 Read next: prior.py (diffusion of CLIP embeddings), decoder.py (of images).
 """
+import functools
 import math
 import warnings
 
@@ -455,6 +456,20 @@ class GaussianDiffusion(nn.Module):
                     known = self.q_sample(x_0, t_prev, noise)
                 x = torch.where(mask.bool(), x, known)
         return x
+
+
+def evaluating(sample):
+    """Decorates a model's sample(): it draws in eval mode, without dropout, and the model is then
+    in the mode that it was in, also after an error or Ctrl-C."""
+    @functools.wraps(sample)
+    def wrapped(self, *args, **settings):
+        was_training = self.training
+        self.eval()
+        try:
+            return sample(self, *args, **settings)
+        finally:
+            self.train(was_training)
+    return wrapped
 
 
 # --- guidance -----------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from common import autocast
+from data import UserError
 
 INVERSION_STEPS = 100  # there and back; fewer leave a larger error
 
@@ -98,7 +99,10 @@ def text_diff(pipeline, caption, baseline=None):
         start = pipeline.clip.encode_ids(empty.to(text_emb.device))[0]
     else:
         start = pipeline.text([baseline])[0]
-    return F.normalize(text_emb - start, dim=-1)
+    difference = text_emb - start
+    if difference.norm() < 1e-6:
+        raise UserError("--from and --to say the same to CLIP: there is no direction to turn to")
+    return F.normalize(difference, dim=-1)
 
 
 def edit(pipeline, picture, image_emb, direction, thetas, seed, steps=INVERSION_STEPS):

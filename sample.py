@@ -15,6 +15,7 @@ Letters: B pictures, D CLIP embedding, H, W picture sides.
 Read next: evaluate.py, which measures what comes out.
 """
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -166,7 +167,11 @@ def slugs(captions):
     for caption in captions:
         words = "".join(c if c.isalnum() else " " for c in caption.lower()).split()
         name = "-".join(words)[:60] or "caption"
-        names.append(name if name not in names else f"{name}-{len(names)}")
+        number = itertools.count(2)
+        unused = name
+        while unused in names:
+            unused = f"{name}-{next(number)}"
+        names.append(unused)
     return names
 
 

@@ -5,10 +5,10 @@
     python train.py export --preset base       # what the run has, small enough to give away
     torchrun --nproc-per-node 4 train.py prior --data folder --root PICTURES
 
-The one idea of this file: batch number k and the noise of step k are functions of (seed, k) and
-of nothing else. No random state has to be saved, so a training that was killed and resumed
-arrives at the same weights as one that was not: on a CPU bit for bit, on a GPU up to the order in
-which its sums are done.
+The one idea of this file: batch number k and the noise of step k are functions of the run's
+settings and k, and of nothing that came before. No random state has to be saved, so a training that
+was killed and resumed arrives at the same weights as one that was not: on a CPU bit for bit, on a
+GPU up to the order in which its sums are done.
 
 What differs between stages is above the loop: how large the model is and how long it trains
 (presets.py), what a batch is (Batches), what to look at (preview). The loop itself knows no stage.
@@ -138,14 +138,14 @@ def ignore_ctrl_c(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides when to stop
 
 
-def loader(batches, start, stop, workers):
+def loader(batches, start, stop, workers, device):
     """The batches start..stop-1 in order, made ahead of time by worker processes.
 
     batch_size=None: our data set's items are whole batches already.
     """
     return torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(start, stop), num_workers=workers,
-        worker_init_fn=ignore_ctrl_c, pin_memory=torch.cuda.is_available(),
+        worker_init_fn=ignore_ctrl_c, pin_memory=device.type == "cuda",
     )
 
 
@@ -330,7 +330,7 @@ def train(run, model, batches, val_batches, device, resume=None):
     begun = started = time.time()
     bar = tqdm(total=steps, initial=first, desc=run.stage, disable=None if run.writes else True)
     with Interrupt() as pause, bar:
-        ready = loader(batches, first, steps, settings["workers"])
+        ready = loader(batches, first, steps, settings["workers"], device)
         for step, (batch, seconds) in enumerate(timed(ready), first):
             waited = [w + seconds for w in waited]
             batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
@@ -353,8 +353,9 @@ def train(run, model, batches, val_batches, device, resume=None):
             bar.update()
 
             done = step + 1
-            pause.agree(device)
-            saving = done % settings["save_every"] == 0 or done == steps or pause.asked
+            if batches.world == 1 or device.type == "cpu" or done % every_log == 0:
+                pause.agree(device)
+            saving = done % settings["save_every"] == 0 or done == steps or pause.agreed
             looking = done % settings["sample_every"] == 0 or done == steps
             if done == steps and hasattr(model, "finish"):
                 finish(averaged, ema, batch, device)
@@ -375,7 +376,7 @@ def train(run, model, batches, val_batches, device, resume=None):
                 if saving:
                     run.save(done, model, ema, optimizers)
                 losses, started, waited[0] = [], time.time(), 0.0
-            if pause.asked:
+            if pause.agreed:
                 raise KeyboardInterrupt(f"{run.path} is saved at step {done}: --resume goes on")
     if dist.is_initialized():
         dist.barrier()  # nobody reads the checkpoint before it is written
@@ -439,7 +440,8 @@ class Interrupt:
     """Ctrl-C asks the loop to stop after the step it is in, where everything fits together."""
 
     def __enter__(self):
-        self.asked, self.before = False, signal.signal(signal.SIGINT, self.ask)
+        self.asked, self.agreed = False, False
+        self.before = signal.signal(signal.SIGINT, self.ask)
         return self
 
     def ask(self, *_):
@@ -447,11 +449,13 @@ class Interrupt:
         self.__exit__()  # a second Ctrl-C stops at once
 
     def agree(self, device):
-        """Of several processes all must stop after the same step, or some would wait for ever."""
+        """Of several processes all must stop after the same step, or some would wait for ever.
+        Of several GPUs each waits for its own here, so they are not asked at every step."""
+        self.agreed = self.asked
         if dist.is_initialized():
             asked = torch.tensor(float(self.asked), device=device)
             dist.all_reduce(asked, dist.ReduceOp.MAX)
-            self.asked = asked.item() > 0
+            self.agreed = asked.item() > 0
 
     def __exit__(self, *_):
         signal.signal(signal.SIGINT, self.before)
@@ -489,16 +493,17 @@ def prepare(stage, args, clip):
         if "optimizer" not in resume and resume["step"] < settings["steps"]:
             print(f"note: {path} has only averaged weights: the optimizer starts anew from them")
         model = checkpoints.build(resume, path)
-        model.clip = resume["clip"]
+        model.clip = resume.get("clip")
         if clip is not None:
             checkpoints.check_clip(model, clip, path)
         for key in ("batch_size", "lr", "muon", "seed", "steps", "decay", "fingerprint", "world"):
-            if resume["run"].get(key) != settings[key]:
-                print(f"note: {path}: {key} was {resume['run'].get(key)}, is {settings[key]} now")
+            before = resume.get("run", {}).get(key)
+            if before != settings[key]:
+                print(f"note: {path}: {key} was {before}, is {settings[key]} now")
     elif path.exists():
         raise UserError(f"{path} is there: --resume continues it, another --out starts afresh")
     embeddings = [None, None]
-    if needs_clip(stage):
+    if needs_clip(stage) and not (resume and resume["step"] >= settings["steps"]):
         embeddings = embed_both(clip, data, val, Path(args.out) / "cache")
     if not resume:
         torch.manual_seed(args.seed)
@@ -579,7 +584,7 @@ def main(argv=None):
     add("--clip", default="small", help="small, trained here; or open_clip's MODEL:TAG_OR_FILE")
     add("--preset", default="tiny", help="sizes and steps: " + ", ".join(PRESETS))
     add("--out", help="folder of the run (default: runs/DATA-PRESET)")
-    add("--to", help="what export or plot writes (default: weights/shapes; RUN/loss.png)")
+    add("--to", help="what export or plot writes (plot's default: RUN/loss.png)")
     add("--steps", type=positive, help="training steps (default: the preset's)")
     add("--batch-size", type=positive, help="pictures a step, over all processes")
     add("--lr", type=positive_number, help="highest learning rate (default: the preset's)")
@@ -587,7 +592,8 @@ def main(argv=None):
     add("--resume", action="store_true", help="continue from the checkpoints in --out")
     add("--save-every", type=positive, help="steps between checkpoints")
     add("--sample-every", type=positive, help="steps between sample grids")
-    add("--workers", type=natural, default=2, help="processes that prepare batches")
+    add("--workers", type=natural, default=min(8, os.cpu_count() or 1),
+        help="processes that prepare batches")
     add("--compile", action="store_true", help="torch.compile the loss: faster steps on a GPU")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--seed", type=natural, default=0, help="of weights, batches and noise")
@@ -612,16 +618,19 @@ def main(argv=None):
         raise UserError(f"unknown preset '{args.preset}': use {' or '.join(PRESETS)}")
     args.out = args.out or f"runs/{args.data}-{args.preset}"
     if args.stage == "export":
-        return export(args.out, args.to or "weights/shapes")
+        if not args.to:
+            raise UserError("export: give --to, the folder for the copies")
+        return export(args.out, args.to)
 
     device = choose_device(args.device)
-    if "RANK" in os.environ:  # started by torchrun
+    if dist.is_torchelastic_launched():  # by torchrun
         if device.type == "cuda":
             device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
-            torch.cuda.set_device(device)
         # The others wait while the first process computes embeddings, which can take hours.
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=12))
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     try:
         for stage in ORDER if args.stage == "all" else [args.stage]:
             if stage == "clip" and args.clip != "small":

@@ -30,7 +30,7 @@ from torch import nn
 
 from data import UserError
 from decoder import TimeEmbedding, UNet
-from diffusion import GaussianDiffusion
+from diffusion import GaussianDiffusion, evaluating
 
 
 @dataclass(frozen=True)
@@ -266,6 +266,7 @@ class Upsampler(nn.Module):
         return losses.mean()
 
     @torch.no_grad()
+    @evaluating
     def sample(self, low, steps=None, generators=None, on_step=None):
         """Enlarge pictures by the factor f with DDIM, eta 0 (paper table 3: sampling variance).
 
@@ -279,12 +280,7 @@ class Upsampler(nn.Module):
         # Made once, outside the loop. Each step then holds x_t, this, and the network's own memory.
         cond = self.condition(low)
         steps = self.config.sample_steps if steps is None else steps
-        was_training = self.training
-        self.eval()  # no dropout while drawing
-        try:
-            return self.diffusion.ddim_sample(
-                lambda x_t, t: self(x_t, t, cond), cond.shape, steps,
-                generators=generators, on_step=on_step,
-            )
-        finally:
-            self.train(was_training)  # also after an error or Ctrl-C
+        return self.diffusion.ddim_sample(
+            lambda x_t, t: self(x_t, t, cond), cond.shape, steps,
+            generators=generators, on_step=on_step,
+        )

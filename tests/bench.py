@@ -137,7 +137,7 @@ def bench_prior_cache(device):
 def race(stage, arms, args, device):
     """Validation loss against time of some ways to train a stage on 5,000 scenes.
 
-    arms: name -> (fields of the model's config, Muon's learning rate in Adam's, None: Adam alone).
+    arms: name -> (fields of the model's config, Muon's rate in multiples of Adam's, or None).
     """
     clip = checkpoints.load_clip(default_weights(), device=device)
     training = recipe(args.preset, stage)[1]
@@ -206,7 +206,7 @@ def main(argv=None):
     if args.race == "copies":
         return race("prior", {f"K = {k}": ({"copies": k}, None) for k in (1, 4)}, args, device)
     if args.race == "optimizers":
-        muon = recipe(args.preset, "decoder")[1]["muon"]
+        muon = recipe(args.preset, "decoder")[1].get("muon", 5.0)
         arms = {"Adam": ({}, None), "Adam and Muon": ({}, muon)}
         return race("decoder", arms, args, device)
     peaks = {kind: matmul_peak(device, kind) for kind in (torch.float32, torch.bfloat16)}

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -475,6 +476,19 @@ def test_other_data_and_other_clips_are_computed_again(small, tmp_path, passes):
     assert passes() == (5, 5)  # all of them are kept, side by side
 
 
+def test_a_second_training_waits_while_the_first_computes(small, tmp_path, passes):
+    embed(small, Data(), tmp_path / "other")  # to know the lock's name
+    (name,) = (p.name for p in (tmp_path / "other").iterdir() if p.suffix == ".lock")
+    (tmp_path / "both").mkdir()
+    second = threading.Thread(target=embed, args=(small, Data(), tmp_path / "both"))
+    with clip_model.locked(tmp_path / "both" / name):
+        second.start()
+        second.join(0.5)
+        assert second.is_alive() and passes() == (1, 1)
+    second.join(60)
+    assert not second.is_alive() and passes() == (2, 2)
+
+
 @pytest.mark.parametrize("broken_call", [2, 3, 4, 5])
 def test_an_interrupted_pass_goes_on_where_it_was(broken_call, small, tmp_path, monkeypatch):
     """Killed at any batch: what was noted as written is not computed again, the rest is."""
@@ -493,7 +507,7 @@ def test_an_interrupted_pass_goes_on_where_it_was(broken_call, small, tmp_path, 
             m.setattr(FrozenClip, name, lambda self, x, o=original: breaks(self, x, o))
         with pytest.raises(KeyboardInterrupt):
             embed(small, Data(), tmp_path / "cut", batch_size=2)
-        assert [p.suffix for p in (tmp_path / "cut").iterdir()] == [".part"]
+        assert {p.suffix for p in (tmp_path / "cut").iterdir()} == {".part", ".lock"}
         done = sum(calls[:-1])
         calls[:] = [None] * 100  # never breaks again
         again = embed(small, Data(), tmp_path / "cut", batch_size=2)
@@ -510,7 +524,7 @@ def test_a_full_disk_leaves_nothing_that_looks_finished(small, tmp_path, passes,
         m.setattr(os, "posix_fallocate", full)
         with pytest.raises(OSError):
             embed(small, Data(), tmp_path)
-    assert all(p.suffix == ".part" for p in tmp_path.iterdir())
+    assert all(p.suffix in (".part", ".lock") for p in tmp_path.iterdir())
     embed(small, Data(), tmp_path)
     assert passes() == (1, 1)
 

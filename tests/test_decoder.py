@@ -451,7 +451,8 @@ def test_flat_grey_pictures_keep_their_grey(monkeypatch, eta):
         return torch.cat([v, torch.zeros_like(v)], dim=1)
 
     monkeypatch.setattr(model, "forward", oracle)
-    pictures = model.sample(unit(3, D), eta=eta)  # seen elsewhere: rescaling by each one's min and max
+    # Seen elsewhere: rescaling by each picture's own min and max.
+    pictures = model.sample(unit(3, D), eta=eta)
     assert_close(pictures, greys.expand(3, 3, 16, 16), rtol=0, atol=1e-4)
 
 
@@ -512,6 +513,14 @@ def test_the_same_weights_draw_at_32_and_64_pixels(size):
         visited.append(model.sample(e, size=size, steps=3, generators=seeds([1, 2])))
     assert visited[0].shape == (2, 3, size, size) and visited[0].isfinite().all()
     assert differs(*visited)
+
+
+def test_a_decoder_in_training_draws_without_dropout():
+    model, emb = make_decoder(dropout=0.5), unit(1, D)
+    expected = model.eval().sample(emb, steps=2, generators=seeds([1]))
+    drawn = model.train().sample(emb, steps=2, generators=seeds([1]))
+    assert_close(drawn, expected, rtol=0, atol=0)
+    assert model.training and model.unet.training
 
 
 def test_sampling_takes_the_configured_steps_or_those_asked_for():

@@ -11,8 +11,8 @@ from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
 from data import UserError
-from diffusion import (GaussianDiffusion, cosine_betas, discretized_log_likelihood, expand, guided,
-                       linear_betas, randn, timestep_embedding)
+from diffusion import (GaussianDiffusion, cosine_betas, discretized_log_likelihood, evaluating,
+                       expand, guided, linear_betas, randn, timestep_embedding)
 
 T = 100
 SHAPE = (4, 3, 5, 7)
@@ -919,3 +919,21 @@ def test_without_focus_all_levels_are_alike_and_validation_chooses_its_own():
 def test_a_focus_outside_of_the_levels_is_refused(focus):
     with pytest.raises(UserError, match="focus"):
         GaussianDiffusion(T=10, focus=focus)
+
+
+class Drawing(torch.nn.Module):
+    @evaluating
+    def sample(self, fails=False):
+        if fails:
+            raise KeyboardInterrupt
+        return self.training
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_draws_in_eval_mode_and_is_then_as_it_was(training):
+    model = Drawing().train(training)
+    assert model.sample() is False and model.training is training
+    with pytest.raises(KeyboardInterrupt):
+        model.sample(fails=True)
+    assert model.training is training
+

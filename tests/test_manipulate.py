@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 import manipulate
 import sample
+from data import UserError
 from sample import Pipeline
 
 
@@ -128,6 +129,11 @@ def test_text_diff_is_the_unit_vector_between_two_captions(pipeline):
     empty = manipulate.text_diff(pipeline, "a blue circle")
     assert_close(empty.norm(dim=1), torch.ones(1))
     assert not torch.allclose(empty, direction, atol=1e-3)
+
+
+def test_two_captions_of_one_meaning_have_no_direction(pipeline):
+    with pytest.raises(UserError, match="the same to CLIP"):
+        manipulate.text_diff(pipeline, "a red circle", "a red circle")
 
 
 def test_an_edit_starts_at_the_picture_and_turns_towards_the_direction(pipeline, monkeypatch):

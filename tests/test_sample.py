@@ -31,6 +31,10 @@ def test_text_writes_a_picture_each_and_a_grid_and_says_where(micro_run, tmp_pat
     assert Image.open(tmp_path / "grid_a-red-circle_5.png").width == 2 * (128 + 4) + 4
 
 
+def test_no_two_captions_share_a_file():
+    assert sample.slugs(["Red", "red 2", "red!", "..."]) == ["red", "red-2", "red-3", "caption"]
+
+
 def test_out_can_name_the_grid(micro_run, tmp_path):
     draw(micro_run, tmp_path / "here" / "sheet.png", "-n", "1")
     assert sorted(p.name for p in (tmp_path / "here").iterdir()) == [

@@ -331,6 +331,18 @@ def test_ctrl_c_saves_the_step_it_is_in_and_resume_goes_on(tmp_path, uninterrupt
     assert_same(weights(tmp_path), weights(uninterrupted))
 
 
+def test_export_does_not_write_over_the_shipped_weights(micro_run, capsys):
+    assert train.main(["export", "--out", str(micro_run)]) == 2
+    assert "--to" in capsys.readouterr().err
+
+
+def test_a_finished_stage_needs_no_embeddings(micro_run, monkeypatch, capsys):
+    monkeypatch.setattr(train, "embed", None)  # computing them would fail
+    run = ["prior", "--preset", "micro", "--out", str(micro_run), "--resume", "--workers", "0"]
+    assert train.main(run) == 0
+    assert "already trained" in capsys.readouterr().out
+
+
 def test_a_finished_stage_is_left_alone(tmp_path, capsys):
     run = [*UPSAMPLER, "--steps", "2", "--out", str(tmp_path)]
     assert train.main(run) == 0
