@@ -330,10 +330,15 @@ class Embeddings:
     def __len__(self):
         return len(self.image_emb)
 
+    def which_captions(self, indices, rng):
+        """Which of its captions, 0 for its first, each picture of `indices` gets, drawn by rng."""
+        first, last = (self.caption_starts[np.asarray(indices) + k] for k in (0, 1))
+        return (rng.random(len(indices)) * (last - first)).astype(int)
+
     def draw_captions(self, indices, rng):
         """The number of one caption for each picture of `indices`, drawn by rng."""
-        first, last = (self.caption_starts[np.asarray(indices) + k] for k in (0, 1))
-        return self.caption_ids[first + (rng.random(len(indices)) * (last - first)).astype(int)]
+        first = self.caption_starts[np.asarray(indices)]
+        return self.caption_ids[first + self.which_captions(indices, rng)]
 
     def pairs(self, indices, rng):
         """Embeddings (n, D) of pictures and of a caption each, float32: no token features."""

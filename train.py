@@ -209,7 +209,10 @@ def preview(stage, model, batches, step, device):
         else:
             drawn = model.sample(batch["low"], generators=generators)
     if stage.startswith("decoder"):
-        return {}, drawn, [batches.data.captions(i)[-1] for i in indices]
+        # The captions that were read: of each picture's, the one that the batch drew by this rng.
+        which = batches.embeddings.which_captions(indices, np.random.default_rng(0))
+        captions = [batches.data.captions(i)[k] for i, k in zip(indices, which, strict=True)]
+        return {}, drawn, captions
     # Pixels span a range of 2, so PSNR = 10 log10(2^2 / mse).
     mse = (drawn - batch["image"]).square().mean().item()
     low = nn.functional.interpolate(batch["low"], drawn.shape[-2:], mode="nearest")

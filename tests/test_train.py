@@ -16,6 +16,7 @@ from PIL import Image
 
 import checkpoint as checkpoints
 import train
+from clip_model import embed
 from conftest import MICRO, ROOT
 from data import Shapes
 from decoder import DecoderConfig
@@ -329,6 +330,25 @@ def test_ctrl_c_saves_the_step_it_is_in_and_resume_goes_on(tmp_path, uninterrupt
     ]
     assert train.main([str(a) for a in run]) == 0
     assert_same(weights(tmp_path), weights(uninterrupted))
+
+
+def test_the_grid_shows_the_captions_that_the_decoder_read(micro_run, tmp_path, monkeypatch):
+    clip, data, seen = checkpoints.load_clip(micro_run), Shapes(24, "val"), {}
+    path = micro_run / "decoder_caption.pt"
+    model = checkpoints.build(checkpoints.load_checkpoint(path), path)
+    batches = Batches("decoder_caption", model.config, data, embed(clip, data, tmp_path),
+                      {"batch_size": 16, "half_size_until": 0, "steps": 1})
+
+    def draw(image_emb, text_enc, text_mask, **settings):
+        seen.update(text_enc=text_enc, text_mask=text_mask)
+        return torch.zeros(len(text_enc), 3, 16, 16)
+
+    monkeypatch.setattr(model, "sample", draw)
+    _, _, captions = train.preview("decoder_caption", model, batches, 1, torch.device("cpu"))
+    _, text_enc, text_mask = clip.encode_text(captions)
+    assert len(set(map(len, captions))) > 1
+    torch.testing.assert_close(seen["text_enc"][seen["text_mask"]], text_enc[text_mask],
+                               rtol=1e-2, atol=1e-2)
 
 
 def test_export_does_not_write_over_the_shipped_weights(micro_run, capsys):
