@@ -14,6 +14,7 @@ Read next: evaluate.py, then findings.py.
 
 import math
 import warnings
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -192,6 +193,6 @@ def share_interval(values):
 def entropy(values):
     """Entropy in nats of the values' frequencies; None and -1 are not seen and left out."""
     values = [v for v in values if v is not None and v != -1]
-    counts = np.unique(values, return_counts=True)[1] if values else np.array([1])
+    counts = np.array(list(Counter(values).values()) or [1])
     shares = counts / counts.sum()
     return float(-(shares * np.log(shares)).sum())
