@@ -598,7 +598,7 @@ def test_a_batch_depends_on_its_generator_alone(small, tmp_path, passes):
 
 def test_embeddings_can_be_moved_to_another_folder(small, tmp_path, passes):
     stored = embed(small, Data(), tmp_path / "here")
-    (folder,) = (tmp_path / "here").iterdir()
+    (folder,) = (p for p in (tmp_path / "here").iterdir() if p.is_dir())
     shutil.copytree(folder, tmp_path / "there")
     again = Embeddings(tmp_path / "there", small.text_width)
     for name, value in again.batch([0, 1], np.random.default_rng(0)).items():

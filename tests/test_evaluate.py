@@ -41,7 +41,9 @@ def test_a_perfect_pipeline_scores_one_everywhere(micro_run, tmp_path, monkeypat
 
     def renderings(pipeline, captions, args, condition, image_emb=None):
         data = Shapes(args.n, next(rows), args.seed)
-        return torch.stack([data.image(i, 64) for i in range(len(captions))])
+        pictures = torch.stack([data.image(i, 64) for i in range(len(captions))])
+        yield slice(0, 20), pictures[:20]
+        yield slice(20, 60), pictures[20:]
 
     monkeypatch.setattr(evaluate, "draw", renderings)
     table = run(micro_run, tmp_path, "-n", "60")
@@ -80,7 +82,8 @@ class FakeClip:
     image_size, mean = 64, torch.zeros(1)
 
     def __init__(self, sees):
-        self.sees, self.true = sees, {wrong_captions(Shapes(60, "val").scene(i))[0] for i in TWO}
+        self.sees, self.asked = sees, 0
+        self.true = {wrong_captions(Shapes(60, "val").scene(i))[0] for i in TWO}
 
     def to(self, device):
         return self
@@ -89,8 +92,11 @@ class FakeClip:
         return torch.tensor([[1.0, 0.0]])
 
     def encode_text(self, captions):
-        assert captions[0] in self.true and 3 <= len(captions) <= 4
-        return torch.tensor([[1.0, 0.0]] + [self.sees] * (len(captions) - 1)), None, None
+        self.asked += 1
+        if self.asked % 2:  # first the true one, then the wrong one
+            assert captions[0] in self.true
+            return torch.tensor([[1.0, 0.0]]), None, None
+        return torch.tensor([self.sees]), None, None
 
 
 TWO = [i for i in range(60) if len(Shapes(60, "val").scene(i).things) == 2]
