@@ -126,6 +126,9 @@ def test_everything_survives_in_the_scene_itself_and_nothing_in_another():
     assert np.isnan(same["rotation"]).sum() == sum(t.shape == "circle" for t in true)
     other = kept(true[1:] + true[:1], true)
     assert all(abs(survival(k, np.nanmean(v))) < 0.45 for k, v in other.items())
+    misshapen = kept([replace(t, shape="sign") for t in true], true)
+    assert all(np.isnan(misshapen[k]).all() for k in ("rotation", "shade", "place, down"))
+    assert (misshapen["colour"] == 1).all() and (misshapen["shape"] == 0).all()
     nothing = kept([None] * len(true), true)
     assert all(survival(k, np.mean(nothing[k])) < 0 for k in ("colour", "shape", "size"))
     assert all(np.isnan(nothing[k]).all() for k in ("rotation", "shade", "place, down"))
@@ -230,11 +233,14 @@ def test_shares_are_given_with_their_number_and_wilsons_interval():
 
 
 def test_a_sheet_has_a_row_a_set_beside_its_name_and_below_its_captions():
-    black, white = -torch.ones(2, 3, S, S), torch.ones(2, 3, S, S)
-    picture = sheet([black, white], ["one", "two"], ["a b", "c"])
+    shades = torch.tensor([-1.0, -0.6, -0.2, 0.2]).view(2, 2, 1, 1, 1).expand(2, 2, 3, S, S)
+    picture = sheet(list(shades), ["one", "two"], ["a b", "c"])
     assert picture.width == 128 + 2 * (128 + 4) + 4
-    assert picture.getpixel((128 + 60, 24 + 4 + 60)) == (0, 0, 0)
-    assert picture.getpixel((128 + 60, 24 + 4 + 132 + 60)) == (255, 255, 255)
+    for row, column in np.ndindex(2, 2):
+        x, y = 128 + 4 + 132 * column, 24 + 4 + 132 * row
+        wanted = round((shades[row, column, 0, 0, 0].item() + 1) * 127.5)
+        for dx, dy in ((1, 1), (126, 126)):
+            assert picture.getpixel((x + dx, y + dy)) == (wanted,) * 3
 
 
 def test_glide_says_so_where_another_stands_in_for_it(lab, monkeypatch):
