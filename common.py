@@ -84,7 +84,7 @@ class Parser(argparse.ArgumentParser):
 def known_failure(e):
     """What to do about a failure that is the machine's and not the program's; None of any other."""
     words = (str(e).strip() or type(e).__name__).splitlines()[0][:100]
-    memory = ("allocate memory", "ALLOC_FAILED", "DataLoader worker")
+    memory = ("allocate memory", "ALLOC_FAILED", "is killed by signal")
     if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or any(m in str(e) for m in memory):
         return (f"out of memory ({words}); try a smaller --batch-size or fewer --workers in "
                 "training, a smaller -n or --size in drawing")

@@ -366,8 +366,9 @@ def judge_clip(args):
     for i in tqdm(scenes, "comparing", disable=None):
         true, wrong = wrong_captions(data.scene(i))
         image_emb = clip.encode_image(data.image(i, clip.image_size)[None].to(clip.mean.device))
-        for name, other in wrong.items():
-            right[name] += prefers(clip, image_emb, [true], [other]).tolist()
+        better = prefers(clip, image_emb, [true], list(wrong.values()))
+        for name, answer in zip(wrong, better.tolist(), strict=True):
+            right[name].append(answer)
     table = {name: {"right": sum(x) / max(1, len(x)), "n": len(x)} for name, x in right.items()}
     for name, row in table.items():
         print(f"{name:12}{row['right']:8.1%} of {row['n']}, chance 50%")

@@ -103,7 +103,8 @@ def wrong_captions(scene):
 def prefers(clip, emb, true, wrong):
     """Per embedding (n, D): 1 if it is closer to its true caption than to its wrong one, else 0.
 
-    Equally close to both, it is a guess: half right. true, wrong: n captions each. Returns (n,).
+    Equally close to both, it is a guess: half right. true, wrong: n captions each, or one true one
+    and its embedding against n wrong ones. Returns (n,).
     """
     gap = ((clip.encode_text(true)[0] - clip.encode_text(wrong)[0]) * emb).sum(1).cpu().numpy()
     return np.where(np.abs(gap) < 1e-6, 0.5, gap > 0)

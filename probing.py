@@ -140,7 +140,7 @@ def f9(lab):
     result.claims = [
         ("CLIP's relations: from its share right to 75%, half-way between chance and always",
          bootstrap(lambda v: 0.75 - v.mean(), true_relation)),
-        ("unCLIP's words: from the share read to a half",
+        ("unCLIP's words: from the share read to a half",  # unCLIP's are the last that were read
          bootstrap(lambda v: 0.5 - v.mean(), read)),
     ]
     pairs = sheet([drawn["unCLIP"]], ["unCLIP"], captions)

@@ -21,10 +21,11 @@ def test_a_device_that_is_not_there_is_a_users_mistake(name):
         choose_device(name)
 
 
-def test_any_other_failure_keeps_its_traceback():
+@pytest.mark.parametrize("where", ["", "Caught RuntimeError in DataLoader worker process 0.\n"])
+def test_any_other_failure_keeps_its_traceback(where):
     @exit_code
     def main(argv):
-        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+        raise RuntimeError(f"{where}mat1 and mat2 shapes cannot be multiplied")
 
     with pytest.raises(RuntimeError, match="mat1"):
         main([])

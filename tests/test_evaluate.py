@@ -96,7 +96,7 @@ class FakeClip:
         if self.asked % 2:  # first the true one, then the wrong one
             assert captions[0] in self.true
             return torch.tensor([[1.0, 0.0]]), None, None
-        return torch.tensor([self.sees]), None, None
+        return torch.tensor([self.sees] * len(captions)), None, None
 
 
 TWO = [i for i in range(60) if len(Shapes(60, "val").scene(i).things) == 2]
