@@ -339,8 +339,9 @@ class GaussianDiffusion(nn.Module):
         self.x_0_variance.copy_(errors[right - 1].lerp(errors[right], fraction))
 
     def check_range(self, x_0):
-        """Are the images in [-1, 1]? On the first batch only, as it waits for the device."""
-        if self.range_checked or not self.clip_x_0:
+        """Are the images in [-1, 1]? On the first batch only, as it waits for the device; and not
+        in compiled code, whose graph would break here: there validation batches are looked at."""
+        if self.range_checked or not self.clip_x_0 or torch.compiler.is_compiling():
             return
         self.range_checked = True
         low, high = x_0.min().item(), x_0.max().item()
