@@ -259,6 +259,28 @@ def test_a_quarter_draws_its_own_levels_and_leaves_training_all_of_them(monkeypa
     assert train.validate("upsampler1", model, batches, 0, torch.device("cpu")) == one
 
 
+@pytest.mark.parametrize("stage", checkpoints.STAGES)
+def test_a_compiled_loss_is_one_graph_and_the_same_number(stage, micro_run, tmp_path):
+    """What --compile hands to the compiler, but not its code generator, which takes minutes.
+
+    fullgraph: an error where the graph would break, as at a look at a number in a tensor."""
+    model = checkpoints.load_stage(micro_run, stage)
+    model.train()
+    if hasattr(model, "diffusion"):
+        model.diffusion.range_checked = False  # as before a training's first step
+    data, embeddings = Shapes(24), None
+    if train.needs_clip(stage):
+        embeddings = embed(checkpoints.load_clip(micro_run, "small"), data, tmp_path)
+    batch = Batches(stage, model.config, data, embeddings,
+                    {"batch_size": 8, "seed": 0, "steps": 3, "half_size_until": 0.0})[0]
+    compiled = torch.compile(train.Loss(model), backend="eager", fullgraph=True)
+    numbers = []
+    for loss in (compiled, model.loss):
+        torch.manual_seed(0)
+        numbers.append(loss(batch).item())
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-5)
+
+
 def test_a_finished_checkpoint_says_how_it_was_made(micro_run):
     for stage in checkpoints.STAGES:
         made = checkpoints.load_checkpoint(micro_run / f"{stage}.pt")
