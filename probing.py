@@ -164,42 +164,51 @@ def sign_scene(word, x=0.5, y=0.5, radius=0.37):
 
 @lru_cache
 def word_views():
-    """Each word on signs of each size, at whole and half pixels: (word, half sides, drawing)."""
-    views = []
-    for word, radius, dx, dy in product(WORDS, (0.34, 0.37, 0.40), (0, 0.5), (0, 0.5)):
-        scene = sign_scene(word, 0.5 + dx / S, 0.5 + dy / S, radius)
-        half = round(0.75 * radius * S), round(0.28 * radius * S)
-        drawing = np.asarray(render(scene, S).convert("L"), float)
-        views.append((word, half, window(drawing, S // 2, S // 2, *half)))
+    """Each word on signs of each size, at whole and half pixels.
+
+    Returns {half sides of a window: (height and width, its words, its drawings (words, pixels))}.
+    """
+    views = {}
+    for radius in (0.34, 0.37, 0.40):
+        half, words, drawings = (round(0.75 * radius * S), round(0.28 * radius * S)), [], []
+        for word, dx, dy in product(WORDS, (0, 0.5), (0, 0.5)):
+            scene = sign_scene(word, 0.5 + dx / S, 0.5 + dy / S, radius)
+            drawing = window(np.asarray(render(scene, S).convert("L"), float), S // 2, S // 2, half)
+            words.append(word)
+            drawings.append(standard(drawing))
+        views[half] = drawing.shape, words, np.stack(drawings)
     return views
 
 
 def read_word(picture):
     """The word of WORDS whose drawing is most like the sign in a picture, or None without a sign.
 
-    The sign's place is known to a pixel or two, so each drawing is tried at several.
+    Alike: highest correlation, so no matter how bright, or how strong the contrast. The sign's
+    place is known to a pixel or two, so each drawing is tried at several.
     """
     signs = [t for t in judge(picture).things if t.shape == "sign"]
     if not signs:
         return None
     grey, best = at_judging_size(picture).mean(-1), (-1.0, None)
     x, y = int(signs[0].x * S), int(signs[0].y * S)
-    for (word, half, wanted), dx, dy in product(word_views(), range(-2, 3), range(-2, 3)):
-        there = window(grey, x + dx, y + dy, *half)
-        if there.shape == wanted.shape:
-            best = max(best, (correlation(there, wanted), word))
+    for half, (shape, words, drawings) in word_views().items():
+        for dx, dy in product(range(-2, 3), range(-2, 3)):
+            there = window(grey, x + dx, y + dy, half)
+            if there.shape == shape:  # whole, not cut by the picture's edge
+                alike = drawings @ standard(there)
+                best = max(best, (float(alike.max()), words[alike.argmax()]))
     return best[1]
 
 
-def window(picture, x, y, half_w, half_h):
-    """The pixels of (H, W) around (x, y), as many as lie inside."""
-    return picture[max(0, y - half_h):y + half_h, max(0, x - half_w):x + half_w]
+def window(picture, x, y, half):
+    """The pixels of (H, W) around (x, y), as many as lie inside; half: its half width and height."""
+    return picture[max(0, y - half[1]):y + half[1], max(0, x - half[0]):x + half[0]]
 
 
-def correlation(a, b):
-    """Correlation of two windows of one shape: no matter how bright, or how strong the contrast."""
-    a, b = a - a.mean(), b - b.mean()
-    return float((a * b).sum() / (np.linalg.norm(a) * np.linalg.norm(b) + 1e-6))
+def standard(pixels):
+    """Pixels as one vector of mean 0 and length 1: products of two such are correlations."""
+    pixels = pixels.ravel() - pixels.mean()
+    return pixels / (np.linalg.norm(pixels) + 1e-6)
 
 
 # --- F10: what an embedding holds ------------------------------------------------------------
