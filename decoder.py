@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffusion import GaussianDiffusion, evaluating, guided, timestep_embedding
+from diffusion import GaussianDiffusion, at_least_float32, evaluating, guided
+from diffusion import timestep_embedding
 from prior import Block, attention
 
 # --- the U-Net's parts -----------------------------------------------------------------------
@@ -42,9 +43,17 @@ class TimeEmbedding(nn.Module):
         return self.net(timestep_embedding(t, self.dim).to(self.net[0].weight.dtype))
 
 
+class GroupNorm(nn.GroupNorm):
+    """In float32, also where the network runs in bfloat16: autocast does so on GPUs, but not on
+    CPUs, where PyTorch's bfloat16 group norm is many times slower when channels come last."""
+
+    def forward(self, x):
+        return super().forward(at_least_float32(x)).to(x.dtype)
+
+
 def group_norm(channels):
     """At most 32 groups (ADM) and at least 4 channels in each: our networks are narrow."""
-    return nn.GroupNorm(math.gcd(32, channels // 4), channels)
+    return GroupNorm(math.gcd(32, channels // 4), channels)
 
 
 def zero(module):
@@ -159,7 +168,10 @@ class UNet(nn.Module):
                 )
                 c = width
             if i > 0:
-                self.up.append(nn.Conv2d(c, c, 3, padding=1))
+                # ADM keeps c channels here; ours go down to the next level's at once. Because:
+                # at the doubled side this convolution would cost as much as the level itself.
+                self.up.append(nn.Conv2d(c, widths[i - 1], 3, padding=1))
+                c = widths[i - 1]
 
         self.norm_out = group_norm(c)
         self.conv_out = zero(nn.Conv2d(c, out_channels * stem**2, 3, padding=1))
@@ -202,6 +214,10 @@ class DecoderConfig:
     blocks: int = 1
     attention_levels: tuple = (2, 3)  # 16x16 and 8x8. Paper: 32, 16 and 8.
     head_channels: int = 32  # Paper: 64
+    emb_width: int | None = None  # E; None: 4 * channels, as in ADM
+    # Paper: the embedding is projected. We: may give it a hidden layer of so many units first.
+    # Because: which colour belongs to which shape cannot be read from it by a projection alone.
+    image_hidden: int | None = None
     context_width: int = 128  # X
     text_depth: int = 2  # blocks of the text transformer. Paper: 24
     dropout: float = 0.0  # Paper: 0.1, for 800K iterations
@@ -228,12 +244,15 @@ class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        X, E = config.context_width, 4 * config.channels
+        X, E = config.context_width, config.emb_width or 4 * config.channels
         self.time = TimeEmbedding(config.channels, E)
         # Pathway 1: the embedding joins the timestep. Pathway 2: it becomes four context tokens.
         self.null_image_emb = nn.Parameter(torch.randn(config.dim) / math.sqrt(config.dim))
-        self.image_to_time = nn.Linear(config.dim, E)
-        self.image_to_tokens = nn.Linear(config.dim, IMAGE_TOKENS * X)
+        H = config.image_hidden or config.dim
+        hidden = nn.Sequential(nn.Linear(config.dim, H), nn.SiLU())
+        self.image_in = hidden if config.image_hidden else nn.Identity()
+        self.image_to_time = nn.Linear(H, E)
+        self.image_to_tokens = nn.Linear(H, IMAGE_TOKENS * X)
         # The caption: GLIDE trains its own text transformer and adds its last token to the
         # timestep embedding. Ours starts from CLIP's token features. Because: little data.
         self.text_in = nn.Linear(config.text_width, X)
@@ -279,6 +298,7 @@ class Decoder(nn.Module):
         null = self.null_image_emb.to(image_emb.dtype)
         image_emb = torch.where(keep_image_emb[:, None], image_emb, null)
         image_emb = image_emb * math.sqrt(image_emb.shape[-1])  # entries of size 1, not 1 / sqrt(D)
+        image_emb = self.image_in(image_emb)  # (B, D), or (B, image_hidden)
         image_tokens = self.image_to_tokens(image_emb).unflatten(1, (IMAGE_TOKENS, -1))
 
         tokens, last = self.encode_caption(text_enc, text_mask)

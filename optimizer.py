@@ -29,21 +29,20 @@ A, B, C, ROUNDS = 3.4445, -4.7750, 2.0315, 5
 def orthogonalise(matrices):
     """(..., rows, columns) -> U V^T, nearly, of each one's singular value decomposition U S V^T.
 
-    Newton-Schulz iteration: x becomes p x with p = a + b x x^T + c (x x^T)^2. All p commute with
-    x x^T, so the rounds can be done on that small square, and x is multiplied once, at the end.
+    Newton-Schulz iteration: x becomes (a + b x x^T + c (x x^T)^2) x.
     The singular values must begin below 1.2: divided by the Frobenius norm, the root of the sum of
-    their squares, none is above 1. Zero stays zero.
+    their squares, none is above 1. Zero stays zero. Under autocast it computes in bfloat16, which
+    is accurate enough: each round mends what the last one spoilt.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices  # the smaller of the two squares
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    identity = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
-    square, product = x @ x.mT, identity
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     for _ in range(ROUNDS):
-        p = A * identity + B * square + C * square @ square
-        square, product = p @ square @ p, p @ product
-    x = product @ x
-    return x.mT if tall else x
+        square = x @ x.mT
+        x = A * x + (B * square + C * square @ square) @ x
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 class Muon(torch.optim.Optimizer):

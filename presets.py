@@ -47,10 +47,11 @@ PRESETS = {
         "clip": ({"vision_width": 24}, {"steps": 2400, "batch_size": 256, "lr": 2e-3}),
         "prior": ({"width": 192, "depth": 4}, {"steps": 2500, "batch_size": 128, "lr": 1e-3}),
         "decoder": (
-            # The U-Net works on patches of 4 x 4 pixels, 16 x 16 of them: a sixteenth of the cost.
-            # Predicting x_0 then, as the noise of a patch would not fit through its channels; and
-            # with it fixed variances: a learned one's loss drowns the others at low noise.
-            {"channels": 96, "multiples": (1, 1), "attention_levels": (1,), "stem": 4,
+            # The U-Net works on patches of 2 x 2 pixels, with most of its channels at 16 x 16 and
+            # 8 x 8. Predicting x_0 then, as a patch's noise would not fit through so few channels;
+            # and with it fixed variances: a learned one's loss drowns the others at low noise.
+            {"channels": 32, "multiples": (1, 3, 3), "attention_levels": (2,), "stem": 2,
+             "emb_width": 384, "image_hidden": 256,
              "predict": "x_0", "weight_cap": 5.0, "variance": "fixed_small", "focus": (500, 900)},
             {"steps": 7200, "batch_size": 32, "lr": 1.5e-3, "muon": 5.0},
         ),

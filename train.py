@@ -347,7 +347,8 @@ def train(run, model, batches, val_batches, device, resume=None):
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, settings) * group["scale"]
-                optimizer.step()
+                with autocast(device):  # for Muon's matrix products
+                    optimizer.step()
             if hasattr(model, "clamp"):
                 model.clamp()  # CLIP's temperature
             ema.update(model)

@@ -92,8 +92,9 @@ def bench_training(stage, args, device, peak):
             loss = loss_of(batch)
         model.zero_grad(set_to_none=True)
         loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
+        with autocast(device):
+            for optimizer in optimizers:
+                optimizer.step()
 
     with FlopCounterMode(display=False) as counter:
         step(model.loss)
@@ -164,7 +165,8 @@ def race(stage, arms, args, device):
                     for optimizer in optimizers:
                         for group in optimizer.param_groups:
                             group["lr"] = training["lr"] * group["scale"]
-                        optimizer.step()
+                        with autocast(device):
+                            optimizer.step()
                     step += 1
                 with timer.paused(), torch.no_grad(), autocast(device):
                     torch.manual_seed(1)

@@ -106,6 +106,21 @@ def test_residual_block_is_scaled_and_shifted_by_the_embedding():
     assert_close(block(x, emb), wanted, rtol=0, atol=1e-5)
 
 
+def test_group_norm_is_done_in_float32_whatever_the_network_runs_in(monkeypatch):
+    seen, real = [], F.group_norm
+    monkeypatch.setattr(F, "group_norm", lambda x, *rest: seen.append(x.dtype) or real(x, *rest))
+    layer, x = randomise(group_norm(16)), 3 + 5 * torch.randn(2, 16, 4, 4)
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        out = layer.to(torch.promote_types(dtype, torch.float32))(x.to(dtype))
+        assert out.dtype == dtype
+        parts = x.to(dtype).double().view(2, layer.num_groups, -1)
+        parts = (parts - parts.mean(2, keepdim=True)) / parts.std(2, keepdim=True, unbiased=False)
+        wanted = parts.view_as(x) * layer.weight[:, None, None] + layer.bias[:, None, None]
+        tolerance = 0.01 if dtype == torch.bfloat16 else 1e-4
+        assert_close(out.double(), wanted.double(), rtol=tolerance, atol=tolerance)
+    assert seen == [torch.float32, torch.float32, torch.float64]
+
+
 def test_fresh_residual_branches_and_fresh_decoders_answer_exactly_zero():
     x, emb, context = torch.randn(2, 8, 4, 4), torch.randn(2, E), torch.randn(2, 3, X)
     assert_close(ResBlock(8, 8, E)(x, emb), x, rtol=0, atol=0)
@@ -136,7 +151,7 @@ def test_each_step_up_sees_the_output_of_its_step_down():
     y = res[3](res[2](d, emb), emb)  # across
     y = res[4](torch.cat([y, d], 1), emb)
     y = res[5](torch.cat([y, c], 1), emb)
-    y = unet.up[2](y.repeat_interleave(2, 2).repeat_interleave(2, 3))  # (2, 16, 8, 8)
+    y = unet.up[2](y.repeat_interleave(2, 2).repeat_interleave(2, 3))  # (2, 8, 8, 8)
     y = res[6](torch.cat([y, b], 1), emb)
     y = res[7](torch.cat([y, a], 1), emb)
     wanted = unet.conv_out(F.silu(unet.norm_out(y)))
@@ -227,6 +242,22 @@ def test_embedding_and_end_of_text_are_added_to_the_timestep():
         )
         wanted = model.time(t) + model.image_to_time(image * math.sqrt(D)) + text
     assert_close(told[0], wanted, rtol=0, atol=1e-5)
+
+
+def test_a_hidden_layer_of_the_embedding_comes_before_both_pathways():
+    plain, model = make_decoder(), make_decoder(image_hidden=24, emb_width=40)
+    assert plain.unet.down[0].res.emb.in_features == 4 * TINY.channels  # ADM's width
+    assert model.unet.down[0].res.emb.in_features == 40
+    image_emb, (text_enc, text_mask) = unit(2, D), captions([L, 3])
+    with torch.no_grad():
+        cond = model.condition(image_emb, text_enc, text_mask, flags(1, 0), flags(0, 0))
+        seen = torch.stack([image_emb[0], model.null_image_emb]) * math.sqrt(D)
+        first = model.image_in[0]
+        hidden = F.silu(seen @ first.weight.T + first.bias)  # (2, 24)
+        wanted = model.image_to_time(hidden) + model.null_caption
+        assert_close(cond["cond_emb"], wanted, rtol=0, atol=1e-5)
+        wanted = model.image_to_tokens(hidden).view(2, IMAGE_TOKENS, X)
+        assert_close(cond["context"][:, :IMAGE_TOKENS], wanted, rtol=0, atol=1e-5)
 
 
 def test_four_tokens_of_the_embedding_precede_those_of_the_caption():

@@ -55,6 +55,17 @@ def test_orthogonalise_is_the_polynomial_of_the_singular_values():
     torch.testing.assert_close(orthogonalise(matrix), u * s.float() @ vh, rtol=1e-4, atol=1e-5)
 
 
+def test_orthogonalise_stays_accurate_in_bfloat16():
+    """Eight bits of each number are enough: the step's direction turns by less than 8 degrees."""
+    matrix, _, _ = with_singular_values(96, 400, torch.logspace(0, -3, 96))
+    exact = orthogonalise(matrix)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = orthogonalise(matrix)
+    assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
+    cosine = (rounded * exact).sum() / rounded.norm() / exact.norm()
+    assert cosine > 0.99
+
+
 def test_muon_s_first_step_is_as_long_as_lr_says():
     gradient = torch.randn(8, 20)
     torch.testing.assert_close(one_step([gradient]), -0.1 * orthogonalise(gradient))
