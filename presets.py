@@ -53,16 +53,16 @@ PRESETS = {
             {"channels": 32, "multiples": (1, 3, 3), "attention_levels": (2,), "stem": 2,
              "emb_width": 384, "image_hidden": 256,
              "predict": "x_0", "weight_cap": 5.0, "variance": "fixed_small", "focus": (500, 900)},
-            {"steps": 7200, "batch_size": 32, "lr": 1.5e-3, "muon": 5.0},
+            {"steps": 9600, "batch_size": 32, "lr": 1.5e-3, "muon": 5.0},
         ),
         "upsampler1": (
             {"channels": 32, "multiples": (1, 2), "stem": 2},
-            {"steps": 1500, "batch_size": 32, "lr": 1e-3},
+            {"steps": 1500, "batch_size": 32, "lr": 1e-3, "muon": 5.0},
         ),
         "upsampler2": (
             {"low_size": 256, "size": 1024, "crop": 256, "channels": 32, "multiples": (1, 2),
              "stem": 4, "degradation": "bsr", "schedule": "linear", "sample_steps": 15},
-            {"steps": 1200, "batch_size": 8, "lr": 1e-3},
+            {"steps": 3000, "batch_size": 8, "lr": 1e-3, "muon": 5.0},
         ),
     },
     # The paper's design, a thirtieth of its size.
