@@ -31,7 +31,8 @@ from data import Claim, Shapes, UserError, load_data, parse_caption, render, wit
 from judge import COLUMNS, S, judge, score, shares
 from manipulate import blend, edit, invert, psnr, redraw, text_diff
 from measures import check_side, draw_batches, frechet_distance, in_batches, look
-from measures import mixed_captions, precision_recall, prefers, scene_claim, wrong_captions
+from measures import mixed_captions, pairs_shown, precision_recall, prefers, read_off
+from measures import scene_claim, wrong_captions
 from sample import Pipeline, default_weights, generators
 
 
@@ -110,7 +111,7 @@ def judge_captions(args):
             print(f"weights: {folder}, drawn at {pipeline.sizes[0]}, judged at {S} px")
         data = Shapes(args.n, split, args.seed)
         captions = mixed_captions(data)
-        image_emb = look(pipeline, data) if row == "true_embedding" else None
+        image_emb = look(pipeline.clip, data) if row == "true_embedding" else None
         batches = draw(pipeline, captions, args, condition, image_emb)
         pictures = torch.cat([pictures for _, pictures in batches])
         claims = [parse_caption(caption) for caption in captions]
@@ -177,7 +178,7 @@ def judge_real(args):
     k = 3
     if len(data) <= k:
         raise UserError(f"{len(data)} validation pictures are too few: {k + 1} or more are needed")
-    true = look(pipeline, data)
+    true = look(pipeline.clip, data)
     drawn = torch.cat([pipeline.clip.encode_image(pictures.to(pipeline.device))
                        for _, pictures in draw(pipeline, captions, args, size=size)])
     text_emb = torch.cat([pipeline.text([c])[0] for c in captions])
@@ -216,7 +217,7 @@ def judge_priors(args):
     device, folder = choose_device(args.device), Path(args.weights or default_weights())
     pipeline = Pipeline(folder, device)
     data = Shapes(args.n, "val", args.seed)
-    true, diffusion, table = look(pipeline, data).cpu(), pipeline.prior.diffusion, {}
+    true, diffusion, table = look(pipeline.clip, data).cpu(), pipeline.prior.diffusion, {}
     captions = mixed_captions(data)
 
     def measure(row, prior, evaluations, **settings):
@@ -298,7 +299,7 @@ def judge_manipulations(args):
     pipeline = Pipeline(args.weights or default_weights(), device, S, prior=None)
     data, low = Shapes(args.n, "val", args.seed), pipeline.sizes[0]
     pictures = torch.stack([data.image(i, low) for i in range(args.n)]).to(device)
-    embs, table = look(pipeline, data), {}
+    embs, table = look(pipeline.clip, data), {}
     again, varied = [], []
     for part in in_batches(args.n):
         seeds = range(args.seed + part.start, args.seed + part.stop)
@@ -358,6 +359,9 @@ def judge_clip(args):
     """Does CLIP itself prefer a scene's true caption to one with a single thing wrong? Chance: 50%.
 
     What CLIP cannot tell apart, its embedding cannot tell the decoder (paper sec. 7, figs. 14, 15).
+    And what it can: may a projection read it off the embedding, or does that take a hidden layer?
+    Both are trained on 40 n embeddings of training scenes, and must name just the pairs of colour
+    and shape that a scene of two objects has.
     """
     folder = Path(args.weights or default_weights())
     clip = load_clip(folder).to(choose_device(args.device))
@@ -372,6 +376,13 @@ def judge_clip(args):
     table = {name: {"right": sum(x) / max(1, len(x)), "n": len(x)} for name, x in right.items()}
     for name, row in table.items():
         print(f"{name:12}{row['right']:8.1%} of {row['n']}, chance 50%")
+    train = Shapes(40 * args.n, "train", args.seed)
+    (emb, labels), (val_emb, val_labels) = ((look(clip, d), pairs_shown(d).to(clip.mean.device))
+                                            for d in (train, data))
+    for name, hidden in (("projection", None), ("hidden layer", 512)):
+        same = (read_off(emb, labels, hidden)(val_emb) == val_labels).all(1)[scenes]
+        table[name] = {"right": same.sum().item() / max(1, len(scenes)), "n": len(scenes)}
+        print(f"both pairs read by a {name}: {table[name]['right']:.1%} of {len(scenes)}")
     return table
 
 

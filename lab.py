@@ -94,7 +94,7 @@ class Lab:
         """CLIP's embeddings (n, D) of the true pictures of a data set."""
         key = "true", data.fingerprint()
         if key not in self.drawn:
-            self.drawn[key] = look(self.pipeline(), data)
+            self.drawn[key] = look(self.pipeline().clip, data)
         return self.drawn[key]
 
     def draw(self, captions, given="prior", decoder="decoder", prior="prior", scale=2.0,

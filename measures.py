@@ -16,12 +16,15 @@ import math
 import warnings
 from collections import Counter
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
-from data import SHAPES, Claim, UserError, with_article
+from data import COLOURS, SHAPES, Claim, UserError, with_article
 
 # --- many scenes at once ---------------------------------------------------------------------
 
@@ -37,11 +40,14 @@ def scene_claim(scene):
 
 
 @torch.no_grad()
-def look(pipeline, data):
+def look(clip, data):
     """CLIP's embeddings (n, D) of all pictures of a data set."""
-    size, device = pipeline.clip.image_size, pipeline.device
-    return torch.cat([pipeline.clip.encode_image(data.image(i, size)[None].to(device))
-                      for i in range(len(data))])
+    embs = []
+    for start in range(0, len(data), 64):
+        some = range(start, min(start + 64, len(data)))
+        pictures = torch.stack([data.image(i, clip.image_size) for i in some])
+        embs.append(clip.encode_image(pictures.to(clip.mean.device)))
+    return torch.cat(embs)
 
 
 def draw_batches(pipeline, captions, seed, given, size, say=True, scale=2.0, steps=None,
@@ -108,6 +114,34 @@ def prefers(clip, emb, true, wrong):
     """
     gap = ((clip.encode_text(true)[0] - clip.encode_text(wrong)[0]) * emb).sum(1).cpu().numpy()
     return np.where(np.abs(gap) < 1e-6, 0.5, gap > 0)
+
+
+def pairs_shown(data):
+    """Per scene, 1 for each pair of colour and shape that it shows: (n, colours * shapes)."""
+    pairs = list(product(COLOURS, SHAPES))
+    shown = [[(t.colour, t.shape) for t in data.scene(i).things] for i in range(len(data))]
+    return torch.tensor([[float(pair in things) for pair in pairs] for things in shown])
+
+
+def read_off(emb, labels, hidden=None, epochs=8):
+    """Train a probe, embeddings (n, D) -> labels (n, k) of zeros and ones; returns it.
+
+    What a linear probe finds is there for the first layer of any network to use; what takes a
+    hidden layer is in the embedding too, but a projection cannot get at it.
+    """
+    n, D = emb.shape
+    torch.manual_seed(0)
+    inside = [nn.Linear(D, hidden), nn.SiLU()] if hidden else []
+    probe = nn.Sequential(*inside, nn.Linear(hidden or D, labels.shape[1])).to(emb.device)
+    optimizer, steps = torch.optim.Adam(probe.parameters()), epochs * -(-n // 256)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
+        some = torch.randint(n, (256,), device=emb.device)
+        loss = F.binary_cross_entropy_with_logits(probe(D**0.5 * emb[some]), labels[some])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return lambda emb: (probe(D**0.5 * emb) > 0).float()
 
 
 # --- distances in CLIP's space ----------------------------------------------------------------

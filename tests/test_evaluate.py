@@ -89,7 +89,7 @@ class FakeClip:
         return self
 
     def encode_image(self, images):
-        return torch.tensor([[1.0, 0.0]])
+        return torch.tensor([[1.0, 0.0]]).expand(len(images), -1)
 
     def encode_text(self, captions):
         self.asked += 1
@@ -108,6 +108,8 @@ def test_clip_is_right_blind_or_misled(sees, share, monkeypatch, tmp_path):
     file = tmp_path / "clip.json"
     assert evaluate.main(["clip", "--weights", ".", "-n", "60", "--json", str(file)]) == 0
     table = json.loads(file.read_text())
+    probes = [table.pop(name) for name in ("projection", "hidden layer")]
+    assert all(p["n"] == len(TWO) and p["right"] < 0.1 for p in probes)  # it sees nothing
     assert set(table) == {"binding", "shape", "relation"} and table["relation"]["n"] == len(TWO)
     assert all(row["right"] == share and row["n"] > 0 for row in table.values())
 

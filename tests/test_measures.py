@@ -1,11 +1,14 @@
 """measures.py: intervals and entropies against closed forms (distances: tests/test_evaluate.py)."""
 
 import math
+from itertools import product
 
 import numpy as np
 import pytest
+import torch
 
-from measures import bootstrap, entropy, frechet_distance, share_interval
+from data import COLOURS, SHAPES, Shapes
+from measures import bootstrap, entropy, frechet_distance, pairs_shown, read_off, share_interval
 
 
 def test_a_95_percent_interval_holds_the_true_mean_in_95_percent_of_cases():
@@ -65,6 +68,29 @@ def test_the_share_of_nothing_is_not_a_number():
 ])
 def test_entropy_of_known_frequencies(values, nats):
     assert entropy(values) == pytest.approx(nats)
+
+
+def test_a_probe_reads_a_sum_by_a_projection_and_an_exclusive_or_by_a_hidden_layer():
+    """Two signs a, b: "a + b > 0, or not" is a half-plane, "a != b" is the textbook's counter-
+    example: no line has both its corners on one side and the other two on the other."""
+    signs = torch.randint(0, 2, (4000, 2), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    emb = torch.cat([signs, torch.ones(4000, 1)], dim=1)
+    for labels, linear in ((signs[:, :1] > 0, True), (signs[:, :1] != signs[:, 1:], False)):
+        labels = labels.float()
+        right = [(read_off(emb, labels, hidden, epochs=40)(emb) == labels).float().mean().item()
+                 for hidden in (None, 64)]
+        assert right[1] == 1
+        assert right[0] == 1 if linear else right[0] < 0.8  # three corners of four at the best
+
+
+def test_pairs_shown_are_the_colours_and_shapes_of_the_scenes():
+    data = Shapes(50, "val")
+    shown, pairs = pairs_shown(data), list(product(COLOURS, SHAPES))
+    assert shown.shape == (50, len(COLOURS) * len(SHAPES))
+    for i, row in enumerate(shown):
+        named = {pairs[k] for k in row.nonzero().flatten().tolist()}
+        things = {(t.colour, t.shape) for t in data.scene(i).things}
+        assert named == {thing for thing in things if thing in pairs}
 
 
 def test_frechet_distance_of_shifted_and_scaled_gaussians():
