@@ -216,7 +216,7 @@ class DecoderConfig:
     head_channels: int = 32  # Paper: 64
     emb_width: int | None = None  # E; None: 4 * channels, as in ADM
     # Paper: the embedding is projected. We: may give it a hidden layer of so many units first.
-    # Because: which colour belongs to which shape cannot be read from it by a projection alone.
+    # Because: which colour is on which shape is not to be had by projection (`evaluate.py clip`).
     image_hidden: int | None = None
     context_width: int = 128  # X
     text_depth: int = 2  # blocks of the text transformer. Paper: 24

@@ -1,4 +1,4 @@
-"""Muon: the optimizer that the decoder's matrices are trained with (Jordan et al. 2024).
+"""Muon: the optimizer of the U-Nets' matrices in the base preset (Jordan et al. 2024).
 
 Adam scales each number of a gradient by itself. A layer's weights are a matrix, though, and its
 gradient is mostly a few directions, those that the layer uses already: Adam follows them, and the
@@ -8,7 +8,7 @@ of the step the same length. Of the momentum's singular value decomposition U S 
 The one idea: U V^T needs no decomposition. The polynomial a s + b s^3 + c s^5 of a matrix acts on
 its singular values s alone, and with the right a, b, c five rounds of it bring all of them near 1.
 
-Paper (table 3): Adam for everything. We: Muon within the decoder's stacks of layers, Adam for the
+Paper (table 3): Adam for everything. We: Muon within the U-Nets' stacks of layers, Adam for the
 rest. Because: the same loss with half of the pictures (`tests/bench.py --race optimizers`).
 torch.optim.Muon is the same rule, but it computes in bfloat16, which is many times slower than
 float32 on a processor without it, and it takes no convolutions.

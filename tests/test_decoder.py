@@ -156,6 +156,7 @@ def test_each_step_up_sees_the_output_of_its_step_down():
     y = res[7](torch.cat([y, a], 1), emb)
     wanted = unet.conv_out(F.silu(unet.norm_out(y)))
     assert_close(unet(x, emb), wanted, rtol=0, atol=1e-5)
+    assert (unet.up[2].in_channels, unet.up[2].out_channels) == (16, 8)
 
 
 def space_to_depth(x):
