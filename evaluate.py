@@ -31,7 +31,7 @@ from data import Claim, Shapes, UserError, load_data, parse_caption, render, wit
 from judge import COLUMNS, S, judge, score, shares
 from manipulate import blend, edit, invert, psnr, redraw, text_diff
 from measures import check_side, draw_batches, frechet_distance, in_batches, look
-from measures import mixed_captions, pairs_shown, precision_recall, prefers, read_off
+from measures import linear_probe, mixed_captions, pairs_shown, precision_recall, prefers
 from measures import scene_claim, wrong_captions
 from sample import Pipeline, default_weights, generators
 
@@ -359,9 +359,8 @@ def judge_clip(args):
     """Does CLIP itself prefer a scene's true caption to one with a single thing wrong? Chance: 50%.
 
     What CLIP cannot tell apart, its embedding cannot tell the decoder (paper sec. 7, figs. 14, 15).
-    And what it can: may a projection read it off the embedding, or does that take a hidden layer?
-    Both are trained on 40 n embeddings of training scenes, and must name just the pairs of colour
-    and shape that a scene of two objects has.
+    And what it can: does it lie open in the embedding? A linear probe, fitted to 40 n training
+    scenes, must name just the pairs of colour and shape that a scene of two objects shows.
     """
     folder = Path(args.weights or default_weights())
     clip = load_clip(folder).to(choose_device(args.device))
@@ -379,10 +378,10 @@ def judge_clip(args):
     train = Shapes(40 * args.n, "train", args.seed)
     (emb, labels), (val_emb, val_labels) = ((look(clip, d), pairs_shown(d).to(clip.mean.device))
                                             for d in (train, data))
-    for name, hidden in (("projection", None), ("hidden layer", 512)):
-        same = (read_off(emb, labels, hidden)(val_emb) == val_labels).all(1)[scenes]
-        table[name] = {"right": same.sum().item() / max(1, len(scenes)), "n": len(scenes)}
-        print(f"both pairs read by a {name}: {table[name]['right']:.1%} of {len(scenes)}")
+    named = linear_probe(emb, labels)(val_emb) > 0
+    same = (named == (val_labels > 0)).all(1)[scenes].sum().item()
+    table["linear probe"] = {"right": same / max(1, len(scenes)), "n": len(scenes)}
+    print(f"a linear probe reads both pairs: {same / max(1, len(scenes)):.1%} of {len(scenes)}")
     return table
 
 
@@ -418,7 +417,7 @@ def build_parser():
         return sub
 
     command("judge", judge_judge, "measure the judge on fresh drawings")
-    sub = command("clip", judge_clip, "does CLIP tell true captions from slightly wrong ones?")
+    sub = command("clip", judge_clip, "what does CLIP tell apart, and what lies open in its embedding?")
     sub.add_argument("--weights", help="folder with a clip.pt (default: as sample.py)")
     sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
     sub = command("captions", judge_captions, "text to image, judged by its captions")

@@ -1,4 +1,4 @@
-"""What is measured, apart from who asks: distances in CLIP's space, entropy, intervals, helpers.
+"""What is measured, apart from who asks: distances in CLIP's space, probes, entropy, intervals.
 
 evaluate.py and findings.py count over hundreds of scenes; what both need is here. A figure without
 its uncertainty is a rumour, so the tool that matters most is the bootstrap (Efron 1979): draw the
@@ -21,7 +21,6 @@ from itertools import product
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 from tqdm import tqdm
 
 from data import COLOURS, SHAPES, Claim, UserError, with_article
@@ -43,7 +42,7 @@ def scene_claim(scene):
 def look(clip, data):
     """CLIP's embeddings (n, D) of all pictures of a data set."""
     embs = []
-    for start in range(0, len(data), 64):
+    for start in tqdm(range(0, len(data), 64), "embedding", disable=None):
         some = range(start, min(start + 64, len(data)))
         pictures = torch.stack([data.image(i, clip.image_size) for i in some])
         embs.append(clip.encode_image(pictures.to(clip.mean.device)))
@@ -123,25 +122,25 @@ def pairs_shown(data):
     return torch.tensor([[float(pair in things) for pair in pairs] for things in shown])
 
 
-def read_off(emb, labels, hidden=None, epochs=8):
-    """Train a probe, embeddings (n, D) -> labels (n, k) of zeros and ones; returns it.
+def linear_probe(emb, labels, rounds=300):
+    """Logistic regression, embeddings (n, D) -> labels (n, k) of zeros and ones: returns the fitted
+    function, embeddings (m, D) -> log-odds (m, k). What it finds lies open in the embedding.
 
-    What a linear probe finds is there for the first layer of any network to use; what takes a
-    hidden layer is in the embedding too, but a projection cannot get at it.
+    A convex problem: the best fit is one point, wherever the search for it begins (here at zero).
     """
-    n, D = emb.shape
-    torch.manual_seed(0)
-    inside = [nn.Linear(D, hidden), nn.SiLU()] if hidden else []
-    probe = nn.Sequential(*inside, nn.Linear(hidden or D, labels.shape[1])).to(emb.device)
-    optimizer, steps = torch.optim.Adam(probe.parameters()), epochs * -(-n // 256)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
-        some = torch.randint(n, (256,), device=emb.device)
-        loss = F.binary_cross_entropy_with_logits(probe(D**0.5 * emb[some]), labels[some])
+    weight = torch.zeros(emb.shape[1], labels.shape[1], device=emb.device, requires_grad=True)
+    bias = torch.zeros(labels.shape[1], device=emb.device, requires_grad=True)
+    scores = lambda emb: emb.shape[1]**0.5 * emb @ weight + bias  # noqa: E731
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=rounds, line_search_fn="strong_wolfe")
+
+    def loss():
         optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return lambda emb: (probe(D**0.5 * emb) > 0).float()
+        value = F.binary_cross_entropy_with_logits(scores(emb), labels)
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return lambda emb: scores(emb).detach()
 
 
 # --- distances in CLIP's space ----------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Muon: the optimizer of the U-Nets' matrices in the base preset (Jordan et al. 2024).
+"""Muon: the optimizer of most matrices of the base decoder and upsamplers (Jordan et al. 2024).
 
 Adam scales each number of a gradient by itself. A layer's weights are a matrix, though, and its
 gradient is mostly a few directions, those that the layer uses already: Adam follows them, and the
@@ -8,10 +8,10 @@ of the step the same length. Of the momentum's singular value decomposition U S 
 The one idea: U V^T needs no decomposition. The polynomial a s + b s^3 + c s^5 of a matrix acts on
 its singular values s alone, and with the right a, b, c five rounds of it bring all of them near 1.
 
-Paper (table 3): Adam for everything. We: Muon within the U-Nets' stacks of layers, Adam for the
-rest. Because: the same loss with half of the pictures (`tests/bench.py --race optimizers`).
-torch.optim.Muon is the same rule, but it computes in bfloat16, which is many times slower than
-float32 on a processor without it, and it takes no convolutions.
+Paper (table 3): Adam for everything. We: Muon within the stacks of layers, Adam for the rest.
+Because: the decoder gets to a loss in half of the time (`tests/bench.py --race optimizers`).
+torch.optim.Muon is the same rule, but it always computes in bfloat16, which is many times slower
+than float32 on a processor without it, and it takes no convolutions.
 Read next: train.py.
 """
 
@@ -32,7 +32,7 @@ def orthogonalise(matrices):
     Newton-Schulz iteration: x becomes (a + b x x^T + c (x x^T)^2) x.
     The singular values must begin below 1.2: divided by the Frobenius norm, the root of the sum of
     their squares, none is above 1. Zero stays zero. Under autocast it computes in bfloat16, which
-    is accurate enough: each round mends what the last one spoilt.
+    is accurate enough: rounding turns the step by a few degrees.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices  # the smaller of the two squares

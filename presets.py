@@ -48,9 +48,9 @@ PRESETS = {
         "prior": ({"width": 192, "depth": 4}, {"steps": 2500, "batch_size": 128, "lr": 1e-3}),
         "decoder": (
             # The U-Net works on patches of 2 x 2 pixels, with most of its channels at 16 x 16 and
-            # 8 x 8. x_0, as with patches of 4 x 4 a noise did not fit through the channels (v and
-            # 2 x 2 were not compared); then the variances are fixed: a learned one's loss drowns
-            # the others at low noise.
+            # 8 x 8. It predicts x_0, which was chosen for patches of 4 x 4, whose 48 numbers of
+            # noise do not fit through so few channels; v was not tried with 2 x 2. With x_0 the
+            # variances are fixed: a learned one's loss drowns the others at low noise.
             {"channels": 32, "multiples": (1, 3, 3), "attention_levels": (2,), "stem": 2,
              "emb_width": 384, "image_hidden": 256,
              "predict": "x_0", "weight_cap": 5.0, "variance": "fixed_small", "focus": (500, 900)},

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from data import COLOURS, SHAPES, Shapes
-from measures import bootstrap, entropy, frechet_distance, pairs_shown, read_off, share_interval
+from measures import bootstrap, entropy, frechet_distance, linear_probe, pairs_shown
+from measures import share_interval
 
 
 def test_a_95_percent_interval_holds_the_true_mean_in_95_percent_of_cases():
@@ -70,17 +71,24 @@ def test_entropy_of_known_frequencies(values, nats):
     assert entropy(values) == pytest.approx(nats)
 
 
-def test_a_probe_reads_a_sum_by_a_projection_and_an_exclusive_or_by_a_hidden_layer():
-    """Two signs a, b: "a + b > 0, or not" is a half-plane, "a != b" is the textbook's counter-
-    example: no line has both its corners on one side and the other two on the other."""
+def test_a_linear_probe_reads_both_signs_and_their_and_but_not_their_exclusive_or():
+    """Of two signs a, b. "a != b" is the textbook's counterexample: no line has both its corners on
+    one side and the other two on the other."""
     signs = torch.randint(0, 2, (4000, 2), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
-    emb = torch.cat([signs, torch.ones(4000, 1)], dim=1)
-    for labels, linear in ((signs[:, :1] > 0, True), (signs[:, :1] != signs[:, 1:], False)):
-        labels = labels.float()
-        right = [(read_off(emb, labels, hidden, epochs=40)(emb) == labels).float().mean().item()
-                 for hidden in (None, 64)]
-        assert right[1] == 1
-        assert right[0] == 1 if linear else right[0] < 0.8  # three corners of four at the best
+    a, b = signs.T > 0
+    labels = torch.stack([a, b, a & b, a != b], dim=1).float()
+    right = (linear_probe(signs[:2000], labels[:2000])(signs[2000:]) > 0) == (labels[2000:] > 0)
+    assert right[:, :3].all()
+    assert right[:, 3].float().mean() < 0.8  # three corners of four at the best
+
+
+def test_a_linear_probe_finds_the_log_odds_of_two_groups():
+    """One input, 0 or 1: the fitted odds are those of either group, k ones to 10 - k zeros."""
+    emb = torch.tensor([0.0] * 10 + [1.0] * 10)[:, None]
+    counts = torch.tensor([[2, 7], [6, 3], [1, 5]])
+    labels = torch.cat([(torch.arange(10) < counts[:, group, None]).T for group in (0, 1)]).float()
+    log_odds = linear_probe(emb, labels)(torch.tensor([[0.0], [1.0]])).T
+    torch.testing.assert_close(log_odds, (counts / (10 - counts)).log(), rtol=0, atol=1e-3)
 
 
 def test_pairs_shown_are_the_colours_and_shapes_of_the_scenes():
@@ -94,8 +102,6 @@ def test_pairs_shown_are_the_colours_and_shapes_of_the_scenes():
 
 
 def test_frechet_distance_of_shifted_and_scaled_gaussians():
-    import torch
-
     points = torch.randn(4000, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     points = (points - points.mean(0)) @ torch.linalg.inv(
         torch.linalg.cholesky(torch.cov(points.T, correction=0)).T)  # mean 0, covariance 1, exactly

@@ -56,14 +56,14 @@ def test_orthogonalise_is_the_polynomial_of_the_singular_values():
 
 
 def test_orthogonalise_stays_accurate_in_bfloat16():
-    """Eight bits of each number are enough: the step's direction turns by less than 8 degrees."""
+    """Eight bits of each number are enough: the step's direction turns by 7 degrees at the most."""
     matrix, _, _ = with_singular_values(96, 400, torch.logspace(0, -3, 96))
     exact = orthogonalise(matrix)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = orthogonalise(matrix)
     assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
     cosine = (rounded * exact).sum() / rounded.norm() / exact.norm()
-    assert cosine > 0.99
+    assert cosine > 0.9925
 
 
 def test_muon_s_first_step_is_as_long_as_lr_says():
@@ -122,6 +122,7 @@ def test_every_parameter_has_one_optimizer_and_the_ends_have_adam():
     names = [[of[id(p)] for g in o.param_groups for p in g["params"]] for o in (adam, muon)]
     assert sorted(names[0] + names[1]) == sorted(of.values())
     assert "unet.down.0.res.conv_1.weight" in names[1] and "unet.up.0.res.conv_1.weight" in names[1]
+    assert "text_blocks.0.mlp.0.weight" in names[1]
     ends = ["unet.conv_in.weight", "unet.conv_out.weight", "image_to_tokens.weight",
             "null_image_emb", "unet.down.0.res.conv_1.bias", "unet.down.0.res.norm_1.weight"]
     assert set(ends) <= set(names[0])
