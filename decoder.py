@@ -218,7 +218,7 @@ class DecoderConfig:
     head_channels: int = 32  # Paper: 64
     emb_width: int | None = None  # E; None: 4 * channels, as in ADM
     # Paper: the embedding is projected. We: may give it a hidden layer of so many units first.
-    # Because: it learns a little faster (`tests/bench.py --race hidden`).
+    # Because: a trial was a little ahead with it, by less than two trainings can differ by chance.
     image_hidden: int | None = None
     context_width: int = 128  # X
     text_depth: int = 2  # blocks of the text transformer. Paper: 24

@@ -417,7 +417,7 @@ def build_parser():
         return sub
 
     command("judge", judge_judge, "measure the judge on fresh drawings")
-    sub = command("clip", judge_clip, "what does CLIP tell apart, and what lies open in its embedding?")
+    sub = command("clip", judge_clip, "what does CLIP tell apart, what can be read off it?")
     sub.add_argument("--weights", help="folder with a clip.pt (default: as sample.py)")
     sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
     sub = command("captions", judge_captions, "text to image, judged by its captions")

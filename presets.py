@@ -1,7 +1,7 @@
 """How large each model is, and how long it trains: the numbers that a student changes first.
 
     tiny    minutes on two CPU cores: draws at 32 pixels, enlarges to 64 and 256
-    base    half an hour or so a stage on a CPU core, the decoder three hours: 64, 256, 1024 pixels
+    base    minutes to half an hour a stage on a CPU core, the decoder an hour: 64, 256, 1024 pixels
     large   for one GPU, real pictures and a pretrained CLIP
 
 The one idea: a preset is a table of differences from the dataclasses' own defaults, nothing more;

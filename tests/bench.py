@@ -199,22 +199,17 @@ def main(argv=None):
     parser.add_argument("--batch-size", type=positive, help="examples a step (default: preset's)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the loss")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--race", choices=("copies", "optimizers", "hidden"),
+    parser.add_argument("--race", choices=("copies", "optimizers"),
                         help="only train: priors with 1 and 4 noised copies of each embedding, or "
-                        "decoders by Adam alone and with Muon, or with and without a hidden layer "
-                        "for the embedding")
+                        "decoders by Adam alone and with Muon")
     parser.add_argument("--minutes", type=positive_number, default=1.0, help="of each in a race")
     args = parser.parse_args(argv)
     device = choose_device(args.device)
     if args.race == "copies":
         return race("prior", {f"K = {k}": ({"copies": k}, None) for k in (1, 4)}, args, device)
-    muon = recipe(args.preset, "decoder")[1].get("muon", 5.0)
     if args.race == "optimizers":
+        muon = recipe(args.preset, "decoder")[1].get("muon", 5.0)
         arms = {"Adam": ({}, None), "Adam and Muon": ({}, muon)}
-        return race("decoder", arms, args, device)
-    if args.race == "hidden":
-        arms = {"projection": ({"image_hidden": None}, muon),
-                "hidden layer": ({"image_hidden": 256}, muon)}
         return race("decoder", arms, args, device)
     peaks = {kind: matmul_peak(device, kind) for kind in (torch.float32, torch.bfloat16)}
     used = torch.bfloat16 if autocast(device)._enabled else torch.float32
