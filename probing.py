@@ -299,9 +299,9 @@ def redrawn(lab, scenes):
     emb, drawn = look_at(pipeline, scenes), {"eta 0": [], "eta 1": [], "embedding alone": []}
     for part in in_batches(len(scenes), 20):
         seeds, some = range(lab.seed + part.start, lab.seed + part.stop), emb[part]
-        x_T = invert(pipeline, pictures[part].to(lab.device), some, 50)
-        drawn["eta 0"].append(redraw(pipeline, some, x_T, seeds, 50))
-        drawn["eta 1"].append(redraw(pipeline, some, x_T, seeds, 50, eta=1.0))
+        x_T = invert(pipeline, pictures[part].to(lab.device), some)
+        drawn["eta 0"].append(redraw(pipeline, some, x_T, seeds))
+        drawn["eta 1"].append(redraw(pipeline, some, x_T, seeds, eta=1.0))
         drawn["embedding alone"].append(pipeline.decode(some, None, seeds, scale=1.0))
     seeds = range(lab.seed, lab.seed + len(scenes))
     return {name: at_side_S(pipeline.upsample(torch.cat(p), seeds, S).cpu())
