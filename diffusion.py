@@ -416,17 +416,40 @@ class GaussianDiffusion(nn.Module):
         return x
 
     @torch.no_grad()
-    def ddim_invert(self, network, x_0, steps, on_step=None):
+    def ddim_invert(self, network, x_0, steps, start=0, corrections=0, generators=None,
+                    on_step=None):
         """Run DDIM's ODE backwards (2010.02502 sec. 4.3): the x_T from which ddim_sample, with the
-        same network and steps, returns x_0 (paper sec. 3). Nearly: a step takes the noise seen at
-        its lower end for that at its upper end. Here on_step's t is the level reached.
+        same network and steps, returns x_0 (paper sec. 3).
+
+        Nearly: a step up takes the noise seen at its lower end for that at its upper end. Each of
+        the `corrections` then asks the network at the upper end, as the step down will, and takes
+        the step again with what it predicts there. One nearly always helps; more may overshoot.
+
+        start: 0 begins with a step from the data. The noise of that step is what the network's idea
+        of x_0 lacks, divided by a sigma near 0: outlines of the picture, not noise, and many times
+        as large, which stay in x_T. Above 0, fresh noise (see randn) carries x_0 to the first of
+        the `steps` levels that is not below `start`, and inversion goes on from there.
+
+        Here on_step's t is the level reached.
         """
+        if not 0 <= start < self.T:
+            raise UserError(f"start is {start}, it must be a noise level, in [0, {self.T - 1}]")
         x = at_least_float32(x_0)
-        for k, (t, t_prev) in enumerate(reversed(self.pairs(steps, len(x), x.device))):
+        jobs = list(enumerate(self.pairs(steps, len(x), x.device)[::-1]))
+        if start > 0:
+            first = next(k for k, (t, _) in jobs if t[0] >= start)
+            x = self.q_sample(x, jobs[first][1][0], randn(x.shape, generators, x.device, x.dtype))
+            jobs = jobs[first + 1:]
+        for k, (t, t_prev) in jobs:
             level = t_prev.clamp(min=0)  # no network was trained at -1; t = 0 is next to it
             pred_x_0, pred_noise = self.predictions(network(x, level), x, level)
             pred_x_0 = torch.where(expand(t_prev, x) < 0, x, pred_x_0)  # at -1, x *is* x_0
-            x = self.q_sample(pred_x_0, t, pred_noise)
+            higher = self.q_sample(pred_x_0, t, pred_noise)
+            for _ in range(corrections if t_prev[0] >= 0 else 0):  # from -1 every noise leads back
+                pred_x_0, _ = self.predictions(network(higher, t), higher, t)
+                signal, sigma = self.signal_sigma(t_prev, x)
+                higher = self.q_sample(pred_x_0, t, (x - signal * pred_x_0) / sigma)
+            x = higher
             if on_step is not None:
                 on_step(k, int(t[0]), x, pred_x_0)
         return x

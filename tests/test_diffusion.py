@@ -643,6 +643,60 @@ def test_inversion_then_ddim_returns_the_input():
     assert errors[1] < errors[0] / 5  # and the finer the steps, the nearer
 
 
+def test_inversion_from_a_start_level_begins_there_with_fresh_noise():
+    d, s, x_0, ab = diffusion(), 0.3, normal(), alphas_cumprod()
+    levels = d.timesteps(9)[::-1]
+    first = next(t for t in levels if t >= 20)
+    assert 20 < first  # not a level of these 9 steps: it begins at the next one above
+    slope = (1 - ab) ** 0.5 / (ab * s ** 2 + 1 - ab)                  # noise = slope * x_t
+    seeds = [3, 1, 4, 1]
+    noise = torch.stack([torch.randn(SHAPE[1:], generator=torch.Generator().manual_seed(k))
+                         for k in seeds]).double()
+    expected = ab[first] ** 0.5 * x_0 + (1 - ab[first]) ** 0.5 * noise
+    for t, up in zip(levels, levels[1:]):
+        if t >= first:
+            pred_x_0 = (1 - (1 - ab[t]) ** 0.5 * slope[t]) / ab[t] ** 0.5
+            expected = expected * (ab[up] ** 0.5 * pred_x_0 + (1 - ab[up]) ** 0.5 * slope[t])
+    generators = [torch.Generator().manual_seed(k) for k in seeds]
+    x_T = d.ddim_invert(gaussian_oracle(d, s), x_0, 9, start=20, generators=generators)
+    assert_close(x_T, expected)
+    for start in (-1, T):
+        with pytest.raises(UserError, match="start"):
+            d.ddim_invert(gaussian_oracle(d, s), x_0, 9, start=start)
+
+
+def test_corrections_lead_to_the_exact_inverse_of_the_steps_down():
+    d, s, x_0, ab = diffusion(), 0.6, normal(), alphas_cumprod()
+    levels = d.timesteps(20)[::-1]
+    start = levels[8]
+    slope = (1 - ab) ** 0.5 / (ab * s ** 2 + 1 - ab)
+    down = 1.0                                                        # ddim_sample's linear steps
+    for t, up in zip(levels[8:], levels[9:]):
+        pred_x_0 = (1 - (1 - ab[up]) ** 0.5 * slope[up]) / ab[up] ** 0.5
+        down = down * (ab[t] ** 0.5 * pred_x_0 + (1 - ab[t]) ** 0.5 * slope[up])
+    errors = []
+    for corrections in (0, 1, 30):
+        fresh = [torch.Generator().manual_seed(k) for k in range(4)]
+        noise = torch.stack([torch.randn(SHAPE[1:], generator=torch.Generator().manual_seed(k))
+                             for k in range(4)]).double()
+        begun = ab[start] ** 0.5 * x_0 + (1 - ab[start]) ** 0.5 * noise
+        x_T = d.ddim_invert(gaussian_oracle(d, s), x_0, 20, start=start, corrections=corrections,
+                            generators=fresh)
+        errors.append((down * x_T / begun - 1).abs().max().item())
+    assert errors[2] < 1e-9 < errors[1] < errors[0] / 3
+
+
+def test_inversion_begun_at_the_data_keeps_the_networks_mistakes_in_x_T_and_from_noise_does_not():
+    d, x_0 = diffusion(T=1000, predict="x_0"), normal()
+    network = lambda x_t, t: x_0 + 0.05  # noqa: E731  right, but for a little
+    mistake = -0.05 / (1 - alphas_cumprod(1000)).sqrt()               # of the predicted noise
+    x_T = d.ddim_invert(network, x_0, 50)
+    assert_close(x_T.mean(), 2 * mistake[0], rtol=0.01, atol=0)       # made by two steps: 15 sigma
+    x_T = d.ddim_invert(network, x_0, 50, start=20)
+    assert_close(x_T.mean(), mistake[20], rtol=0.15, atol=0)          # and now one
+    assert_close(x_T.std().item(), 1.0, rtol=0.1, atol=0)
+
+
 @pytest.mark.parametrize("predict", ["x_0", "v"])
 def test_samplers_do_the_same_under_every_prediction(predict):
     oracle, d = diffusion(), diffusion(predict=predict)
