@@ -22,6 +22,7 @@ Read next: diffusion.py; how embeddings are computed once and kept is at the end
 
 import difflib
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -257,8 +258,13 @@ def freeze_small_clip(small):
 
 
 def load_open_clip(spec):
-    """MODEL:TAG_OR_FILE, such as ViT-B-32:laion2b_s34b_b79k or RN50-quickgelu:/path/openai.pt."""
+    """MODEL:TAG_OR_FILE, such as ViT-B-32:laion2b_s34b_b79k, or MODEL:TAG=FILE.
+
+    The last reads a tag's weights from a local file: the file alone does not say which activation,
+    mean and std they were trained with. Without a tag, open_clip takes the model's usual ones.
+    """
     name, _, pretrained = spec.partition(":")
+    tag, _, file = pretrained.partition("=") if not Path(pretrained).is_file() else ("", "", "")
     if name not in open_clip.list_models():
         near = difflib.get_close_matches(name, open_clip.list_models(), cutoff=0.4)
         near = ", ".join(near) or "-"
@@ -271,20 +277,34 @@ def load_open_clip(spec):
         raise UserError(f"--clip {name}: its captions are not read as CLIP's are (another "
                         "tokenizer or place of the embedding); choose a plain CLIP, as ViT-B-32")
     tags = open_clip.list_pretrained_tags_by_model(name)
-    if pretrained not in tags and not Path(pretrained).is_file():
-        near = difflib.get_close_matches(pretrained, tags, cutoff=0.4) or tags
-        raise UserError(f"--clip {spec}: '{pretrained}' is neither a file nor a tag of {name}; "
+    if tag and tag not in tags:
+        near = difflib.get_close_matches(tag, tags, cutoff=0.4) or tags
+        raise UserError(f"--clip {spec}: '{tag}' is neither a file nor a tag of {name}; "
                         f"its tags: {', '.join(near) or 'none'}")
+    if file and not Path(file).is_file():
+        raise UserError(f"--clip {spec}: no file {file}; check the path")
+    trained = open_clip.get_pretrained_cfg(name, tag) if tag else {}  # how these weights were
+    kept = ("mean", "std", "interpolation", "resize_mode")
+    wanted = {k: trained[k] for k in kept if k in trained}
     logging.disable(logging.ERROR)  # open_clip logs an error of its own before it raises it
     try:
-        model = open_clip.create_model(name, pretrained=pretrained, weights_only=True)
+        model = open_clip.create_model(
+            name, pretrained=file or pretrained, weights_only=True, force_preprocess_cfg=wanted,
+            # Some tags' weights are of QuickGELU, sigmoid(1.702 x) x, though the model has GELU.
+            force_quick_gelu=bool(trained.get("quick_gelu")),
+        )
     except Exception as e:
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise UserError(f"--clip {spec}: cannot load these weights ({reason}); where the model hub "
-                        f"cannot be reached, give a local file: {name}:FILE") from e
+                        "cannot be reached, give a local file: --clip "
+                        f"{name}:{tag + '=' if tag else ''}FILE") from e
     finally:
         logging.disable(logging.NOTSET)
-    return FrozenClip(model, Tokenizer(open_clip.get_tokenizer(name).context_length), name)
+    # The same weights with another activation or other colours are another CLIP.
+    settings = dict(model.visual.preprocess_cfg) | {"quick_gelu": bool(trained.get("quick_gelu"))}
+    variant = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    tokenizer = Tokenizer(open_clip.get_tokenizer(name).context_length)
+    return FrozenClip(model, tokenizer, f"{name}-{variant}")
 
 
 # --- embeddings, computed once ---------------------------------------------------------------
@@ -318,9 +338,12 @@ class Embeddings:
         )
         if not fits:
             raise ValueError("its arrays do not fit together")
-        for array in (self.image_emb, self.text_emb):
+        for array in (self.image_emb, self.text_emb, self.text_enc):
             some = array[:: max(1, len(array) // 1000)].astype(np.float32)  # zeros, NaNs, noise
-            if not np.all(np.abs(np.linalg.norm(some, axis=1) - 1) < 0.02):
+            norm = np.linalg.norm(some, axis=1)
+            if array is self.text_enc and not np.all((norm > 0) & np.isfinite(norm)):
+                raise ValueError("its token features are not all there")
+            if array is not self.text_enc and not np.all(np.abs(norm - 1) < 0.02):
                 raise ValueError("its embeddings are not of unit norm")
 
     def __reduce__(self):
@@ -427,7 +450,8 @@ class Progress:
         self.path, self.count, fresh = path, path.with_suffix(".done"), True
         if path.exists() and self.count.exists():
             try:
-                self.array = np.load(path, mmap_mode="r+")
+                np.load(path, mmap_mode="r")  # "r+" would make a file longer that is cut short
+                self.array, self.done = np.load(path, mmap_mode="r+"), int(self.count.read_text())
                 fresh = self.array.shape != shape
             except (OSError, ValueError, EOFError):
                 pass  # damaged: begin anew
@@ -437,7 +461,7 @@ class Progress:
             if hasattr(os, "posix_fallocate"):  # a full disk says so now, not by a crash later
                 with open(path, "r+b") as f:
                     os.posix_fallocate(f.fileno(), 0, path.stat().st_size)
-        self.done = 0 if fresh else int(self.count.read_text() or 0)
+            self.done = 0
 
     def save(self, done):
         """All before `done` is written: first the data, then, in one step, the number."""
@@ -459,8 +483,10 @@ def embed_captions(clip, captions, folder, batch_size):
     np.save(folder / "starts.npy", starts)
     text_enc = Progress(folder / "text_enc.npy", (int(starts[-1]), clip.text_width))
     text_emb = Progress(folder / "text_emb.npy", (len(captions), clip.dim))
-    # Both are filled together; text_emb's count is written last and is the one that is believed.
-    first = range(text_emb.done, len(captions), batch_size)
+    # Both are filled together; text_emb's count is written last and is the one that is believed,
+    # unless text_enc had to begin anew.
+    done = text_emb.done if text_enc.done >= starts[text_emb.done] else 0
+    first = range(done, len(captions), batch_size)
     for n, k in enumerate(tqdm(first, "CLIP: captions", disable=None)):
         emb, enc, mask = clip.encode_text(captions[k : k + batch_size])
         text_emb.array[k : k + len(emb)] = emb.cpu().half().numpy()

@@ -436,7 +436,7 @@ def readable(path):
     try:
         with Image.open(path) as picture:
             picture.draft(None, (64, 64))
-            picture.load()
+            to_rgb(picture)  # as image() does
             return True
     except Exception:  # empty, cut short, not an image, a decompression bomb, ...
         return False
@@ -467,6 +467,8 @@ def load_folder(root, split, limit=None):
             try:
                 row = json.loads(line)
                 texts = [row["text"]] if isinstance(row["text"], str) else row["text"]
+                if not isinstance(texts, list):
+                    raise TypeError("text: neither a caption nor a list of captions")
                 texts = [text.strip() for text in texts if text.strip()]
                 captioned.setdefault(root / row["file_name"], []).extend(texts)
             except (ValueError, KeyError, TypeError, AttributeError):
@@ -476,7 +478,10 @@ def load_folder(root, split, limit=None):
         for path in root.rglob("*"):
             beside = path.with_suffix(".txt")
             if path.suffix.lower() in SUFFIXES and beside.is_file():
-                lines = beside.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+                try:
+                    lines = beside.read_text(encoding="utf-8-sig").splitlines()
+                except ValueError:
+                    raise UserError(f"{beside}: its text is not UTF-8; save it as UTF-8")
                 captioned[path] = [line.strip() for line in lines if line.strip()]
     captioned = {path: texts for path, texts in captioned.items() if texts}
     if not captioned:
@@ -505,6 +510,9 @@ def load_coco(root, split, limit=None):
         content = json.loads(table.read_bytes())
         names = {image["id"]: image["file_name"] for image in content["images"]}
         texts = [(names.get(note["image_id"]), note["caption"]) for note in content["annotations"]]
+        for value in (*names.values(), *(text for _, text in texts)):
+            if not isinstance(value, str):
+                raise TypeError(f"{value!r} is not a string")
     except ValueError as error:
         line = getattr(error, "lineno", 1)
         raise UserError(f"{table}, line {line}: not JSON ({error}); download it again")
@@ -518,7 +526,7 @@ def load_coco(root, split, limit=None):
     home = next((f for f in folders if any((f / name).is_file() for name in some)), folders[0])
     captioned = {}
     for name, text in texts:
-        text = " ".join(str(text).split())
+        text = " ".join(text.split())
         if name is not None and text:
             captioned.setdefault(home / name, []).append(text)
     return PictureFiles("coco", captioned, split, limit, divide)
@@ -563,7 +571,8 @@ class Cifar:
 
     def fingerprint(self):
         pixels = hashlib.sha256(self.pixels[::97].tobytes()).hexdigest()
-        return digest([self.name, self.split, list(self.labels), pixels])
+        words = [self.templates, self.classes]
+        return digest([self.name, self.split, list(self.labels), pixels, words])
 
 
 def load_data(name, root=None, split="train", limit=None, seed=0):

@@ -161,7 +161,7 @@ def judge_upsamplers(args):
 def captioned(args):
     """(pipeline, data, captions, size of the pictures) for --data, a validation caption each."""
     device, folder = choose_device(args.device), args.weights or default_weights()
-    pipeline = Pipeline(folder, device, args.size)
+    pipeline = Pipeline(folder, device, args.size, clip=args.clip)
     data = load_data(args.data, args.root, "val", args.n, args.seed)
     captions = [data.captions(i)[0] for i in range(len(data))]
     size = min(s for s in pipeline.sizes if s >= min(args.size, pipeline.sizes[-1]))
@@ -196,6 +196,10 @@ def export_pictures(args):
     """Write OUT/samples and OUT/references, numbered alike, for the standard FID and IS tools."""
     if not args.out:
         raise UserError("--out: give a folder for the pictures")
+    for folder in (Path(args.out) / "samples", Path(args.out) / "references"):
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f"{folder} has pictures already, of which some would stay among the "
+                            "new ones: give another --out, or delete it")
     pipeline, data, captions, size = captioned(args)
     for part, pictures in draw(pipeline, captions, args, size=size):  # 30,000 are too many to keep
         for i, picture in enumerate(pictures, part.start):
@@ -432,6 +436,7 @@ def build_parser():
         add_drawing_options(sub)
         sub.add_argument("--data", default="shapes", help="as train.py's")
         sub.add_argument("--root", help="as train.py's")
+        sub.add_argument("--clip", help="as sample.py's")
         sub.add_argument("--size", type=positive, default=64, help="side of the pictures")
     sub = command("upsamplers", judge_upsamplers, "true pictures shrunk and enlarged again")
     sub.add_argument("--weights", help="folder of checkpoints (default: as sample.py)")

@@ -61,10 +61,11 @@ class Pipeline:
     prior: "prior", "ar_prior" or None. decoder: "decoder", or one of its baselines,
     "decoder_text_emb" (trained on text embeddings) and "decoder_caption" (GLIDE). An upsampler
     that is missing is left out; the others raise UserError. size: how far to enlarge.
+    clip: where to load the CLIP from, if not from where the training did (load_open_clip).
     sizes: the sides it can draw, ascending.
     """
 
-    def __init__(self, folder, device="cpu", size=64, prior="prior", decoder="decoder"):
+    def __init__(self, folder, device="cpu", size=64, prior="prior", decoder="decoder", clip=None):
         self.folder, self.device = Path(folder), torch.device(device)
         if not self.folder.is_dir():
             raise UserError(f"no folder {folder}: give --weights the --out folder of a training")
@@ -72,7 +73,7 @@ class Pipeline:
         self.decoder = self.load(decoder)
         # Which CLIP to load is written in the stages themselves: embeddings of another would be
         # numbers without meaning to them.
-        spec = self.decoder.clip["spec"] if self.decoder.clip else "small"
+        spec = clip or (self.decoder.clip["spec"] if self.decoder.clip else "small")
         self.clip = checkpoints.load_clip(folder, spec, device)
         for stage, model in ((prior, self.prior), (decoder, self.decoder)):
             if model:
@@ -189,7 +190,7 @@ def open_picture(path):
 def load_pipeline(args, **stages):
     """The pipeline of --weights on --device, and the size that --size comes to with it."""
     folder = args.weights or default_weights()
-    pipeline = Pipeline(folder, choose_device(args.device), args.size, **stages)
+    pipeline = Pipeline(folder, choose_device(args.device), args.size, clip=args.clip, **stages)
     return pipeline, reachable_size(pipeline, args.size)
 
 
@@ -356,6 +357,8 @@ def main(argv=None):
         add("--seed", type=natural, default=0, help="of the first picture; the next has seed + 1")
         add("--out", default="samples", help="folder for the pictures")
         add("--device", default="auto", help="auto, cpu or cuda")
+        add("--clip", help="MODEL:TAG=FILE, the CLIP that the stages were trained with, from a "
+            "file (default: as in training)")
         sub.set_defaults(run=run)
         return add
 

@@ -346,9 +346,33 @@ def test_the_small_clip_is_shown_the_pictures_it_was_trained_on(monkeypatch, sma
 
 def test_open_clip_weights_come_from_a_file(tiny_file):
     clip = load_open_clip(f"{TINY}:{tiny_file}")
-    assert clip.identity.startswith(f"{TINY}:")
+    assert clip.identity.startswith(f"{TINY}-")
     for name, value in torch.load(tiny_file).items():
         assert_close(clip.model.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_a_tags_activation_and_colours_go_with_its_weights_from_a_file(tiny_file, monkeypatch):
+    """Else OpenAI's QuickGELU weights would run through GELU, with a warning at most."""
+    trained = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "quick_gelu": True}
+    monkeypatch.setattr(open_clip, "list_pretrained_tags_by_model", lambda name: ["mine"])
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda name, tag: {"mine": trained}[tag])
+    plain, clip = (load_open_clip(f"{TINY}:{tag}{tiny_file}") for tag in ("", "mine="))
+    for key in ("mean", "std"):
+        assert_close(getattr(clip, key).flatten(), torch.tensor(trained[key]))
+    quick = [any(isinstance(m, open_clip.transformer.QuickGELU) for m in c.model.modules())
+             for c in (plain, clip)]
+    assert quick == [False, True]
+    assert weights_hash(plain.model) == weights_hash(clip.model)
+    assert plain.identity != clip.identity  # their embeddings do not mix
+    with pytest.raises(UserError, match="no file /no/such"):
+        load_open_clip(f"{TINY}:mine=/no/such/file.pt")
+    with pytest.raises(UserError, match="'other' is neither a file nor a tag"):
+        load_open_clip(f"{TINY}:other={tiny_file}")
+
+
+def test_open_clip_still_says_which_tags_are_of_quick_gelu():
+    assert open_clip.get_pretrained_cfg("ViT-B-32", "openai")["quick_gelu"] is True
+    assert not open_clip.get_pretrained_cfg("ViT-B-32", "laion2b_s34b_b79k").get("quick_gelu")
 
 
 @pytest.mark.parametrize("spec, words", [
@@ -378,7 +402,7 @@ def test_a_hub_that_cannot_be_reached_says_what_to_do(monkeypatch):
         raise OSError("Network is unreachable")
 
     monkeypatch.setattr(open_clip.factory, "download_pretrained", no_network)
-    with pytest.raises(UserError, match="Network is unreachable.*local file: RN50:FILE"):
+    with pytest.raises(UserError, match="Network is unreachable.*RN50:openai=FILE"):
         load_open_clip("RN50:openai")
 
 
@@ -516,6 +540,39 @@ def test_an_interrupted_pass_goes_on_where_it_was(broken_call, small, tmp_path, 
         assert np.array_equal(getattr(again, name), getattr(wanted, name))
 
 
+def cut_in_half(part):
+    path = part / "text_enc.npy"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def without_features(part):
+    (part / "text_enc.npy").unlink()
+
+
+def garbage_count(part):
+    (part / "text_emb.done").write_text("many")
+
+
+@pytest.mark.parametrize("damage", [cut_in_half, without_features, garbage_count])
+def test_an_interrupted_pass_that_was_damaged_too_is_begun_again(
+    damage, small, tmp_path, monkeypatch
+):
+    """A memory-mapped file that is cut short would be made longer, with zeros, and believed."""
+    monkeypatch.setattr(clip_model, "SAVE_EVERY", 1)
+    wanted = embed(small, Data(), tmp_path / "whole", batch_size=2)
+
+    def breaks(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(FrozenClip, "encode_image", breaks)
+        embed(small, Data(), tmp_path / "cut", batch_size=2)
+    damage(next(p for p in (tmp_path / "cut").iterdir() if p.suffix == ".part"))
+    again = embed(small, Data(), tmp_path / "cut", batch_size=2)
+    for name in Embeddings.ARRAYS:
+        assert np.array_equal(getattr(again, name), getattr(wanted, name))
+
+
 def test_a_full_disk_leaves_nothing_that_looks_finished(small, tmp_path, passes, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -542,6 +599,10 @@ def zeros(folder):
     np.save(folder / "text_emb.npy", np.zeros_like(np.load(folder / "text_emb.npy")))
 
 
+def zero_features(folder):
+    np.save(folder / "text_enc.npy", np.zeros_like(np.load(folder / "text_enc.npy")))
+
+
 def missing(folder):
     (folder / "starts.npy").unlink()
 
@@ -550,7 +611,8 @@ def empty(folder):
     (folder / "image_emb.npy").write_bytes(b"")
 
 
-@pytest.mark.parametrize("damage", [cut_short, fewer_rows, zeros, missing, empty])
+@pytest.mark.parametrize("damage", [cut_short, fewer_rows, zeros, zero_features, missing,
+                                    empty])
 def test_damaged_embeddings_are_noticed_and_computed_again(damage, small, tmp_path, passes, capsys):
     wanted = embed(small, Data(), tmp_path)
     wanted = {name: np.array(getattr(wanted, name)) for name in Embeddings.ARRAYS}

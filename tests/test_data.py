@@ -388,11 +388,32 @@ def test_mistakes_with_folders_are_told_in_one_line(tmp_path):
     told("no captions")
     told("split 'held_out'", split="held_out")
     told("limit 0", limit=0)
-    for line in ("{broken", '["a.png"]', '{"file_name": "a.png"}', '{"text": 5, "file_name": ""}'):
+    for line in ("{broken", '["a.png"]', '{"file_name": "a.png"}', '{"text": 5, "file_name": ""}',
+                 '{"text": {"en": "a"}, "file_name": "a.png"}'):
         (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}\n' + line)
         told("metadata.jsonl, line 2")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}\n')
     told("none of 1 captioned images")
+
+
+def test_a_picture_whose_orientation_cannot_be_read_is_skipped_at_once(tmp_path, capsys):
+    Image.new("RGB", (12, 12), "red").save(tmp_path / "fine.png")
+    # A density of its own, so that Pillow does not look into the EXIF when it opens the file.
+    Image.new("RGB", (12, 12), "red").save(tmp_path / "bad.jpg", dpi=(72, 72),
+                                           exif=b"Exif\0\0not a TIFF file")
+    Image.new("RGB", (12, 12), "red").save(tmp_path / "other.png")
+    for name in ("fine", "bad", "other"):
+        (tmp_path / f"{name}.txt").write_text("a square")
+    folder = load_data("folder", tmp_path, "train")
+    assert "skipped 1 unreadable images: bad.jpg" in capsys.readouterr().err
+    assert len(folder) + len(load_data("folder", tmp_path, "val")) == 2
+
+
+def test_captions_that_are_not_utf_8_are_named(tmp_path):
+    Image.new("RGB", (12, 12), "red").save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes("a cat".encode("utf-16"))
+    with pytest.raises(UserError, match="a.txt.*save it as UTF-8"):
+        load_data("folder", tmp_path, "train")
 
 
 # ------------------------------------------------------------------------------------------ COCO
@@ -447,6 +468,9 @@ def test_mistakes_with_coco_files_name_the_file_and_the_line(tmp_path):
         ('{"images": []}', "annotations"),
         ('{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 1}]}', "caption"),
         ("[1, 2]", "captions_val2017.json"),
+        ('{"images": [{"id": 1, "file_name": 5}], "annotations": []}', "5 is not a string"),
+        ('{"images": [{"id": 1, "file_name": "a"}], "annotations": '
+         '[{"image_id": 1, "caption": null}]}', "None is not a string"),
         ('{"images": [], "annotations": []}', "none of 0"),
     ):
         table.write_text(content)
@@ -487,6 +511,9 @@ def test_cifar_pairs_pictures_with_captions_of_their_class(tmp_path, monkeypatch
     assert train.image(5, 64, crop=(0, 32, 16)).shape == (3, 16, 16)
     assert len(load_data("cifar10", tmp_path, "train", limit=3)) == 3
     assert len({train.fingerprint(), val.fingerprint()}) == 2
+    before = train.fingerprint()
+    train.templates = ("a drawing of {}",)  # other captions: their embeddings are others, too
+    assert train.fingerprint() != before
 
 
 def test_cifar_that_is_absent_or_corrupt_is_a_user_error(tmp_path, monkeypatch):

@@ -277,7 +277,7 @@ def test_without_upsamplers_there_is_nothing_to_compare(micro_run, capsys):
     assert "no upsampler" in capsys.readouterr().err
 
 
-def test_export_writes_as_many_references_as_samples(micro_run, tmp_path):
+def test_export_writes_as_many_references_as_samples(micro_run, tmp_path, capsys):
     out = tmp_path / "out"
     command = ["export", "-n", "3", "--weights", str(micro_run), "--steps", "2", "--prior-steps",
                "2", "--size", "32", "--out", str(out)]
@@ -286,4 +286,8 @@ def test_export_writes_as_many_references_as_samples(micro_run, tmp_path):
         files = sorted((out / kind).iterdir())
         assert [f.name for f in files] == ["000000.png", "000001.png", "000002.png"]
         assert all(Image.open(f).size == (32, 32) for f in files)
+    before = (out / "samples" / "000002.png").read_bytes()
+    assert evaluate.main(command) == 2  # two exports would be mixed
+    assert "pictures already" in capsys.readouterr().err
+    assert (out / "samples" / "000002.png").read_bytes() == before
     assert evaluate.main(command[:-2]) == 2  # no --out

@@ -81,6 +81,12 @@ def test_the_whole_path_runs_with_a_vit_b_32(weights_file, micro_run, tmp_path, 
         assert train.main([stage, *common, "--clip", clip]) == 0
     command = ["text", "a photo of a cat", "-n", "1", "--size", "16", "--weights", str(run)]
     assert sample.main([*command, "--out", str(tmp_path / "out")]) == 0
+    # The CLIP's file may lie elsewhere now, but another CLIP's does not do.
+    moved = tmp_path / "moved.pt"
+    moved.write_bytes(weights_file("ViT-B-32").read_bytes())
+    command += ["--out", str(tmp_path / "again"), "--clip"]
+    assert sample.main([*command, f"ViT-B-32:{moved}"]) == 0
+    assert sample.main([*command, f"ViT-B-32-quickgelu:{moved}"]) == 2
     assert Image.open(tmp_path / "out" / "a-photo-of-a-cat_0.png").size == (16, 16)
     # A CLIP of another embedding size beside these checkpoints is one line, not a traceback.
     capsys.readouterr()
