@@ -66,7 +66,7 @@ def zero(module):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions and a skip; the embedding scales and shifts a norm (ADM sec. 4.3)."""
+    """Two convolutions and a skip; the embedding scales and shifts a norm (ADM sec. 3.1)."""
 
     def __init__(self, c_in, c_out, emb_dim, dropout=0.0):
         super().__init__()
@@ -230,7 +230,6 @@ class DecoderConfig:
     drop_caption: float = 0.5  # share of examples trained without their caption
     predict: str = "v"  # Paper: "noise". We: v. Because: flat pictures stay grainy for long.
     weight_cap: float | None = None  # loss weights of x_0 prediction: see GaussianDiffusion
-    focus: tuple = ()  # (first, end): noise levels that half of the training is spent on
     variance: str = "learned"  # or "fixed_small", "fixed_large"
     diffusion_steps: int = 1000  # T
     stem: int = 1  # fold so many by so many pixels into channels first; see UNet. Paper: 1.
@@ -274,7 +273,6 @@ class Decoder(nn.Module):
         self.diffusion = GaussianDiffusion(
             T=config.diffusion_steps, schedule="cosine", predict=config.predict,
             variance=config.variance, clip_x_0=True, weight_cap=config.weight_cap,
-            focus=config.focus,
         )
 
     def embedding_of(self, batch):
@@ -364,8 +362,8 @@ class Decoder(nn.Module):
                size=None, generators=None, x_T=None, on_step=None):
         """Draw pictures (B, 3, size, size) in [-1, 1]; see network() for the conditions and scale.
 
-        steps: of the T diffusion steps. eta: None for ancestral sampling with the learned
-        variance (paper), a number for DDIM (0 is deterministic given x_T).
+        steps: of the T diffusion steps. eta: None for ancestral sampling with the config's
+        variance (paper: learned), a number for DDIM (0 is deterministic given x_T).
         generators: one torch.Generator a picture. x_T: (B, 3, size, size) starting noise.
         """
         network = self.network(image_emb, text_enc, text_mask, scale)

@@ -113,14 +113,12 @@ class GaussianDiffusion(nn.Module):
     clip_x_0: clip each predicted x_0 to [-1, 1]. For images; off for embeddings
     snr_gamma: Min-SNR loss weights (2303.09556), usually 5; None weighs every t the same
     weight_cap: for "x_0": weigh its error as v-prediction does, by SNR + 1, but at most by this
-    focus:    (first, end): half of the training's levels are drawn from first .. end - 1, the
-              other half from all; None draws all of them from all
 
     The table stays in float64: run a network in bf16 by autocast, not by .bfloat16() on the module.
     """
 
     def __init__(self, T=1000, schedule="cosine", predict="noise", variance="fixed_small",
-                 clip_x_0=True, snr_gamma=None, weight_cap=None, focus=None):
+                 clip_x_0=True, snr_gamma=None, weight_cap=None):
         super().__init__()
         schedules = {"cosine": cosine_betas, "linear": linear_betas}
         for value, allowed in ((schedule, schedules), (predict, ("noise", "x_0", "v")),
@@ -129,12 +127,10 @@ class GaussianDiffusion(nn.Module):
                 raise UserError(f"{value!r} is unknown, choose one of {', '.join(allowed)}")
         if T < 2:
             raise UserError(f"T is {T}, it must be at least 2: raise the number of noise levels")
-        if focus and not 0 <= focus[0] < focus[1] <= T:
-            raise UserError(f"focus is {focus}, it must be two levels, first < end, in [0, {T}]")
         self.T, self.predict, self.variance = T, predict, variance
         self.clip_x_0, self.snr_gamma, self.weight_cap = clip_x_0, snr_gamma, weight_cap
-        self.focus = tuple(focus) if focus else None
-        self.range_checked, self.levels = False, (0, T)  # levels: those drawn in training
+        # levels: those drawn in training; focus: a band of them that is drawn more often
+        self.range_checked, self.levels, self.focus = False, (0, T), None
         # Not persistent: made again from the config, they have no place in a checkpoint.
         betas = schedules[schedule](T)
         self.register_buffer("betas", betas, persistent=False)
@@ -221,7 +217,8 @@ class GaussianDiffusion(nn.Module):
 
     def p_log_variance(self, out, x_t, t, t_prev=None):
         """Log-variance of p(x_{t_prev} | x_t), in float32 or better: (B, 1, ..., 1), or (B, ...) if
-        learned: out's last C channels, in [-1, 1], mix the fixed ones (improved DDPM eq. 15).
+        learned: out's last C channels, -1 for the small and 1 for the large one, mix the fixed ones
+        in between (improved DDPM eq. 15).
         """
         small = self.q_posterior(x_t, x_t, t, t_prev)[2]
         if self.variance == "fixed_small":
@@ -270,12 +267,20 @@ class GaussianDiffusion(nn.Module):
             loss = loss + self.T / 1000 * self.vlb_loss(out, x_0, x_t, t)
         return loss
 
+    def focus_on(self, band):
+        """Draw half of the levels from band = (first, end), first .. end - 1, and half from all;
+        None: all of them from all."""
+        if band and not 0 <= band[0] < band[1] <= self.T:
+            raise UserError(f"focus is {band}, it must be two levels, first < end, in "
+                            f"[0, {self.T}]")
+        self.focus = tuple(band) if band else None
+
     def draw_levels(self, n, device):
         """The noise levels t (n,) of a training batch.
 
-        Paper: uniform. We: with `focus`, half of them from a band. Because: not all levels are as
-        hard. Near T - 1 only the background shows, near 0 an edge is sharpened; between, it is
-        decided what is where, and that takes longest to learn (likewise 2403.03206 sec. 3.1).
+        Paper: uniform. We: after focus_on, half of them from a band. Because: not all levels are
+        as hard. Near 0 an edge is sharpened; above, it is decided what is where and how many there
+        are of it, and that takes longest to learn (likewise 2403.03206 sec. 3.1).
         """
         t = torch.randint(*self.levels, (n,), device=device)
         if self.focus is None or self.levels != (0, self.T):  # validation asks for its own levels
@@ -427,20 +432,19 @@ class GaussianDiffusion(nn.Module):
 
         start: 0 begins with a step from the data. The noise of that step is what the network's idea
         of x_0 lacks, divided by a sigma near 0: outlines of the picture, not noise, and many times
-        as large, which stay in x_T. Above 0, fresh noise (see randn) carries x_0 to the first of
-        the `steps` levels that is not below `start`, and inversion goes on from there.
+        as large, which stay in x_T. Above 0, fresh noise (see randn) carries x_0 to level `start`,
+        and inversion goes on from there to those of the `steps` levels that are above it.
 
         Here on_step's t is the level reached.
         """
         if not 0 <= start < self.T:
             raise UserError(f"start is {start}, it must be a noise level, in [0, {self.T - 1}]")
-        x = at_least_float32(x_0)
-        jobs = list(enumerate(self.pairs(steps, len(x), x.device)[::-1]))
+        x, begin = at_least_float32(x_0), start if start > 0 else -1
+        above = [t for t in reversed(self.timesteps(steps)) if t > begin]
+        levels = torch.tensor([begin] + above, device=x.device)[:, None].expand(-1, len(x))
         if start > 0:
-            first = next(k for k, (t, _) in jobs if t[0] >= start)
-            x = self.q_sample(x, jobs[first][1][0], randn(x.shape, generators, x.device, x.dtype))
-            jobs = jobs[first + 1:]
-        for k, (t, t_prev) in jobs:
+            x = self.q_sample(x, levels[0], randn(x.shape, generators, x.device, x.dtype))
+        for k, (t_prev, t) in enumerate(zip(levels[:-1], levels[1:])):
             level = t_prev.clamp(min=0)  # no network was trained at -1; t = 0 is next to it
             pred_x_0, pred_noise = self.predictions(network(x, level), x, level)
             pred_x_0 = torch.where(expand(t_prev, x) < 0, x, pred_x_0)  # at -1, x *is* x_0

@@ -141,7 +141,7 @@ def probe(pipeline, image_emb, pca, counts, seed):
 
 
 def inpaint(pipeline, picture, mask, image_emb, text, seed, scale=2.0, steps=None, resamples=4):
-    """Redraw the masked part of a picture so that the whole fits a caption (GLIDE sec. 2.4, 4).
+    """Redraw the masked part of a picture so that the whole fits a caption (GLIDE sec. 4.3).
 
     picture (1, 3, H, W); mask (1, 1, H, W), 1 where to draw anew; image_emb (1, D) or None and
     text: what the whole picture should show. Outside the mask the picture comes back unchanged.

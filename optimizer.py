@@ -67,7 +67,7 @@ class Muon(torch.optim.Optimizer):
                 update = p.grad.lerp(momentum, MOMENTUM).flatten(1)  # Nesterov: a step ahead
                 alike.setdefault(update.shape, []).append((p, update))
             for (rows, columns), pairs in alike.items():
-                # A tall matrix's step is as long as its output is wide: one lr for all shapes.
+                # A tall matrix's step is longer, by sqrt(rows / columns): one lr for all shapes.
                 length = group["lr"] * max(1, rows / columns) ** 0.5
                 updates = orthogonalise(torch.stack([update for _, update in pairs]))
                 for (p, _), update in zip(pairs, updates, strict=True):

@@ -1,7 +1,7 @@
 """How large each model is, and how long it trains: the numbers that a student changes first.
 
     tiny    minutes on two CPU cores: draws at 32 pixels, enlarges to 64 and 256
-    base    minutes to half an hour a stage on a CPU core, the decoder an hour: 64, 256, 1024 pixels
+    base    minutes to half an hour a stage on a core, the decoder two hours: 64, 256, 1024 pixels
     large   for one GPU, real pictures and a pretrained CLIP
 
 The one idea: a preset is a table of differences from the dataclasses' own defaults, nothing more;
@@ -15,6 +15,7 @@ BASELINES = ("ar_prior", "decoder_text_emb", "decoder_caption")
 
 # Per stage: fields of the model's config that differ from its defaults, then of the training.
 # "muon": Muon's learning rate, as a multiple of "lr" (optimizer.py); without it, Adam alone.
+# "focus": a band of noise levels; half of the levels are drawn from it, half from all.
 # Paper (table 3): 0.8 million steps of 2048 pictures for the decoder alone. We: what one machine
 # can do in minutes (tiny) or hours (base). Because: the findings show long before the beauty does.
 PRESETS = {
@@ -53,8 +54,8 @@ PRESETS = {
             # variances are fixed: a learned one's loss drowns the others at low noise.
             {"channels": 32, "multiples": (1, 3, 3), "attention_levels": (2,), "stem": 2,
              "emb_width": 384, "image_hidden": 256,
-             "predict": "x_0", "weight_cap": 5.0, "variance": "fixed_small", "focus": (500, 900)},
-            {"steps": 9600, "batch_size": 32, "lr": 1.5e-3, "muon": 5.0},
+             "predict": "x_0", "weight_cap": 5.0, "variance": "fixed_small"},
+            {"steps": 19_200, "batch_size": 32, "lr": 1.5e-3, "muon": 5.0, "focus": (600, 1000)},
         ),
         "upsampler1": (
             {"channels": 32, "multiples": (1, 2), "stem": 2},
@@ -104,5 +105,5 @@ def recipe(preset, stage):
     if stage in BASELINES:
         model = model | {"condition": stage.removeprefix("decoder_")}
     if stage == "decoder_caption":
-        model = model | {"drop_caption": 0.2}  # to be guided by captions, as in GLIDE (sec. 4)
+        model = model | {"drop_caption": 0.2}  # to be guided by captions, as in GLIDE (sec. 4.2)
     return model, training

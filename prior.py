@@ -15,7 +15,7 @@ caption: sampling runs 64 steps of three tokens each, and training lets K noised
 embedding, each at its own t, share one prefix. The autoregressive prior keeps it just so.
 
 Letters: B batch, D CLIP embedding, L caption tokens, W width of CLIP's token features,
-M width of this transformer, P prefix length, K noised copies, S suffix length (3), T steps,
+M width of this transformer, P prefix length, K noised copies, T steps,
 C principal components, and as many codes.
 Read next: decoder.py, which turns the embedding into pixels.
 """
@@ -35,8 +35,8 @@ from diffusion import GaussianDiffusion, guided, timestep_embedding
 def attention(q, k, v, mask):
     """softmax(q k^T / sqrt(d)) v, each query over the keys that mask allows (1706.03762 eq. 1).
 
-    q: (B, heads, N, d), k and v: (B, heads, M, d), mask: bool, True = may look, broadcast to
-    (B, heads, N, M); no query may be left without a key. Returns (B, heads, N, d).
+    q: (B, heads, N, d), k and v: (B, heads, P + N, d), mask: bool, True = may look, broadcast to
+    (B, heads, N, P + N); no query may be left without a key. Returns (B, heads, N, d).
 
     On a GPU the fused version never writes the (N, M) table to memory. On a CPU, at our lengths,
     its backward pass is several times slower than these three lines.
@@ -290,7 +290,7 @@ class DiffusionPrior(nn.Module):
 
 
 def rerank(image_emb, text_emb):
-    """Keep, for each caption, the candidate closest to it: (B, C, D) and (B, D) -> (B, D)."""
+    """Keep, for each caption, the candidate closest to it: (B, candidates, D), (B, D) -> (B, D)."""
     # A sum, not a matrix product: autocast would round that to bfloat16, and ties would decide.
     best = (image_emb.float() * text_emb.float()[:, None]).sum(dim=-1).argmax(dim=1)
     return image_emb[torch.arange(len(best), device=best.device), best]
@@ -307,7 +307,9 @@ class AutoregressivePriorConfig:
     components: int  # C, principal components kept: see fewest_components. Paper: 319 of 1024
     buckets: int = 128  # values that each component may take. Paper: 1024
     dot_buckets: int = 16  # values of the dot-product token. Paper: not stated
-    width: int = 192  # M. Paper: 1664, 24 blocks, 26 heads. We: small. Because: one machine.
+    # M. Paper: 1664, 24 blocks, 26 heads, and a text transformer of its own. We: small, on CLIP's
+    # token features. Because: one machine, little data.
+    width: int = 192
     depth: int = 4
     heads: int = 4
     drop_text: float = 0.1  # share of examples trained without their caption
@@ -443,7 +445,7 @@ class AutoregressivePrior(nn.Module):
 
     @torch.no_grad()
     def sample(self, text_emb, text_enc, text_mask, scale=1.0, generators=None):
-        """Draw image embeddings for captions: C evaluations of one token each (plus the prefix).
+        """Draw image embeddings for captions: C evaluations: the prefix, then one code each.
 
         text_emb (B, D), text_enc (B, L, W), text_mask (B, L): from the frozen CLIP.
         scale: guidance of the logits, uncond + scale * (cond - uncond); off at 1.

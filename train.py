@@ -2,7 +2,7 @@
 
     python train.py all --preset tiny          # every stage, minutes on a laptop's CPU
     python train.py decoder --preset base --resume
-    python train.py export --preset base       # what the run has, small enough to give away
+    python train.py export --preset base --to FOLDER   # what the run has, small, to give away
     torchrun --nproc-per-node 4 train.py prior --data folder --root PICTURES
 
 The one idea of this file: batch number k and the noise of step k are functions of the run's
@@ -271,13 +271,17 @@ def learning_rate(step, settings):
 class Run:
     """What a training leaves behind in its folder; of several processes only the first writes.
 
-    STAGE.pt the checkpoint, metrics.jsonl a line of figures now and then, samples/ the pictures.
+    STAGE.pt the checkpoint, STAGE.json its settings to read, metrics.jsonl a line of figures now
+    and then, samples/ the pictures.
     """
 
-    def __init__(self, stage, path, settings, clip, first_process):
+    def __init__(self, stage, path, config, settings, clip, first_process):
         self.stage, self.path, self.settings, self.clip = stage, path, settings, clip
         self.writes, self.figures = first_process, {}  # figures: the last of each kind reported
         (path.parent / "samples").mkdir(parents=True, exist_ok=True)
+        if self.writes:
+            about = {"stage": stage, "config": config, "run": settings, "clip": clip}
+            path.with_suffix(".json").write_text(json.dumps(about, indent=2) + "\n")
 
     def save(self, step, model, ema, optimizers):
         """Everything that resuming needs; the random numbers need no state (see the top)."""
@@ -475,7 +479,7 @@ def prepare(stage, args, clip):
     earlier training in --out, or None. Raises UserError rather than write over one.
     """
     training = recipe(args.preset, stage)[1]
-    settings = {"decay": args.decay, "half_size_until": 0.0, "muon": None} | training
+    settings = {"decay": args.decay, "half_size_until": 0.0, "muon": None, "focus": None} | training
     given = {"steps": args.steps, "batch_size": args.batch_size, "lr": args.lr}
     settings |= {k: v for k, v in given.items() if v is not None}
     kept = ("seed", "data", "workers", "preset", "command", "compile")
@@ -487,8 +491,11 @@ def prepare(stage, args, clip):
                         f"{world_size()} processes")
 
     limit = args.limit or (PRESETS[args.preset]["data"] if args.data == "shapes" else None)
-    data = load_data(args.data, args.root, "train", limit)
-    val = load_data(args.data, args.root, "val", 512 if args.data == "shapes" else args.limit)
+    val_limit = 512 if args.data == "shapes" else args.limit
+    data, val = first_alone(lambda: [
+        load_data(args.data, args.root, split, n) for split, n in (("train", limit),
+                                                                   ("val", val_limit))
+    ])
     settings |= {"fingerprint": data.fingerprint(), "world": world_size()}
 
     path, resume = Path(args.out) / f"{stage}.pt", None
@@ -500,7 +507,8 @@ def prepare(stage, args, clip):
         model.clip = resume.get("clip")
         if clip is not None:
             checkpoints.check_clip(model, clip, path)
-        for key in ("batch_size", "lr", "muon", "seed", "steps", "decay", "fingerprint", "world"):
+        for key in ("batch_size", "lr", "muon", "focus", "seed", "steps", "decay", "fingerprint",
+                    "world"):
             before = resume.get("run", {}).get(key)
             if before != settings[key]:
                 print(f"note: {path}: {key} was {before}, is {settings[key]} now")
@@ -512,6 +520,8 @@ def prepare(stage, args, clip):
     if not resume:
         torch.manual_seed(args.seed)
         model = make_model(stage, args.preset, data, clip, embeddings[0])
+    if settings["focus"]:
+        model.diffusion.focus_on(settings["focus"])
     batches, val_batches = (
         Batches(stage, model.config, d, e, settings, rank(), world_size())
         for d, e in zip((data, val), embeddings, strict=True)
@@ -520,14 +530,20 @@ def prepare(stage, args, clip):
 
 
 def embed_both(clip, data, val, folder):
-    """Embeddings of the training and validation pictures; one process computes, the others wait."""
+    """Embeddings of the training and of the validation pictures."""
+    with autocast(clip.mean.device):
+        return first_alone(lambda: [embed(clip, d, folder) for d in (data, val)])
+
+
+def first_alone(make):
+    """make(), by the first process while the others wait: what it downloads or computes, they find.
+    """
     if rank() > 0:
         dist.barrier()
-    with autocast(clip.mean.device):
-        both = [embed(clip, d, folder) for d in (data, val)]
+    made = make()
     if rank() == 0 and world_size() > 1:
         dist.barrier()
-    return both
+    return made
 
 
 def rank():
@@ -555,7 +571,8 @@ def run_stage(stage, args, device):
         print(f"{stage}: {millions:.1f}M parameters, {settings['steps']} steps of "
               f"{settings['batch_size']} on {device}, to {path}")
     clip = clip and {"spec": args.clip, "identity": clip.identity}
-    run = Run(stage, path, settings, clip, rank() == 0)
+    config = checkpoints.config_dict(model)
+    run = Run(stage, path, config, settings, clip, rank() == 0)
     train(run, model, batches, val_batches, device, resume)
 
 

@@ -645,18 +645,16 @@ def test_inversion_then_ddim_returns_the_input():
 
 def test_inversion_from_a_start_level_begins_there_with_fresh_noise():
     d, s, x_0, ab = diffusion(), 0.3, normal(), alphas_cumprod()
-    levels = d.timesteps(9)[::-1]
-    first = next(t for t in levels if t >= 20)
-    assert 20 < first  # not a level of these 9 steps: it begins at the next one above
+    levels = [20] + [t for t in d.timesteps(9)[::-1] if t > 20]
+    assert 20 not in d.timesteps(9)  # it begins just there, and joins the 9 levels above
     slope = (1 - ab) ** 0.5 / (ab * s ** 2 + 1 - ab)                  # noise = slope * x_t
     seeds = [3, 1, 4, 1]
     noise = torch.stack([torch.randn(SHAPE[1:], generator=torch.Generator().manual_seed(k))
                          for k in seeds]).double()
-    expected = ab[first] ** 0.5 * x_0 + (1 - ab[first]) ** 0.5 * noise
+    expected = ab[20] ** 0.5 * x_0 + (1 - ab[20]) ** 0.5 * noise
     for t, up in zip(levels, levels[1:]):
-        if t >= first:
-            pred_x_0 = (1 - (1 - ab[t]) ** 0.5 * slope[t]) / ab[t] ** 0.5
-            expected = expected * (ab[up] ** 0.5 * pred_x_0 + (1 - ab[up]) ** 0.5 * slope[t])
+        pred_x_0 = (1 - (1 - ab[t]) ** 0.5 * slope[t]) / ab[t] ** 0.5
+        expected = expected * (ab[up] ** 0.5 * pred_x_0 + (1 - ab[up]) ** 0.5 * slope[t])
     generators = [torch.Generator().manual_seed(k) for k in seeds]
     x_T = d.ddim_invert(gaussian_oracle(d, s), x_0, 9, start=20, generators=generators)
     assert_close(x_T, expected)
@@ -950,7 +948,9 @@ def test_inpainting_does_each_step_but_the_last_so_often_and_sees_the_known_part
 
 def test_focus_spends_half_of_training_on_its_band():
     torch.manual_seed(0)
-    t = GaussianDiffusion(T=1000, focus=(500, 900)).draw_levels(40_000, "cpu")
+    d = GaussianDiffusion(T=1000)
+    d.focus_on((500, 900))
+    t = d.draw_levels(40_000, "cpu")
     inside = ((t >= 500) & (t < 900)).float().mean().item()
     assert abs(inside - (0.5 + 0.5 * 0.4)) < 3 * math.sqrt(0.7 * 0.3 / 40_000)
     assert t.min() == 0 and t.max() == 999
@@ -964,7 +964,8 @@ def test_without_focus_all_levels_are_alike_and_validation_chooses_its_own():
     uniform = GaussianDiffusion(T=100)
     counts = torch.bincount(uniform.draw_levels(100_000, "cpu"), minlength=100)
     assert counts.min() > 1000 - 5 * math.sqrt(1000) and counts.max() < 1000 + 5 * math.sqrt(1000)
-    focused = GaussianDiffusion(T=100, focus=(50, 90))
+    focused = GaussianDiffusion(T=100)
+    focused.focus_on((50, 90))
     focused.levels = (0, 25)
     assert focused.draw_levels(1000, "cpu").max() < 25
 
@@ -972,7 +973,7 @@ def test_without_focus_all_levels_are_alike_and_validation_chooses_its_own():
 @pytest.mark.parametrize("focus", [(5, 5), (-1, 4), (0, 11)])
 def test_a_focus_outside_of_the_levels_is_refused(focus):
     with pytest.raises(UserError, match="focus"):
-        GaussianDiffusion(T=10, focus=focus)
+        GaussianDiffusion(T=10).focus_on(focus)
 
 
 class Drawing(torch.nn.Module):

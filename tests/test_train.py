@@ -20,6 +20,7 @@ from clip_model import embed
 from conftest import MICRO, ROOT
 from data import Shapes
 from decoder import DecoderConfig
+from diffusion import GaussianDiffusion
 from optimizer import make_optimizers
 from sample import Pipeline
 from train import Batches, Ema, learning_rate, make_model
@@ -192,13 +193,27 @@ def test_a_resumed_run_has_the_optimizers_of_its_checkpoint(tmp_path, capsys, mo
     assert train.main([*run, "--resume", "--steps", "4"]) == 2  # Adam alone cannot go on from it
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "another optimizer" in error and "muon" in error and path.read_bytes() == before
-    # Another rate is one of the things that may change, and then is the rate.
-    monkeypatch.setitem(train.PRESETS, "micro",
-                        MICRO | {"upsampler1": (model, training | {"muon": 7.0})})
+    # Another rate is one of the things that may change, and then is the rate; so is the focus.
+    bands, focus_on = [], GaussianDiffusion.focus_on
+    monkeypatch.setattr(GaussianDiffusion, "focus_on",
+                        lambda self, band: bands.append(band) or focus_on(self, band))
+    changed = training | {"muon": 7.0, "focus": (0, 40)}
+    monkeypatch.setitem(train.PRESETS, "micro", MICRO | {"upsampler1": (model, changed)})
     assert train.main([*run, "--resume", "--steps", "4"]) == 0
-    assert "muon was 2.0, is 7.0 now" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "muon was 2.0, is 7.0 now" in said and "focus was None, is (0, 40) now" in said
+    assert bands == [(0, 40)]
     groups = [s["param_groups"][0] for s in checkpoints.load_checkpoint(path)["optimizer"]]
     assert [g["scale"] for g in groups] == [1.0, 7.0]
+
+
+def test_a_runs_settings_can_be_read(micro_run):
+    about = json.loads((micro_run / "decoder.json").read_text())
+    saved = checkpoints.load_checkpoint(micro_run / "decoder.pt")
+    assert about["stage"] == "decoder" and about["clip"] == saved["clip"]
+    assert about["config"] == json.loads(json.dumps(saved["config"]))
+    assert about["run"]["fingerprint"] == saved["run"]["fingerprint"]
+    assert about["run"]["command"].startswith("python train.py all")
 
 
 def test_a_run_is_not_exported_onto_itself(micro_run, capsys):
