@@ -428,7 +428,8 @@ class GaussianDiffusion(nn.Module):
 
         Nearly: a step up takes the noise seen at its lower end for that at its upper end. Each of
         the `corrections` then asks the network at the upper end, as the step down will, and takes
-        the step again with what it predicts there. One nearly always helps; more may overshoot.
+        the step again with what it predicts there; from the second on halfway only, as the whole
+        way overshoots. At high levels a little matters: there it is decided what goes where.
 
         start: 0 begins with a step from the data. The noise of that step is what the network's idea
         of x_0 lacks, divided by a sigma near 0: outlines of the picture, not noise, and many times
@@ -449,10 +450,11 @@ class GaussianDiffusion(nn.Module):
             pred_x_0, pred_noise = self.predictions(network(x, level), x, level)
             pred_x_0 = torch.where(expand(t_prev, x) < 0, x, pred_x_0)  # at -1, x *is* x_0
             higher = self.q_sample(pred_x_0, t, pred_noise)
-            for _ in range(corrections if t_prev[0] >= 0 else 0):  # from -1 every noise leads back
+            for n in range(corrections if t_prev[0] >= 0 else 0):  # from -1 every noise leads back
                 pred_x_0, _ = self.predictions(network(higher, t), higher, t)
                 signal, sigma = self.signal_sigma(t_prev, x)
-                higher = self.q_sample(pred_x_0, t, (x - signal * pred_x_0) / sigma)
+                again = self.q_sample(pred_x_0, t, (x - signal * pred_x_0) / sigma)
+                higher = again if n == 0 else (higher + again) / 2
             x = higher
             if on_step is not None:
                 on_step(k, int(t[0]), x, pred_x_0)

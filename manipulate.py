@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from common import autocast
 from data import UserError
 
-INVERSION_STEPS = 100  # there and back; fewer lose more
+INVERSION_STEPS = 50  # there and back; each step up looks at the network four times
 
 
 def slerp(a, b, theta):
@@ -55,8 +55,9 @@ def psnr(a, b):
 def invert(pipeline, pictures, image_emb, steps=INVERSION_STEPS):
     """The noise x_T (B, 3, H, W) from which redraw() returns `pictures`, given image_emb (B, D).
 
-    Paper: DDIM inversion. We: from a little fresh noise on, each step corrected once. Because:
-    begun at the clean picture it leaves the picture's outlines in x_T, and an edit keeps them.
+    Paper: DDIM inversion. We: from a little fresh noise on, each step corrected. Because: begun at
+    the clean picture it leaves the picture's outlines in x_T, which an edit keeps; and without
+    corrections many a picture comes back with its objects elsewhere.
     The fresh noise is always the same, so that a picture has one x_T.
     """
     diffusion = pipeline.decoder.diffusion
@@ -64,7 +65,7 @@ def invert(pipeline, pictures, image_emb, steps=INVERSION_STEPS):
     with autocast(pipeline.device):  # as in drawing: there and back by the same network
         network = pipeline.decoder.network(image_emb, None, None)
         return diffusion.ddim_invert(
-            network, pictures, steps, start=diffusion.T // 50, corrections=1, generators=fresh
+            network, pictures, steps, start=diffusion.T // 50, corrections=3, generators=fresh
         )
 
 

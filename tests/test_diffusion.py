@@ -673,7 +673,7 @@ def test_corrections_lead_to_the_exact_inverse_of_the_steps_down():
         pred_x_0 = (1 - (1 - ab[up]) ** 0.5 * slope[up]) / ab[up] ** 0.5
         down = down * (ab[t] ** 0.5 * pred_x_0 + (1 - ab[t]) ** 0.5 * slope[up])
     errors = []
-    for corrections in (0, 1, 30):
+    for corrections in (0, 1, 60):
         fresh = [torch.Generator().manual_seed(k) for k in range(4)]
         noise = torch.stack([torch.randn(SHAPE[1:], generator=torch.Generator().manual_seed(k))
                              for k in range(4)]).double()
