@@ -338,13 +338,17 @@ class Embeddings:
         )
         if not fits:
             raise ValueError("its arrays do not fit together")
-        for array in (self.image_emb, self.text_emb, self.text_enc):
-            some = array[:: max(1, len(array) // 1000)].astype(np.float32)  # zeros, NaNs, noise
-            norm = np.linalg.norm(some, axis=1)
-            if array is self.text_enc and not np.all((norm > 0) & np.isfinite(norm)):
-                raise ValueError("its token features are not all there")
-            if array is not self.text_enc and not np.all(np.abs(norm - 1) < 0.02):
+
+        def lengths(array):  # of about a thousand rows: enough to see zeros, NaNs and noise
+            some = array[:: max(1, len(array) // 1000)].astype(np.float32)
+            return np.linalg.norm(some, axis=1)
+
+        for array in (self.image_emb, self.text_emb):
+            if not np.all(np.abs(lengths(array) - 1) < 0.02):
                 raise ValueError("its embeddings are not of unit norm")
+        of_tokens = lengths(self.text_enc)
+        if not np.all((of_tokens > 0) & np.isfinite(of_tokens)):
+            raise ValueError("its token features are not all there")
 
     def __reduce__(self):
         """Sent to another process, the arrays are opened there again instead of being copied."""

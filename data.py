@@ -468,7 +468,7 @@ def load_folder(root, split, limit=None):
                 row = json.loads(line)
                 texts = [row["text"]] if isinstance(row["text"], str) else row["text"]
                 if not isinstance(texts, list):
-                    raise TypeError("text: neither a caption nor a list of captions")
+                    raise TypeError
                 texts = [text.strip() for text in texts if text.strip()]
                 captioned.setdefault(root / row["file_name"], []).extend(texts)
             except (ValueError, KeyError, TypeError, AttributeError):

@@ -440,9 +440,10 @@ class GaussianDiffusion(nn.Module):
         """
         if not 0 <= start < self.T:
             raise UserError(f"start is {start}, it must be a noise level, in [0, {self.T - 1}]")
-        x, begin = at_least_float32(x_0), start if start > 0 else -1
-        above = [t for t in reversed(self.timesteps(steps)) if t > begin]
-        levels = torch.tensor([begin] + above, device=x.device)[:, None].expand(-1, len(x))
+        x = at_least_float32(x_0)
+        first = start if start > 0 else -1  # -1: the data
+        levels = [first] + [t for t in reversed(self.timesteps(steps)) if t > first]
+        levels = torch.tensor(levels, device=x.device)[:, None].expand(-1, len(x))
         if start > 0:
             x = self.q_sample(x, levels[0], randn(x.shape, generators, x.device, x.dtype))
         for k, (t_prev, t) in enumerate(zip(levels[:-1], levels[1:])):

@@ -48,7 +48,7 @@ def orthogonalise(matrices):
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised. A convolution (out, in, h, w) is a matrix (out, in * h * w).
 
-    No weight decay, and no per-number scaling as in Adam: lr alone is the length of a step.
+    No weight decay, and no per-number scaling as in Adam: lr alone sets how long a step is.
     """
 
     def __init__(self, params, lr):

@@ -38,8 +38,8 @@ def attention(q, k, v, mask):
     q: (B, heads, N, d), k and v: (B, heads, P + N, d), mask: bool, True = may look, broadcast to
     (B, heads, N, P + N); no query may be left without a key. Returns (B, heads, N, d).
 
-    On a GPU the fused version never writes the (N, M) table to memory. On a CPU, at our lengths,
-    its backward pass is several times slower than these three lines.
+    On a GPU the fused version never writes the (N, P + N) table to memory. On a CPU, at our
+    lengths, its backward pass is several times slower than these three lines.
     """
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

@@ -373,7 +373,7 @@ def main(argv=None):
     add("--prior-scale", type=number, default=1.0, help="guidance of the prior; off at 1")
     add("--scale", type=number, default=2.0, help="guidance of the decoder; off at 1")
     add("--prior-steps", type=int, help="sampling steps of the prior, 1 to T (default: 64)")
-    add("--steps", type=int, help="sampling steps of the decoder, 1 to T (default: 32)")
+    add("--steps", type=int, help="sampling steps of the decoder, 1 to T (default: the model's)")
     add("--film", action="store_true", help="also write the denoising as animated GIFs")
     add("--stages", action="store_true", help="the grid shows each picture at every size it had")
 

@@ -492,10 +492,8 @@ def prepare(stage, args, clip):
 
     limit = args.limit or (PRESETS[args.preset]["data"] if args.data == "shapes" else None)
     val_limit = 512 if args.data == "shapes" else args.limit
-    data, val = first_alone(lambda: [
-        load_data(args.data, args.root, split, n) for split, n in (("train", limit),
-                                                                   ("val", val_limit))
-    ])
+    data = first_alone(lambda: load_data(args.data, args.root, "train", limit))
+    val = first_alone(lambda: load_data(args.data, args.root, "val", val_limit))
     settings |= {"fingerprint": data.fingerprint(), "world": world_size()}
 
     path, resume = Path(args.out) / f"{stage}.pt", None
@@ -536,8 +534,7 @@ def embed_both(clip, data, val, folder):
 
 
 def first_alone(make):
-    """make(), by the first process while the others wait: what it downloads or computes, they find.
-    """
+    """make(), by the first process and then by the others, which find what it left on disk."""
     if rank() > 0:
         dist.barrier()
     made = make()

@@ -13,6 +13,7 @@ from checkpoint import (
     build, check_clip, config_dict, load_checkpoint, load_clip, load_stage, save_checkpoint,
 )
 from clip_model import SmallClip, SmallClipConfig, freeze_small_clip, make_vocab
+from conftest import ROOT
 from data import UserError
 from decoder import Decoder, DecoderConfig
 from prior import DiffusionPrior, PriorConfig
@@ -304,3 +305,9 @@ def test_every_stage_can_be_rebuilt():
     baselines = {"ar_prior", "decoder_text_emb", "decoder_caption"}
     main = {"clip", "prior", "decoder", "upsampler1", "upsampler2"}
     assert set(checkpoints.STAGES) == main | baselines
+
+
+@pytest.mark.parametrize("stage", sorted(checkpoints.STAGES))
+def test_the_shipped_weights_fit_the_code_as_it_is(stage):
+    model = checkpoints.load_stage(ROOT / "weights/shapes", stage)
+    assert all(torch.isfinite(p).all() for p in model.parameters())

@@ -65,6 +65,18 @@ def test_pictures_and_captions_are_encoded_as_by_open_clip_itself(name, dim, wid
     assert mask.sum(1).tolist() == [7, 7]
 
 
+@pytest.mark.parametrize("tag", ["openai", "laion2b_s34b_b79k"])
+def test_a_tag_is_the_same_clip_downloaded_and_from_its_file(tag, weights_file, monkeypatch):
+    """So that a run that was trained by tag can be drawn from where there is no network."""
+    path = str(weights_file("ViT-B-32"))
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *a, **k: path)
+    downloaded, filed = load_open_clip(f"ViT-B-32:{tag}"), load_open_clip(f"ViT-B-32:{tag}={path}")
+    assert downloaded.identity == filed.identity
+    quick = [any(isinstance(m, open_clip.transformer.QuickGELU) for m in clip.model.modules())
+             for clip in (downloaded, filed)]
+    assert quick == [tag == "openai"] * 2
+
+
 def test_the_whole_path_runs_with_a_vit_b_32(weights_file, micro_run, tmp_path, capsys):
     """Train a prior and a decoder for it, draw from a caption; another CLIP is refused."""
     root, run = tmp_path / "pictures", tmp_path / "run"
