@@ -74,6 +74,7 @@ def draw(pipeline, captions, args, condition="prior", image_emb=None, size=S):
     return draw_batches(
         pipeline, captions, args.seed, condition if image_emb is None else image_emb, size,
         scale=args.scale, steps=args.steps, prior=(args.prior_scale, args.prior_steps),
+        candidates=args.candidates,
     )
 
 
@@ -402,6 +403,8 @@ def add_drawing_options(sub):
         "--prior-scale", type=number, default=1.0, help="guidance of the prior; off at 1"
     )
     sub.add_argument("--scale", type=number, default=2.0, help="guidance of the decoder; off at 1")
+    sub.add_argument("--candidates", type=positive, default=2,
+                     help="pictures drawn for each, of which CLIP keeps the best (default: 2)")
     sub.add_argument("--prior-steps", type=int, help="sampling steps of the prior")
     sub.add_argument("--steps", type=int, help="sampling steps of the decoder")
     sub.add_argument("--out", help="folder for sheets of the judged pictures")

@@ -50,12 +50,13 @@ def look(clip, data):
 
 
 def draw_batches(pipeline, captions, seed, given, size, say=True, scale=2.0, steps=None,
-                 prior=(1.0, None)):
+                 prior=(1.0, None), candidates=1):
     """Captions -> batches (slice, pictures (b, 3, size, size) on the CPU); picture k of all has the
     seed `seed` + k.
 
     given: what stands for the image embedding: "prior", "text_emb", "caption" (nothing), or
     embeddings (n, D). say=False: the decoder does not get the caption. prior: (scale, steps).
+    candidates: of how many pictures the best is kept (Pipeline.decode_best); 1 as in the paper.
     """
     for part in in_batches(len(captions)):
         seeds = range(seed + part.start, seed + part.stop)
@@ -64,7 +65,8 @@ def draw_batches(pipeline, captions, seed, given, size, say=True, scale=2.0, ste
             emb = pipeline.condition(given, text, seeds, *prior)
         else:
             emb = given[part]
-        batch = pipeline.decode(emb, text if say else None, seeds, scale, steps)
+        text = text if say else None
+        batch, _ = pipeline.decode_best(candidates, emb, text, seeds, scale=scale, steps=steps)
         yield part, pipeline.upsample(batch, seeds, size).cpu()
 
 

@@ -50,9 +50,12 @@ def default_weights():
     return runs[-1].parent
 
 
-def generators(seeds, stage):
-    """One generator a picture, from its seed and the stage: more steps here move no noise there."""
-    return [torch.Generator().manual_seed(seed * 8 + STAGE_SEEDS[stage]) for seed in seeds]
+def generators(seeds, stage, attempt=0):
+    """One generator a picture, from its seed, the stage and the attempt: more steps here move no
+    noise there, and the first attempt is the same however many follow. (An attempt is added far
+    from the seeds that people type, but not too far: PyTorch uses 32 bits of a seed.)"""
+    first = STAGE_SEEDS[stage] + attempt * 10**9
+    return [torch.Generator().manual_seed(first + seed * 8) for seed in seeds]
 
 
 class Pipeline:
@@ -122,19 +125,41 @@ class Pipeline:
         return text[0] if name == "text_emb" else None
 
     def decode(self, image_emb, text, seeds, scale=2.0, steps=None, eta=None, x_T=None,
-               on_step=None):
+               on_step=None, attempt=0):
         """The decoder: image_emb (B, D) or None, text() or None -> (B, 3, H, W) in [-1, 1].
 
         Without an embedding it draws from the caption alone, without text from the embedding
         alone (paper fig. 8). scale: guidance, off at 1. eta: None for ancestral sampling, a
         number for DDIM. x_T: (B, 3, H, W), the noise to start from, else drawn by the seeds.
+        attempt: 0, 1, ... draw different pictures of the same seeds.
         """
         _, text_enc, text_mask = text or (None, None, None)
         with autocast(self.device):
             return self.decoder.sample(
                 image_emb, text_enc, text_mask, scale=scale, steps=steps, eta=eta, x_T=x_T,
-                generators=generators(seeds, "decoder"), on_step=on_step,
+                generators=generators(seeds, "decoder", attempt), on_step=on_step,
             )
+
+    def decode_best(self, candidates, image_emb, text, seeds, films=None, **settings):
+        """decode() so many attempts at each picture and keep, of each, the one in which CLIP sees
+        most of what was asked for: (B, 3, H, W), and which attempt it was, (B,).
+
+        Asked for is image_emb, or without it the caption's embedding. films: an on_step for each
+        attempt. settings: decode()'s scale and steps.
+
+        Paper: keeps the better of two embeddings of the prior (sec. 2.2), and draws each once. We:
+        choose among pictures in the same way. Because: a small decoder now and then gives one
+        object the other's shape; then its picture is not where its embedding is, and CLIP sees it.
+        """
+        films = films or [None] * candidates
+        drawn = torch.stack([
+            self.decode(image_emb, text, seeds, on_step=film, attempt=attempt, **settings)
+            for attempt, film in enumerate(films)
+        ])  # (candidates, B, 3, H, W)
+        wanted = text[0] if image_emb is None else image_emb
+        seen = torch.stack([self.clip.encode_image(pictures) for pictures in drawn])
+        best = (seen * wanted).sum(dim=-1).argmax(dim=0)
+        return drawn[best, torch.arange(len(best), device=best.device)], best
 
     def upsample(self, pictures, seeds, size, on_step=None):
         """Pictures -> the same at `size`, through as many upsamplers as that takes."""
@@ -215,11 +240,13 @@ def text_command(args):
     jobs = [(c, args.seed + k) for c in range(len(names)) for k in range(args.n)]
     pictures = []
     for c, seed in tqdm(jobs, "pictures", disable=None):
-        film = Film() if args.film else None
+        films = [Film() for _ in range(args.candidates)] if args.film else None
         text, name = texts[c], f"{names[c]}_{seed}"
         # The whole of unCLIP (paper fig. 2): the prior, the decoder, the upsamplers.
         emb = pipeline.condition(condition, text, [seed], args.prior_scale, args.prior_steps)
-        picture = pipeline.decode(emb, text, [seed], args.scale, args.steps, on_step=film)
+        picture, best = pipeline.decode_best(
+            args.candidates, emb, text, [seed], films, scale=args.scale, steps=args.steps
+        )
         stages = [picture.cpu()]
         for side in pipeline.sizes[1:]:
             picture = pipeline.upsample(picture, [seed], side)
@@ -227,8 +254,8 @@ def text_command(args):
         pictures += stages if args.stages else stages[-1:]
         save_picture(to_pil(picture[0]), folder / f"{name}.png")
         print(folder / f"{name}.png")
-        if film:
-            film.save(folder / f"{name}.gif")
+        if films:
+            films[best].save(folder / f"{name}.gif")
             print(folder / f"{name}.gif")
     grid_path = grid_path or folder / f"grid_{names[0]}_{args.seed}.png"
     columns = args.n if args.n > 1 else 4
@@ -374,6 +401,8 @@ def main(argv=None):
     add("--scale", type=number, default=2.0, help="guidance of the decoder; off at 1")
     add("--prior-steps", type=int, help="sampling steps of the prior, 1 to T (default: 64)")
     add("--steps", type=int, help="sampling steps of the decoder, 1 to T (default: the model's)")
+    add("--candidates", type=positive, default=2, help="pictures that the decoder draws for each; "
+        "the one in which CLIP sees most of the embedding is kept (default: 2)")
     add("--film", action="store_true", help="also write the denoising as animated GIFs")
     add("--stages", action="store_true", help="the grid shows each picture at every size it had")
 

@@ -61,11 +61,25 @@ def test_the_true_embedding_takes_the_priors_place(micro_run, tmp_path, monkeypa
         "decode",
         lambda self, emb, *a, **k: given.append(emb) or decode(self, emb, *a, **k),
     )
-    run(micro_run, tmp_path)
+    run(micro_run, tmp_path, "--candidates", "1")
     clip, data = Pipeline(micro_run).clip, Shapes(6, "val")
     true = clip.encode_image(torch.stack([data.image(i, clip.image_size) for i in range(6)]))
     torch.testing.assert_close(given[0], true, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(given[1], true, atol=1e-2)
+
+
+def test_candidates_reach_the_decoder(micro_run, tmp_path, monkeypatch):
+    from sample import Pipeline
+
+    asked, decode_best = [], Pipeline.decode_best
+    monkeypatch.setattr(
+        Pipeline,
+        "decode_best",
+        lambda self, n, *a, **k: asked.append(n) or decode_best(self, n, *a, **k),
+    )
+    run(micro_run, tmp_path)
+    run(micro_run, tmp_path, "--candidates", "3")
+    assert asked == [2] * 3 + [3] * 3
 
 
 def test_held_out_captions_name_pairs_that_training_never_shows():

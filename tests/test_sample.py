@@ -2,6 +2,7 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -80,12 +81,47 @@ def test_stages_shows_each_picture_at_every_size_it_had(micro_run, tmp_path):
     assert grid.width == 3 * (cell + 4) + 4
     pipeline = Pipeline(micro_run, size=64)
     text = pipeline.text(["a red circle"])
-    small = pipeline.decode(pipeline.embed(text, [0]), text, [0])
+    small, _ = pipeline.decode_best(2, pipeline.embed(text, [0]), text, [0])
     middle = pipeline.upsample(small, [0], 32)
     for k, stage in enumerate((small, middle, pipeline.upsample(middle, [0], 64))):
         x = 4 + k * (cell + 4)
         expected = to_pil(stage[0]).resize((cell, cell), Image.Resampling.NEAREST)
         assert grid.crop((x, 4, x + cell, 4 + cell)).tobytes() == expected.tobytes()
+
+
+def test_of_several_pictures_the_one_closest_to_its_embedding_is_kept(micro_run):
+    pipeline, seeds, N = Pipeline(micro_run), range(6), 3
+    text = pipeline.text(["a red circle"] * 6)
+    emb = pipeline.embed(text, seeds)
+    drawn = [pipeline.decode(emb, text, seeds, attempt=a) for a in range(N)]
+    assert torch.equal(drawn[0], pipeline.decode(emb, text, seeds))  # as if no other followed
+    for given, wanted in ((emb, emb), (None, text[0])):
+        drawn = [pipeline.decode(given, text, seeds, attempt=a) for a in range(N)]
+        kept, best = pipeline.decode_best(N, given, text, seeds)
+        for k in range(6):  # each picture on its own
+            cosines = [float(pipeline.clip.encode_image(d[k : k + 1])[0] @ wanted[k]) for d in drawn]
+            assert best[k] == cosines.index(max(cosines))
+            assert torch.equal(kept[k], drawn[best[k]][k])
+        assert len(set(best.tolist())) > 1  # or the test could not tell attempts apart
+    alone, _ = pipeline.decode_best(1, emb, text, seeds)
+    assert torch.equal(alone, pipeline.decode(emb, text, seeds))
+
+
+def test_the_film_is_that_of_the_picture_that_was_kept(micro_run, tmp_path):
+    pipeline = Pipeline(micro_run)
+    text = pipeline.text(["a red circle"])
+    chosen = {s: int(pipeline.decode_best(2, pipeline.embed(text, [s]), text, [s])[1])
+              for s in range(8)}
+    for wanted in (0, 1):
+        seed = next(s for s, best in chosen.items() if best == wanted)
+        draw(micro_run, tmp_path, "-n", "1", "--film", "--seed", str(seed))
+        film = Image.open(tmp_path / f"a-red-circle_{seed}.gif")
+        film.seek(film.n_frames - 1)
+        shown = np.asarray(film.convert("RGB").crop((64, 0, 128, 64)), float)[2::4, 2::4]
+        tries = [np.asarray(to_pil(pipeline.decode(
+            pipeline.embed(text, [seed]), text, [seed], attempt=a)[0]), float) for a in (0, 1)]
+        errors = [np.abs(shown - x).mean() for x in tries]
+        assert errors[wanted] < 0.5 * errors[1 - wanted]
 
 
 def test_film_has_a_frame_for_each_denoising_step(micro_run, tmp_path):
