@@ -192,7 +192,9 @@ class FrozenClip(nn.Module):
         settings = model.visual.preprocess_cfg if hasattr(model.visual, "preprocess_cfg") else {}
         size = settings.get("size", model.visual.image_size)
         self.image_size = size if isinstance(size, int) else size[0]
-        self.interpolation = settings.get("interpolation", "bicubic")
+        # As open_clip reads it: of the others ("random" is for training) bicubic comes next.
+        bilinear = settings.get("interpolation") == "bilinear"
+        self.interpolation = "bilinear" if bilinear else "bicubic"
         for key in ("mean", "std"):
             value = torch.tensor(settings.get(key, (0.5, 0.5, 0.5))).view(3, 1, 1)
             self.register_buffer(key, value, persistent=False)
@@ -504,7 +506,7 @@ def embed_images(clip, data, folder, batch_size):
     """image_emb.npy of all pictures, decoded by worker processes."""
     image_emb = Progress(folder / "image_emb.npy", (len(data), clip.dim))
     rest = range(image_emb.done, len(data))
-    rest = torch.utils.data.Subset(Pictures(data, clip.image_size), rest)
+    rest = torch.utils.data.Subset(Pictures(data, clip), rest)
     workers = min(len(rest), os.cpu_count() or 1, 8)
     loader = torch.utils.data.DataLoader(rest, batch_size, num_workers=workers)
     k = image_emb.done
@@ -517,13 +519,13 @@ def embed_images(clip, data, folder, batch_size):
 
 
 class Pictures(torch.utils.data.Dataset):
-    """A data set's pictures alone, at one size, for a DataLoader."""
+    """A data set's pictures alone, as a CLIP wants them, for a DataLoader."""
 
-    def __init__(self, data, size):
-        self.data, self.size = data, size
+    def __init__(self, data, clip):  # keeps no CLIP: workers need none
+        self.data, self.size, self.interpolation = data, clip.image_size, clip.interpolation
 
     def __len__(self):
         return len(self.data)
 
     def __getitem__(self, i):
-        return self.data.image(i, self.size)
+        return self.data.image(i, self.size, interpolation=self.interpolation)

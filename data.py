@@ -330,9 +330,9 @@ class Shapes:
         """The ground truth of picture i."""
         return make_scene(self.rng(i, "scene"), held_out=self.split == "held_out")
 
-    def image(self, i, size, crop=None, place=0.5):
+    def image(self, i, size, crop=None, place=0.5, interpolation="bicubic"):
         """Picture i -> (3, size, size) in [-1, 1], or its window crop = (top, left, side)."""
-        return to_tensor(render(self.scene(i), size, crop))
+        return to_tensor(render(self.scene(i), size, crop))  # drawn at its size: not interpolated
 
     def captions(self, i):
         """Three captions of picture i: sparse, middle, full."""
@@ -365,10 +365,11 @@ def to_rgb(picture):
     return picture.convert("RGB")
 
 
-def fit(picture, size, crop=None, place=0.5):
+def fit(picture, size, crop=None, place=0.5, interpolation="bicubic"):
     """PIL RGB -> a square of it at size x size, or a window crop = (top, left, side) of that.
 
     place: where along the longer side the square is taken; 0.5 is the centre, 0 and 1 the ends.
+    interpolation: "bicubic" or "bilinear", as a CLIP wants its pictures.
 
     The resize is antialiased, and a window is exactly a cut-out: the filter sees beyond its edges.
     """
@@ -377,7 +378,7 @@ def fit(picture, size, crop=None, place=0.5):
     x, y = (picture.width - square) * place, (picture.height - square) * place
     zoom = square / size
     box = (x + left * zoom, y + top * zoom, x + (left + side) * zoom, y + (top + side) * zoom)
-    return picture.resize((side, side), Image.Resampling.BICUBIC, box=box)
+    return picture.resize((side, side), Image.Resampling[interpolation.upper()], box=box)
 
 
 class PictureFiles:
@@ -412,13 +413,13 @@ class PictureFiles:
     def __len__(self):
         return len(self.items)
 
-    def image(self, i, size, crop=None, place=0.5):
+    def image(self, i, size, crop=None, place=0.5, interpolation="bicubic"):
         """Picture i -> (3, size, size) in [-1, 1], or its window crop = (top, left, side)."""
         path, _ = self.items[i]
         try:
             with Image.open(path) as picture:
                 picture.draft(None, (2 * size, 2 * size))  # big JPEGs: decode at 1/2, 1/4 or 1/8
-                return to_tensor(fit(to_rgb(picture), size, crop, place))
+                return to_tensor(fit(to_rgb(picture), size, crop, place, interpolation))
         except Exception as error:  # a broken file can raise nearly anything
             raise UserError(f"image {path}: cannot be decoded ({error}); mend or delete it")
 
@@ -560,9 +561,9 @@ class Cifar:
     def __len__(self):
         return len(self.labels)
 
-    def image(self, i, size, crop=None, place=0.5):
+    def image(self, i, size, crop=None, place=0.5, interpolation="bicubic"):
         """Picture i -> (3, size, size) in [-1, 1], or its window crop = (top, left, side)."""
-        return to_tensor(fit(Image.fromarray(self.pixels[i]), size, crop))
+        return to_tensor(fit(Image.fromarray(self.pixels[i]), size, crop, place, interpolation))
 
     def captions(self, i):
         label = self.classes[self.labels[i]]

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from clip_model import Pictures
 from data import COLOURS, SHAPES, Claim, UserError, with_article
 
 # --- many scenes at once ---------------------------------------------------------------------
@@ -41,10 +42,9 @@ def scene_claim(scene):
 @torch.no_grad()
 def look(clip, data):
     """CLIP's embeddings (n, D) of all pictures of a data set."""
-    embs = []
+    embs, seen = [], Pictures(data, clip)
     for start in tqdm(range(0, len(data), 64), "embedding", disable=None):
-        some = range(start, min(start + 64, len(data)))
-        pictures = torch.stack([data.image(i, clip.image_size) for i in some])
+        pictures = torch.stack([seen[i] for i in range(start, min(start + 64, len(data)))])
         embs.append(clip.encode_image(pictures.to(clip.mean.device)))
     return torch.cat(embs)
 

@@ -102,8 +102,8 @@ class Pipeline:
 
     def look(self, picture):
         """CLIP's embedding of one PIL picture, its middle square: (1, D), unit norm."""
-        size = self.clip.image_size
-        return self.clip.encode_image(to_tensor(fit(picture, size))[None].to(self.device))
+        square = fit(picture, self.clip.image_size, interpolation=self.clip.interpolation)
+        return self.clip.encode_image(to_tensor(square)[None].to(self.device))
 
     def embed(self, text, seeds, scale=1.0, steps=None, on_step=None):
         """The prior: text() of B captions and B seeds -> image_emb (B, D), unit norm.

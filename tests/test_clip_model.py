@@ -18,10 +18,10 @@ from torch.testing import assert_close
 
 import clip_model
 from clip_model import (
-    Embeddings, FrozenClip, SmallClip, SmallClipConfig, Tokenizer, clip_loss, embed,
+    Embeddings, FrozenClip, Pictures, SmallClip, SmallClipConfig, Tokenizer, clip_loss, embed,
     freeze_small_clip, load_open_clip, make_vocab, weights_hash,
 )
-from data import UserError, to_tensor
+from data import UserError, load_data, to_tensor
 
 L, D, W = 12, 16, 32
 CAPTIONS = [
@@ -332,6 +332,30 @@ def test_preprocessing_is_that_of_open_clip(monkeypatch, tiny_file, side, change
     assert_close(seen[0][0] * std, theirs(picture) * std, rtol=0, atol=0.01)
 
 
+@pytest.mark.parametrize("wanted", ["bicubic", "bilinear", "random"])
+def test_pictures_of_a_data_set_are_shrunk_as_open_clip_shrinks_them(tmp_path, tiny_file, wanted):
+    """From the file to the network: bilinear where the model says so, otherwise bicubic."""
+    noise = np.random.default_rng(0).integers(0, 256, (72, 90, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    for k in range(2):  # of which one is for validation
+        picture.save(tmp_path / f"{k}.png")
+        (tmp_path / f"{k}.txt").write_text("noise")
+    model = open_clip.create_model(TINY, pretrained=str(tiny_file))
+    model.visual.preprocess_cfg = model.visual.preprocess_cfg | {"interpolation": wanted}
+    clip, size = FrozenClip(model, Tokenizer(L), TINY), model.visual.preprocess_cfg["size"]
+    plain = {"mean": (0, 0, 0), "std": (1, 1, 1)}
+    theirs = {kind: 2 * image_transform(size, is_train=False, interpolation=kind, **plain)(picture)
+              - 1 for kind in ("bicubic", "bilinear")}
+    right, wrong = ("bilinear", "bicubic")[:: 1 if wanted == "bilinear" else -1]
+    data = load_data("folder", tmp_path, "train")
+    looked_at = Pictures(data, clip)[0]
+    assert_close(looked_at, theirs[right], rtol=0, atol=0.01)
+    assert (looked_at - theirs[wrong]).abs().max() > 0.1
+    emb = embed(clip, data, tmp_path / "cache").image_emb[0]
+    assert_close(torch.from_numpy(emb.astype(np.float32)), clip.encode_image(looked_at[None])[0],
+                 rtol=0, atol=1e-3)
+
+
 def test_the_small_clip_is_shown_the_pictures_it_was_trained_on(monkeypatch, small):
     seen, x = [], pictures(2)
     monkeypatch.setattr(
@@ -442,7 +466,7 @@ class Data:
     def __len__(self):
         return len(self.all)
 
-    def image(self, i, size, crop=None):
+    def image(self, i, size, crop=None, interpolation="bicubic"):
         torch.manual_seed(100 * self.seed + i)
         return (torch.rand(3, 1, 1) * 2 - 1).expand(3, size, size) * torch.rand(1, size, size)
 

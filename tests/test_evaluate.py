@@ -93,7 +93,7 @@ def test_held_out_captions_name_pairs_that_training_never_shows():
 class FakeClip:
     """Knows each scene's true captions; `sees` says what it makes of a wrong one."""
 
-    image_size, mean = 64, torch.zeros(1)
+    image_size, interpolation, mean = 64, "bicubic", torch.zeros(1)
 
     def __init__(self, sees):
         self.sees, self.asked = sees, 0
