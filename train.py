@@ -328,7 +328,9 @@ def train(run, model, batches, val_batches, device, resume=None):
         restore(resume, model, ema, optimizers)
     loss_of = Loss(model)
     if settings["compile"]:
-        loss_of.compile()  # in place: the weights keep their names
+        # In place: the weights keep their names. Random numbers stay PyTorch's own: the noise of
+        # step k is the same compiled or not.
+        loss_of.compile(options={"fallback_random": True})
     if batches.world > 1:
         loss_of = nn.parallel.DistributedDataParallel(loss_of)
 

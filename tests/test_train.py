@@ -276,7 +276,8 @@ def test_a_quarter_draws_its_own_levels_and_leaves_training_all_of_them(monkeypa
 
 @pytest.mark.parametrize("stage", checkpoints.STAGES)
 def test_a_compiled_loss_is_one_graph_and_the_same_number(stage, micro_run, tmp_path):
-    """What --compile hands to the compiler, but not its code generator, which takes minutes.
+    """What --compile hands to the compiler, but not its code generator, which takes minutes for
+    most stages.
 
     fullgraph: an error where the graph would break, as at a look at a number in a tensor."""
     model = checkpoints.load_stage(micro_run, stage)
@@ -294,6 +295,24 @@ def test_a_compiled_loss_is_one_graph_and_the_same_number(stage, micro_run, tmp_
         torch.manual_seed(0)
         numbers.append(loss(batch).item())
     assert numbers[0] == pytest.approx(numbers[1], rel=1e-5)
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="generated code needs a C++ compiler")
+def test_a_compiled_training_ends_where_an_uncompiled_one_does(micro_run, tmp_path):
+    """Code is generated here, for this processor, and run: of the smallest stage, as it takes long.
+    The seeds are the same and so is the noise; only the rounding of sums differs."""
+    trained = {}
+    for name, extra in (("plain", []), ("compiled", ["--compile"])):
+        out = tmp_path / name
+        out.mkdir()
+        shutil.copy(micro_run / "clip.pt", out)
+        assert train.main(["prior", "--preset", "micro", "--out", str(out), "--workers", "0",
+                           "--steps", "2", *extra]) == 0
+        trained[name] = checkpoints.load_checkpoint(out / "prior.pt")
+    plain, compiled = trained["plain"], trained["compiled"]
+    assert compiled["run"]["compile"] and not plain["run"]["compile"]
+    assert compiled["figures"]["loss"] == pytest.approx(plain["figures"]["loss"], rel=1e-3)
+    assert compiled["figures"]["val_loss"] == pytest.approx(plain["figures"]["val_loss"], rel=1e-3)
 
 
 def test_a_finished_checkpoint_says_how_it_was_made(micro_run):
