@@ -28,7 +28,6 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoint import load_checkpoint
 from clip_model import embed
 from common import autocast, chart, save_picture
 from data import BACKGROUNDS, COLOURS, SHAPES, SIZES, TRAIN_PAIRS
@@ -66,7 +65,9 @@ def f1(lab):
     for name in list(ways)[1:]:
         result.claims.append((f"{name} is farther from the true pictures than the prior",
                               farther(kept[name, 2.0][0], kept["prior", 2.0][0], true)))
-    if not lab.has("decoder_text_emb"):
+    if lab.has("decoder_text_emb"):
+        result.note, result.lacks = lab.unequal("decoder_text_emb")
+    else:
         result.note = "The decoder trained on text embeddings is not here (train.py decoder " \
                       "--condition text_emb): its row is missing."
         result.lacks = "without the decoder trained on text embeddings"
@@ -129,8 +130,7 @@ def f3(lab):
         bound = right(lab.draw(lab.captions, prior=name), lab.captions)
         model = pipeline.prior
         steps = 2 * model.config.sample_steps if name == "prior" else model.config.components
-        saved = load_checkpoint(lab.folder / f"{name}.pt", name)
-        seen = saved["step"] * saved.get("run", {}).get("batch_size", 0)
+        seen = lab.examples(name)
         kept[name] = emb, bound
         result.table.append([
             name, f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M", f"{seen:,}",
@@ -220,7 +220,7 @@ def slope(values):
 def sweep(lab, scales):
     """{system: {scale: pictures}} for OPEN captions, and the captions (n // 2,)."""
     captions = np.array([OPEN[k % len(OPEN)] for k in range(max(2 * len(OPEN), lab.n // 2))])
-    rival, way, _ = lab.glide()
+    rival, way, *_ = lab.glide()
     drawn = {name: {scale: lab.draw(list(captions), scale=scale, **settings) for scale in scales}
              for name, settings in (("unCLIP", {}), (rival, way))}
     return drawn, captions
@@ -236,9 +236,9 @@ def f4(lab):
     much of the figure goes with each doubling of guidance, over all six.
     paper: figs. 9 to 11: unCLIP's diversity survives guidance, since the embedding holds it
     """
-    (drawn, captions), (rival, _, note) = sweep(lab, GUIDANCE), lab.glide()
+    (drawn, captions), (rival, _, note, lacks) = sweep(lab, GUIDANCE), lab.glide()
     result = Result(["system", "guidance", "fidelity", "diversity", "distance in CLIP's space"],
-                    note=note, lacks="with a stand-in for GLIDE" if note else "")
+                    note=note, lacks=lacks)
     curves = {name: [] for name in drawn}
     rows, embs = {name: [] for name in drawn}, {name: [] for name in drawn}
     for name, by_scale in drawn.items():
@@ -273,10 +273,9 @@ def f5(lab):
     similarity (about as good: at most 5 points worse), precision in CLIP's space for realism.
     paper: preferred over GLIDE in 48.9% (realism), 45.3% (caption), 70.5% (diversity)
     """
-    (drawn, open_captions), (rival, way, note) = sweep(lab, (2.0,)), lab.glide()
+    (drawn, open_captions), (rival, way, note, lacks) = sweep(lab, (2.0,)), lab.glide()
     true, result = lab.true_emb(lab.data).cpu(), Result(
-        ["system", "realism (precision)", "binding right", "diversity"], note=note,
-        lacks="with a stand-in for GLIDE" if note else "")
+        ["system", "realism (precision)", "binding right", "diversity"], note=note, lacks=lacks)
     kept = {}
     for name, settings in (("unCLIP", {}), (rival, way)):
         pictures = lab.draw(lab.captions, **settings)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
+from checkpoint import load_checkpoint
 from common import choose_device, draw_grid
 from data import Shapes, parse_caption
 from judge import S, judge, score
@@ -34,7 +35,7 @@ class Result:
     table: list = field(default_factory=list)  # rows of cells
     claims: list = field(default_factory=list)
     note: str = ""  # what to know when reading it
-    lacks: str = ""  # said after the verdict, where weights that it needs are not here
+    lacks: str = ""  # said after the verdict, where weights are not here or not comparable
     picture: Image.Image | None = None
 
     @property
@@ -108,14 +109,32 @@ class Lab:
             self.drawn[key] = at_side_S(pictures)
         return self.drawn[key]
 
+    def examples(self, stage):
+        """How many examples, counted again each time, a stage has seen in training."""
+        saved = load_checkpoint(self.folder / f"{stage}.pt", stage)
+        # Where the count was not kept yet, the batch size had better be the same all along.
+        count = saved["step"] * saved.get("run", {}).get("batch_size", 0)
+        return int(saved.get("figures", {}).get("examples", count))
+
+    def unequal(self, stage):
+        """Where `stage` has not seen as many pictures as the decoder it is compared with: (what to
+        note, what to say after the verdict); else two empty strings."""
+        ours, theirs = self.examples("decoder"), self.examples(stage)
+        if ours == theirs:
+            return "", ""
+        return (f"Not trained equally long: decoder has seen {ours:,} pictures, {stage} "
+                f"{theirs:,}.", "after unequal trainings")
+
     def glide(self):
-        """The paper's rival: (its name, settings for draw(), a note where its weights lack)."""
+        """The paper's rival: (its name, settings for draw(), what to note, what to say after the
+        verdict), the last two where its weights lack or have seen fewer pictures or more."""
         if self.has("decoder_caption"):
-            return "GLIDE", {"given": "caption", "decoder": "decoder_caption"}, ""
+            settings = {"given": "caption", "decoder": "decoder_caption"}
+            return "GLIDE", settings, *self.unequal("decoder_caption")
         return "unCLIP without embedding", {"given": "caption"}, (
             "GLIDE's weights are not here (train.py decoder --condition caption). In its place "
             "stands unCLIP's own decoder with the caption alone, a case that it met in 5% of its "
-            "training: the verdict is about that.")
+            "training: the verdict is about that."), "with a stand-in for GLIDE"
 
     def clip_emb(self, pictures):
         """CLIP's embeddings (n, D) of drawn pictures."""

@@ -53,7 +53,7 @@ def pair_study(lab):
         prior = torch.cat([pipeline.embed(pipeline.text(captions[part]),
                                           range(lab.seed + part.start, lab.seed + part.stop))
                            for part in in_batches(len(captions), 64)])
-        rival, way, _ = lab.glide()
+        rival, way, *_ = lab.glide()
         drawn = {"true embedding alone": lab.draw(captions, given=true, say=False),
                  "true embedding and caption": lab.draw(captions, given=true),
                  "unCLIP": lab.draw(captions), rival: lab.draw(captions, **way)}
@@ -78,9 +78,9 @@ def f8(lab):
     paper: figs. 14, 15: unCLIP binds worse than GLIDE, since CLIP does not bind
     """
     captions, wrong, embs, drawn = pair_study(lab)
-    rival, _, note = lab.glide()
+    rival, _, note, lacks = lab.glide()
     result = Result(["who", "binding right", "of those with both colours and shapes", "chance"],
-                    lacks="with a stand-in for GLIDE" if note else "")
+                    lacks=lacks)
     for name, emb in embs.items():
         right_ones = prefers(lab.pipeline().clip, emb, captions, [w["binding"] for w in wrong])
         result.table.append([name, share(right_ones), "-", "50%"])
@@ -94,7 +94,7 @@ def f8(lab):
                       bootstrap(lambda g, u: np.nanmean(g) - np.nanmean(u), bound[rival],
                                 bound["unCLIP"]))]
     result.note = (note + " Where CLIP itself binds well (first row), the paper's reason for its "
-                   "finding is not there: our world has 26 pairs, the paper's is open.")
+                   "finding is not there: our world has 26 pairs, the paper's is open.").strip()
     result.picture = sheet(list(drawn.values()), list(drawn), captions)
     return result
 
@@ -109,7 +109,7 @@ def f9(lab):
     """
     captions, wrong, embs, drawn = pair_study(lab)
     pipeline, clip = lab.pipeline(), lab.pipeline().clip
-    _, _, note = lab.glide()
+    _, _, note, _ = lab.glide()
     result = Result(["who", "right", "chance"], note=note)
     for name, emb in embs.items():
         knows = prefers(clip, emb, captions, [w["relation"] for w in wrong])

@@ -324,8 +324,11 @@ def train(run, model, batches, val_batches, device, resume=None):
     averaged = checkpoints.STAGES[run.stage][0](model.config).to(device).eval()  # for previews
     model.to(device).train()
     ema, optimizers = Ema(model), make_optimizers(model, settings["muon"])
+    examples = 0  # seen before this training began; another batch size may have been in force
     if resume:
         restore(resume, model, ema, optimizers)
+        count = first * resume.get("run", {}).get("batch_size", settings["batch_size"])
+        examples = resume.get("figures", {}).get("examples", count)
     loss_of = Loss(model)
     if settings["compile"]:
         # In place: the weights keep their names. Random numbers stay PyTorch's own: the noise of
@@ -378,8 +381,9 @@ def train(run, model, batches, val_batches, device, resume=None):
                 elapsed, rate = time.time() - started, learning_rate(step, settings)
                 speed, wait = settings["batch_size"] * len(losses) / elapsed, waited[0] / elapsed
                 bar.set_postfix(loss=f"{smooth:.4f}", images_per_s=f"{speed:.0f}")
-                run.report(done, {"loss": smooth, "lr": rate, "images_per_s": speed,
-                                  "data_wait": wait})
+                seen = examples + (done - first) * settings["batch_size"]
+                run.report(done, {"examples": seen, "loss": smooth, "lr": rate,
+                                  "images_per_s": speed, "data_wait": wait})
                 if looking:
                     averaged.load_state_dict(ema.weights)
                     run.look(done, averaged, val_batches, device)

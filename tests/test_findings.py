@@ -11,7 +11,9 @@ import torch
 
 import evaluate
 import findings
+import lab as lab_module
 import probing
+from checkpoint import load_checkpoint
 from data import COLOURS, WORDS, Scene, Shapes, Thing, render, to_tensor
 from findings import FINDINGS, GUIDANCE, attributes, data_entropies, diversity, explained
 from findings import guesses, open_entropies, slope, spread
@@ -244,10 +246,25 @@ def test_a_sheet_has_a_row_a_set_beside_its_name_and_below_its_captions():
 
 
 def test_glide_says_so_where_another_stands_in_for_it(lab, monkeypatch):
-    assert lab.glide() == ("GLIDE", {"given": "caption", "decoder": "decoder_caption"}, "")
+    assert lab.glide() == ("GLIDE", {"given": "caption", "decoder": "decoder_caption"}, "", "")
     monkeypatch.setattr(lab, "has", lambda stage: stage != "decoder_caption")
-    name, settings, note = lab.glide()
+    name, settings, note, lacks = lab.glide()
     assert name != "GLIDE" and settings == {"given": "caption"} and "not here" in note
+    assert lacks == "with a stand-in for GLIDE"
+
+
+def test_systems_that_were_not_trained_equally_long_are_not_compared_in_silence(lab, monkeypatch):
+    saved = load_checkpoint(lab.folder / "decoder.pt")
+    assert lab.examples("decoder") == saved["figures"]["examples"] == 3 * saved["run"]["batch_size"]
+    del saved["figures"]["examples"]  # as in checkpoints from before it was counted
+    monkeypatch.setattr(lab_module, "load_checkpoint", lambda path, stage: saved)
+    assert lab.examples("decoder") == 3 * saved["run"]["batch_size"]
+    seen = {"decoder": 2000, "decoder_caption": 1000}
+    monkeypatch.setattr(lab, "examples", seen.get)
+    assert lab.glide()[2:] == (
+        "Not trained equally long: decoder has seen 2,000 pictures, decoder_caption 1,000.",
+        "after unequal trainings",
+    )
 
 
 def test_a_pasted_sign_leaves_the_object_to_be_seen():

@@ -430,6 +430,21 @@ def test_a_finished_stage_is_left_alone(tmp_path, capsys):
     assert (tmp_path / "upsampler1.pt").read_bytes() == before
 
 
+def test_examples_are_counted_through_another_batch_size(tmp_path):
+    run = [*UPSAMPLER, "--out", str(tmp_path), "--workers", "0", "--resume"]
+    assert train.main([*run, "--steps", "3"]) == 0
+    path = tmp_path / "upsampler1.pt"
+    saved = checkpoints.load_checkpoint(path)
+    assert saved["figures"]["examples"] == 3 * 4
+    del saved["figures"]["examples"]  # an older checkpoint: counted by its own batch size
+    checkpoints.save_checkpoint(path, saved)
+    for steps, size, count in ((5, "8", 3 * 4 + 2 * 8), (6, "4", 3 * 4 + 2 * 8 + 4)):
+        assert train.main([*run, "--steps", str(steps), "--batch-size", size]) == 0
+        assert checkpoints.load_checkpoint(path)["figures"]["examples"] == count
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["examples"] for line in lines if "examples" in line][-1] == count
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsys):
     run = [*UPSAMPLER, "--out", str(tmp_path), "--save-every", "2", "--workers", "0"]
     loss, calls = checkpoints.Upsampler.loss, []
