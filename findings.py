@@ -463,13 +463,14 @@ def write_report(path, lab, sections, table):
     inside = lab.folder.resolve().is_relative_to(here)
     weights = lab.folder.resolve().relative_to(here) if inside else lab.folder.name
     head = ("# The paper's findings, measured here\n\nWritten by `python evaluate.py findings` on "
-            f"{date.today()}: weights {weights}, n = {lab.n}, seed {lab.seed}. In brackets 95% "
-            "intervals: Wilson's for shares, else the bootstrap's. They say how a figure would "
-            "move with other scenes, not with another training. Few scenes make an entropy too "
-            "small and a (squared) Frechet distance too large; both are corrected for that, but "
-            "compare no distances of different n. A finding claims some differences: it is "
-            "reproduced if all their intervals lie above zero, not reproduced if one lies below, "
-            "else it can't be decided.\n\n"
+            f"{date.today()}: weights {weights}, n = {lab.n}, seed {lab.seed}. Every picture is the "
+            "decoder's first (sample.py keeps the better of two). In brackets 95% intervals: "
+            "Wilson's for shares, else the bootstrap's. They say how a figure would move with "
+            "other scenes, not with another training. Few scenes make an entropy too small and a "
+            "(squared) Frechet distance too large; both are corrected for that, but compare no "
+            "distances of different n. A finding claims some differences: it is reproduced if all "
+            "their intervals lie above zero, not reproduced if one lies below, else it can't be "
+            "decided.\n\n"
             "| finding | question | verdict |\n| --- | --- | --- |\n")
     head += "".join(f"| {name} | {explained(FINDINGS[name])[0]} | {table[name]['verdict']} |\n"
                     for name in table)
