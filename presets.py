@@ -58,7 +58,7 @@ PRESETS = {
             {"steps": 19_200, "batch_size": 32, "lr": 1.5e-3, "muon": 5.0, "focus": (600, 1000)},
         ),
         "upsampler1": (
-            {"channels": 32, "multiples": (1, 2), "stem": 2},
+            {"channels": 32, "multiples": (1, 2), "stem": 2, "degradation": "some_blur"},
             {"steps": 1500, "batch_size": 32, "lr": 1e-3, "muon": 5.0},
         ),
         "upsampler2": (

@@ -45,7 +45,7 @@ class UpsamplerConfig:
     blocks: int = 1  # residual blocks a level
     stem: int = 1  # k: the U-Net works on patches of k x k pixels as if they were one (faster)
     dropout: float = 0.0
-    degradation: str = "blur"  # of the low pictures: "blur" (first), "bsr" (second), or "none"
+    degradation: str = "blur"  # of the low pictures: "blur" (first), "bsr" (second); DEGRADATIONS
     schedule: str = "cosine"  # "cosine" (first), "linear" (second)
     # Paper: the noise. We: x_0, as the enlarged low picture plus a correction. Because: training
     # starts from a plain enlargement, not from grain; "v" and "noise" are grainy for very long.
@@ -117,6 +117,15 @@ def degrade_blur(low, rng=None):
     return gaussian_blur(low, kernel=3, sigma=0.6)
 
 
+def degrade_some_blur(low, rng):
+    """The same blur, of any strength up to half as much again.
+
+    Paper: sigma 0.6, always. We: from 0.1, which is none, to 0.9. Because: from one blur alone the
+    upsampler learns to undo just that, and overdoes it where there is none: white rims.
+    """
+    return gaussian_blur(low, kernel=3, sigma=rng.uniform(0.1, 0.9))
+
+
 # The second upsampler's is more varied: the BSR degradation (paper sec. 2.1) of BSRGAN
 # (2103.14006), here blur, resize, noise and JPEG in random order. Paper: parameters not stated.
 # We: the ranges below. Because: they start at almost nothing (in sampling nothing is corrupted)
@@ -164,11 +173,12 @@ def degrade_bsr(low, rng):
     return low
 
 
-DEGRADATIONS = {"none": degrade_none, "blur": degrade_blur, "bsr": degrade_bsr}
+DEGRADATIONS = {"none": degrade_none, "blur": degrade_blur, "some_blur": degrade_some_blur,
+                "bsr": degrade_bsr}
 
 # How far a degradation looks around a pixel, in low-resolution pixels: the blur's kernel of 3 sees
 # one neighbour; BSR's JPEG works on blocks of 8 (its blur sees 3, its resize a few).
-MARGINS = {"none": 0, "blur": 1, "bsr": 8}
+MARGINS = {"none": 0, "blur": 1, "some_blur": 1, "bsr": 8}
 
 
 def training_pair(dataset, i, config, rng):

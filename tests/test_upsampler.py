@@ -168,6 +168,18 @@ def test_the_first_upsampler_blurs_with_kernel_3_and_sigma_06():
     assert_close(upsampler.degrade_blur(low), gaussian_blur_2d(low, 3, 0.6), rtol=0, atol=1e-6)
 
 
+def test_some_blur_goes_from_none_to_a_sigma_of_09():
+    low, widths = torch.zeros(3, 11, 11), []
+    low[:, 5, 5] = 1  # a single bright pixel: what is left in its place says how wide the blur is
+    for seed in range(200):
+        out = upsampler.degrade_some_blur(low, np.random.default_rng(seed))
+        assert_close(out.sum(), torch.tensor(3.0), rtol=0, atol=1e-5)
+        assert out[:, 4:7, 4:7].sum() > 3 - 1e-5  # a kernel of 3
+        widths.append(out[0, 5, 5].item())
+    widest, none = (gaussian_blur_2d(low, 3, sigma)[0, 5, 5].item() for sigma in (0.9, 0.1))
+    assert widest <= min(widths) < widest + 0.02 and none - 0.02 < max(widths) <= none + 1e-6
+
+
 @pytest.mark.parametrize("step", upsampler.BSR_STEPS)
 def test_each_bsr_step_changes_the_picture_and_keeps_its_form(step):
     for seed in range(20):
