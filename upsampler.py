@@ -45,7 +45,7 @@ class UpsamplerConfig:
     blocks: int = 1  # residual blocks a level
     stem: int = 1  # k: the U-Net works on patches of k x k pixels as if they were one (faster)
     dropout: float = 0.0
-    degradation: str = "blur"  # of the low pictures: "blur" (first), "bsr" (second); DEGRADATIONS
+    degradation: str = "blur"  # of the low pictures: one of DEGRADATIONS
     schedule: str = "cosine"  # "cosine" (first), "linear" (second)
     # Paper: the noise. We: x_0, as the enlarged low picture plus a correction. Because: training
     # starts from a plain enlargement, not from grain; "v" and "noise" are grainy for very long.
