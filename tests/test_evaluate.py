@@ -68,18 +68,26 @@ def test_the_true_embedding_takes_the_priors_place(micro_run, tmp_path, monkeypa
     assert not torch.allclose(given[1], true, atol=1e-2)
 
 
-def test_candidates_reach_the_decoder(micro_run, tmp_path, monkeypatch):
+def test_guidance_and_candidates_reach_the_pipeline(micro_run, tmp_path, monkeypatch):
     from sample import Pipeline
 
-    asked, decode_best = [], Pipeline.decode_best
+    asked, embed, decode_best = [], Pipeline.embed, Pipeline.decode_best
+    monkeypatch.setattr(
+        Pipeline,
+        "embed",
+        lambda self, text, seeds, scale, *a: asked.append(scale)
+        or embed(self, text, seeds, scale, *a),
+    )
     monkeypatch.setattr(
         Pipeline,
         "decode_best",
-        lambda self, n, *a, **k: asked.append(n) or decode_best(self, n, *a, **k),
+        lambda self, n, *a, scale, **k: asked.append((n, scale))
+        or decode_best(self, n, *a, scale=scale, **k),
     )
     run(micro_run, tmp_path)
-    run(micro_run, tmp_path, "--candidates", "3")
-    assert asked == [2] * 3 + [3] * 3
+    run(micro_run, tmp_path, "--prior-scale", "2", "--scale", "1", "--candidates", "3")
+    # Rows: true embedding (no prior), text, held out.
+    assert asked == [(2, 2), 4, (2, 2), 4, (2, 2)] + [(3, 1), 2, (3, 1), 2, (3, 1)]
 
 
 def test_held_out_captions_name_pairs_that_training_never_shows():
