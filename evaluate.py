@@ -33,7 +33,7 @@ from manipulate import blend, edit, invert, psnr, redraw, text_diff
 from measures import check_side, draw_batches, frechet_distance, in_batches, look
 from measures import linear_probe, mixed_captions, pairs_shown, precision_recall, prefers
 from measures import scene_claim, wrong_captions
-from sample import CANDIDATES, PRIOR_SCALE, SCALE, Pipeline, default_weights, generators
+from sample import PRIOR_SCALE_HELP, Pipeline, default_weights, generators
 
 
 def print_table(table):
@@ -399,11 +399,9 @@ def run_findings(args):
 def add_drawing_options(sub):
     """The options of every command that draws pictures with trained weights."""
     sub.add_argument("--weights", help="folder of checkpoints (default: as sample.py)")
-    sub.add_argument("--prior-scale", type=number, default=PRIOR_SCALE,
-                     help="guidance of the prior; off at 1")
-    sub.add_argument("--scale", type=number, default=SCALE,
-                     help="guidance of the decoder; off at 1")
-    sub.add_argument("--candidates", type=positive, default=CANDIDATES,
+    sub.add_argument("--prior-scale", type=number, help=PRIOR_SCALE_HELP)
+    sub.add_argument("--scale", type=number, default=2.0, help="guidance of the decoder; off at 1")
+    sub.add_argument("--candidates", type=positive, default=2,
                      help="pictures drawn for each, of which CLIP keeps the best")
     sub.add_argument("--prior-steps", type=int, help="sampling steps of the prior")
     sub.add_argument("--steps", type=int, help="sampling steps of the decoder")

@@ -463,8 +463,9 @@ def write_report(path, lab, sections, table):
     inside = lab.folder.resolve().is_relative_to(here)
     weights = lab.folder.resolve().relative_to(here) if inside else lab.folder.name
     head = ("# The paper's findings, measured here\n\nWritten by `python evaluate.py findings` on "
-            f"{date.today()}: weights {weights}, n = {lab.n}, seed {lab.seed}. Every picture is the "
-            "decoder's first (sample.py keeps the better of two). In brackets 95% intervals: "
+            f"{date.today()}: weights {weights}, n = {lab.n}, seed {lab.seed}. The "
+            "prior is not guided and every picture is the decoder's first (sample.py guides the "
+            "prior, and keeps the better of two pictures). In brackets 95% intervals: "
             "Wilson's for shares, else the bootstrap's. They say how a figure would move with "
             "other scenes, not with another training. Few scenes make an entropy too small and a "
             "(squared) Frechet distance too large; both are corrected for that, but compare no "

@@ -33,11 +33,7 @@ from prior import DiffusionPrior
 STAGE_SEEDS = {"prior": 1, "decoder": 2, "upsampler1": 3, "upsampler2": 4}
 SIZES = (64, 256, 1024)  # of the paper's three stages
 CONDITIONS = ("prior", "text_emb", "caption")  # what a decoder may be given: Pipeline.condition
-# How the commands draw from captions, if not told otherwise: guidance of the prior and of the
-# decoder (1 is none), pictures of which the best is kept. Paper: the prior's guidance is not
-# stated. We: 4. Because: unguided, its embedding now and then binds a colour to the other shape,
-# above all in pairs that no training picture had. What it costs in variety is in the README.
-PRIOR_SCALE, SCALE, CANDIDATES = 4.0, 2.0, 2
+PRIOR_SCALE_HELP = "guidance of the prior, off at 1 (default: 4, of the autoregressive prior 1)"
 
 # --- the pipeline ----------------------------------------------------------------------------
 
@@ -113,9 +109,10 @@ class Pipeline:
     def embed(self, text, seeds, scale=1.0, steps=None, on_step=None):
         """The prior: text() of B captions and B seeds -> image_emb (B, D), unit norm.
 
-        scale: guidance, off at 1. steps: of the T diffusion steps (None: the config's); the
-        autoregressive prior has none.
+        scale: guidance, off at 1 (None: as much as suits this prior). steps: of the T diffusion
+        steps (None: the config's); the autoregressive prior has none.
         """
+        scale = self.prior.usual_scale if scale is None else scale
         settings = {"scale": scale, "generators": generators(seeds, "prior")}
         if isinstance(self.prior, DiffusionPrior):
             settings |= {"steps": steps, "on_step": on_step}
@@ -402,11 +399,11 @@ def main(argv=None):
         "the prior's embedding (the default), the text embedding in its place, or nothing")
     add("--decoder", default="image_emb", choices=("image_emb", "text_emb", "caption"),
         help="which trained decoder; text_emb and caption (GLIDE) are the paper's baselines")
-    add("--prior-scale", type=number, default=PRIOR_SCALE, help="guidance of the prior; off at 1")
-    add("--scale", type=number, default=SCALE, help="guidance of the decoder; off at 1")
+    add("--prior-scale", type=number, help=PRIOR_SCALE_HELP)
+    add("--scale", type=number, default=2.0, help="guidance of the decoder; off at 1")
     add("--prior-steps", type=int, help="sampling steps of the prior, 1 to T (default: 64)")
     add("--steps", type=int, help="sampling steps of the decoder, 1 to T (default: the model's)")
-    add("--candidates", type=positive, default=CANDIDATES, help="pictures that the decoder draws for each; "
+    add("--candidates", type=positive, default=2, help="pictures that the decoder draws for each; "
         "the one in which CLIP sees most of the embedding is kept")
     add("--film", action="store_true", help="also write the denoising as animated GIFs")
     add("--stages", action="store_true", help="the grid shows each picture at every size it had")
@@ -441,8 +438,8 @@ def main(argv=None):
     add("image", help="the picture")
     add("mask", help="a picture that is white where to draw and black where to keep")
     add("caption", help="what the whole picture should show")
-    add("--prior-scale", type=number, default=PRIOR_SCALE, help="guidance of the prior; off at 1")
-    add("--scale", type=number, default=SCALE, help="guidance of the decoder; off at 1")
+    add("--prior-scale", type=number, help=PRIOR_SCALE_HELP)
+    add("--scale", type=number, default=2.0, help="guidance of the decoder; off at 1")
     add("--steps", type=positive, help="sampling steps of the decoder")
     add("--resamples", type=positive, default=4, help="times that each step is done")
     args = parser.parse_args(argv)

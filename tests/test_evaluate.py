@@ -87,7 +87,7 @@ def test_guidance_and_candidates_reach_the_pipeline(micro_run, tmp_path, monkeyp
     run(micro_run, tmp_path)
     run(micro_run, tmp_path, "--prior-scale", "2", "--scale", "1", "--candidates", "3")
     # Rows: true embedding (no prior), text, held out.
-    assert asked == [(2, 2), 4, (2, 2), 4, (2, 2)] + [(3, 1), 2, (3, 1), 2, (3, 1)]
+    assert asked == [(2, 2), None, (2, 2), None, (2, 2)] + [(3, 1), 2, (3, 1), 2, (3, 1)]
 
 
 def test_held_out_captions_name_pairs_that_training_never_shows():

@@ -83,7 +83,7 @@ def test_stages_shows_each_picture_at_every_size_it_had(micro_run, tmp_path):
     pipeline = Pipeline(micro_run, size=64)
     text = pipeline.text(["a red circle"])
     small, _ = pipeline.decode_best(
-        2, pipeline.embed(text, [0], sample.PRIOR_SCALE), text, [0])
+        2, pipeline.embed(text, [0], None), text, [0])
     middle = pipeline.upsample(small, [0], 32)
     for k, stage in enumerate((small, middle, pipeline.upsample(middle, [0], 64))):
         x = 4 + k * (cell + 4)
@@ -113,7 +113,7 @@ def test_the_film_is_that_of_the_picture_that_was_kept(micro_run, tmp_path):
     pipeline = Pipeline(micro_run)
     text = pipeline.text(["a red circle"])
     chosen = {s: int(pipeline.decode_best(
-        2, pipeline.embed(text, [s], sample.PRIOR_SCALE), text, [s])[1]) for s in range(8)}
+        2, pipeline.embed(text, [s], None), text, [s])[1]) for s in range(8)}
     for wanted in (0, 1):
         seed = next(s for s, best in chosen.items() if best == wanted)
         draw(micro_run, tmp_path, "-n", "1", "--film", "--seed", str(seed))
@@ -121,7 +121,7 @@ def test_the_film_is_that_of_the_picture_that_was_kept(micro_run, tmp_path):
         film.seek(film.n_frames - 1)
         shown = np.asarray(film.convert("RGB").crop((64, 0, 128, 64)), float)[2::4, 2::4]
         tries = [np.asarray(to_pil(pipeline.decode(
-            pipeline.embed(text, [seed], sample.PRIOR_SCALE), text, [seed], attempt=a)[0]), float)
+            pipeline.embed(text, [seed], None), text, [seed], attempt=a)[0]), float)
             for a in (0, 1)]
         errors = [np.abs(shown - x).mean() for x in tries]
         assert errors[wanted] < 0.5 * errors[1 - wanted]
@@ -154,6 +154,9 @@ def test_guidance_and_steps_change_the_picture(micro_run):
     torch.testing.assert_close(emb.norm(dim=1), torch.ones(1))
     assert not torch.equal(emb, pipeline.embed(text, [0], scale=3.0))
     assert not torch.equal(emb, pipeline.embed(text, [0], steps=7))
+    assert torch.equal(pipeline.embed(text, [0], None), pipeline.embed(text, [0], scale=4.0))
+    embed = Pipeline(micro_run, prior="ar_prior").embed
+    assert torch.equal(embed(text, [0], None), embed(text, [0], scale=1.0))
     # Three steps of training leave a decoder whose branches hardly differ, so look at the wiring.
     scales = []
     pipeline.decoder.sample = lambda *a, scale, steps, **k: scales.append((scale, steps))
@@ -169,9 +172,9 @@ def test_both_stages_are_guided_unless_told_otherwise(micro_run, tmp_path, monke
         seen.append(("prior", scale)) or embed(self, text, seeds, scale, *a, **k)))
     monkeypatch.setattr(Decoder, "network", lambda self, emb, enc, mask, scale=1.0: (
         seen.append(("decoder", scale)) or network(self, emb, enc, mask, scale)))
-    for command in (["text"], ["inpaint", picture, picture]):
+    for command in (["text"], ["inpaint", picture, picture]):  # None: the prior's usual_scale
         common = ["a red circle", "--weights", str(micro_run), "--out", str(tmp_path / "out")]
-        for given, wanted in (([], (4.0, 2.0)), (["--prior-scale", "1", "--scale", "3"], (1, 3))):
+        for given, wanted in (([], (None, 2)), (["--prior-scale", "1", "--scale", "3"], (1, 3))):
             seen.clear()
             assert sample.main([*command, *common, *given]) == 0
             assert set(seen) == {("prior", wanted[0]), ("decoder", wanted[1])}
