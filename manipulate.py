@@ -28,6 +28,7 @@ from common import autocast
 from data import UserError
 
 INVERSION_STEPS = 50  # there and back; each step up looks at the network four times
+INVERSIONS, REPRODUCED = 4, 30.0  # tries at a picture, until it comes back with so many dB
 
 
 def slerp(a, b, theta):
@@ -55,18 +56,30 @@ def psnr(a, b):
 def invert(pipeline, pictures, image_emb, steps=INVERSION_STEPS):
     """The noise x_T (B, 3, H, W) from which redraw() returns `pictures`, given image_emb (B, D).
 
-    Paper: DDIM inversion. We: from a little fresh noise on, each step corrected. Because: begun at
-    the clean picture it leaves the picture's outlines in x_T, which an edit keeps; and without
-    corrections many a picture comes back with its objects elsewhere.
-    The fresh noise is always the same, so that a picture has one x_T.
+    Paper: DDIM inversion. We: from a little fresh noise on, each step corrected, and again from
+    other fresh noise where redraw() misses the picture: of INVERSIONS, the best. Because: begun at
+    the clean picture it leaves the picture's outlines in x_T, which an edit keeps; without
+    corrections many a picture comes back with its objects elsewhere; and with them now and then
+    one still does, as at the noisiest levels, where it is decided what goes where, little matters.
+    The fresh noises are always the same ones, so that a picture has one x_T.
     """
-    diffusion = pipeline.decoder.diffusion
-    fresh = [torch.Generator().manual_seed(0) for _ in pictures]
-    with autocast(pipeline.device):  # as in drawing: there and back by the same network
-        network = pipeline.decoder.network(image_emb, None, None)
-        return diffusion.ddim_invert(
-            network, pictures, steps, start=diffusion.T // 50, corrections=3, generators=fresh
-        )
+    decoder = pipeline.decoder
+    x_T, errors = torch.zeros_like(pictures), pictures.new_full((len(pictures),), -math.inf)
+    for attempt in range(INVERSIONS):
+        left = (errors < REPRODUCED).nonzero().flatten()
+        if len(left) == 0:
+            break
+        fresh = [torch.Generator().manual_seed(attempt) for _ in left]
+        with autocast(pipeline.device):  # as in drawing: there and back by the same network
+            found = decoder.diffusion.ddim_invert(
+                decoder.network(image_emb[left], None, None), pictures[left], steps,
+                start=decoder.diffusion.T // 50, corrections=3, generators=fresh,
+            )
+        again = redraw(pipeline, image_emb[left], found, [0] * len(left), steps)  # draws no noise
+        error = psnr(pictures[left], again)
+        better = error > errors[left]
+        x_T[left[better]], errors[left[better]] = found[better], error[better]
+    return x_T
 
 
 def redraw(pipeline, image_emb, x_T, seeds, steps=INVERSION_STEPS, eta=0.0):

@@ -90,6 +90,30 @@ def test_inverting_and_redrawing_returns_the_picture(pipeline):
     assert manipulate.psnr(other, pictures).max() < 20  # it is the noise that holds the picture
 
 
+def test_a_picture_that_does_not_come_back_is_inverted_again_and_the_best_is_kept(
+    pipeline, monkeypatch
+):
+    # A stand-in for DDIM: a picture's "noise" is the picture with an error that its tries know.
+    tries = {0: [40.0], 1: [10.0, 25.0, 35.0], 2: [10.0, 22.0, 15.0, 12.0]}  # dB
+    pictures = torch.stack([torch.full((3, 16, 16), 0.1 * k) for k in tries])
+    count, asked = dict.fromkeys(tries, 0), []
+
+    def ddim_invert(network, x_0, steps, generators, **settings):
+        which = [round(float(x.mean()) * 10) for x in x_0]
+        asked.append((which, [g.initial_seed() for g in generators]))
+        found = []
+        for k, x in zip(which, x_0):
+            found.append(x + 2 * 10 ** (-tries[k][count[k]] / 20))
+            count[k] += 1
+        return torch.stack(found)
+
+    monkeypatch.setattr(pipeline.decoder.diffusion, "ddim_invert", ddim_invert)
+    monkeypatch.setattr(manipulate, "redraw", lambda p, emb, x_T, *a: x_T)
+    x_T = manipulate.invert(pipeline, pictures, unit(3, 16))
+    assert_close(manipulate.psnr(x_T, pictures), torch.tensor([40.0, 35.0, 22.0]))
+    assert asked == [([0, 1, 2], [0] * 3), ([1, 2], [1] * 2), ([1, 2], [2] * 2), ([2], [3])]
+
+
 def test_eta_above_0_varies_with_the_seed_and_0_does_not(pipeline):
     image_emb, x_T = unit(1, 16), torch.randn(1, 3, 16, 16)
     one, two = (manipulate.redraw(pipeline, image_emb, x_T, [s], 10, eta=1.0) for s in (1, 2))
@@ -138,11 +162,12 @@ def test_two_captions_of_one_meaning_have_no_direction(pipeline):
 
 def test_an_edit_starts_at_the_picture_and_turns_towards_the_direction(pipeline, monkeypatch):
     seen = recorded(monkeypatch)
-    image_emb, direction = unit(1, 16), unit(1, 16)
-    manipulate.edit(pipeline, smooth(1), image_emb, direction, [0.0, 0.5, 1.0], 0, steps=5)
+    monkeypatch.setattr(manipulate, "invert", lambda p, picture, emb, steps: 2 * picture)
+    picture, image_emb, direction = smooth(1), unit(1, 16), unit(1, 16)
+    manipulate.edit(pipeline, picture, image_emb, direction, [0.0, 0.5, 1.0], 0, steps=5)
     assert_close(seen[0][0], image_emb)
     assert_close(seen[2][0], direction)
-    assert all(torch.equal(x_T, seen[0][1]) for _, x_T in seen)
+    assert len(seen) == 3 and all(torch.equal(x_T, 2 * picture) for _, x_T in seen)
 
 
 def test_a_probe_adds_components_until_it_has_the_embedding_itself(micro_run, monkeypatch):
