@@ -13,6 +13,7 @@ Read next: README.md, the section on evaluation.
 
 import json
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from tqdm import tqdm
 
-from checkpoint import check_clip, load_clip
+from checkpoint import STAGES, check_clip, load_clip, load_stage
+from clip_model import embed
 from common import Parser, autocast, choose_device, draw_grid, exit_code, save_picture, to_pil
 from common import natural, number, positive
 from data import BACKGROUNDS, COLOURS, SHAPES
@@ -390,6 +392,35 @@ def judge_clip(args):
     return table
 
 
+def measure_losses(args):
+    """Validation loss of all trained stages but CLIP, as training logs it: always of the same
+    pictures with the same noise, so two trainings compare. Of a diffusion model also by quarter of
+    the noise levels, the cleanest first.
+    """
+    from train import Batches, needs_clip, validate  # here, as only this command needs training
+
+    folder, device, table = Path(args.weights or default_weights()), choose_device(args.device), {}
+    data = load_data(args.data, args.root, "val", args.n, args.seed)
+    settings, embeddings = {"half_size_until": 0.0, "steps": 1}, None
+    stages = [stage for stage in STAGES if stage != "clip" and (folder / f"{stage}.pt").exists()]
+    if not stages:
+        raise UserError(f"{folder} has no trained stage: give --weights the --out of a training")
+    with tempfile.TemporaryDirectory() as cache:
+        for stage in stages:
+            model = load_stage(folder, stage, device)
+            if needs_clip(stage) and embeddings is None:
+                clip = load_clip(folder, args.clip or model.clip["spec"], device)
+                with autocast(device):  # as in training
+                    embeddings = embed(clip, data, cache)
+            if needs_clip(stage):
+                check_clip(model, clip, folder / f"{stage}.pt")
+            batches = Batches(stage, model.config, data, embeddings, settings)
+            table[stage] = validate(stage, model, batches, 1, device, args.n)
+            row = "".join(f"  {name} {value:.4f}" for name, value in table[stage].items())
+            print(f"{stage:16}{row}")
+    return table
+
+
 def run_findings(args):
     from findings import report  # here, as only this command needs all that it imports
 
@@ -407,6 +438,13 @@ def add_drawing_options(sub):
     sub.add_argument("--steps", type=int, help="sampling steps of the decoder")
     sub.add_argument("--out", help="folder for sheets of the judged pictures")
     sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
+
+
+def add_data_options(sub):
+    """The options of every command that works on any data set."""
+    sub.add_argument("--data", default="shapes", help="as train.py's")
+    sub.add_argument("--root", help="as train.py's")
+    sub.add_argument("--clip", help="as sample.py's")
 
 
 def build_parser():
@@ -435,9 +473,7 @@ def build_parser():
     ):
         sub = command(name, run, text)
         add_drawing_options(sub)
-        sub.add_argument("--data", default="shapes", help="as train.py's")
-        sub.add_argument("--root", help="as train.py's")
-        sub.add_argument("--clip", help="as sample.py's")
+        add_data_options(sub)
         sub.add_argument("--size", type=positive, default=64, help="side of the pictures")
     sub = command("upsamplers", judge_upsamplers, "true pictures shrunk and enlarged again")
     sub.add_argument("--weights", help="folder of checkpoints (default: as sample.py)")
@@ -447,6 +483,11 @@ def build_parser():
     sub.add_argument("--weights", help="folder of checkpoints (default: as sample.py)")
     sub.add_argument("--prior-scale", type=number, default=1.0, help="guidance; off at 1")
     sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    sub = command("losses", measure_losses, "validation loss of each trained stage")
+    add_data_options(sub)
+    sub.add_argument("--weights", help="folder of checkpoints (default: as sample.py)")
+    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    sub.set_defaults(n=256)
     sub = command("findings", run_findings, "the paper's findings, one by one; writes FINDINGS.md")
     sub.add_argument("names", nargs="*", metavar="F1 ... F10", help="which (default: all)")
     sub.add_argument("--weights", help="folder of checkpoints (default: as sample.py)")

@@ -24,6 +24,7 @@ import shlex
 import signal
 import sys
 import time
+from collections import defaultdict
 from datetime import timedelta
 from pathlib import Path
 
@@ -153,24 +154,32 @@ def loader(batches, start, stop, workers, device):
 
 
 @torch.no_grad()
-def validate(stage, model, batches, step, device):
-    """Loss of the averaged model on the first validation pictures, always with the same noise.
+def validate(stage, model, batches, step, device, count=256):
+    """Mean loss of the averaged model on `count` validation pictures, the noise always the same.
 
     Of a diffusion model also by noise level: val_q1 is the loss over the cleanest quarter of the
     levels, val_q4 over the noisiest. One total hides that a model learns them one after another.
+    The pictures and their noise are the same for any batch size, but for CLIP's: each picture is
+    told from the others of its batch, so a loss over another batch size would be another loss.
+    Where there are fewer pictures than `count`, they come again with other noise.
     """
-    indices = [i % len(batches.data) for i in range(batches.settings["batch_size"])]
-    batch = batches.make(step, indices, np.random.default_rng(0))
-    batch, figures = {k: v.to(device) for k, v in batch.items()}, {}
-    diffusion = getattr(model, "diffusion", None)
-    quarters = range(4) if diffusion else [None]
-    for q in quarters:
-        if diffusion:
-            T = diffusion.T
-            diffusion.levels = (q * T // 4, (q + 1) * T // 4)
-        torch.manual_seed(0)  # the training seeds its own noise at every step
-        with autocast(device):
-            figures[f"val_q{q + 1}" if diffusion else "val_loss"] = model.loss(batch).item()
+    size = 32
+    if stage == "clip":
+        count = size = batches.settings["batch_size"]
+    diffusion, figures = getattr(model, "diffusion", None), defaultdict(float)
+    for start in range(0, count, size):
+        indices = [i % len(batches.data) for i in range(start, min(start + size, count))]
+        batch = batches.make(step, indices, np.random.default_rng(start))
+        batch = {k: v.to(device) for k, v in batch.items()}
+        for q in range(4) if diffusion else [None]:
+            if diffusion:
+                T = diffusion.T
+                diffusion.levels = (q * T // 4, (q + 1) * T // 4)
+            torch.manual_seed(start)  # the training seeds its own noise at every step
+            with autocast(device):
+                loss = model.loss(batch).item()
+            figures[f"val_q{q + 1}" if diffusion else "val_loss"] += loss * len(indices) / count
+    figures = dict(figures)
     if diffusion:
         diffusion.levels = (0, diffusion.T)
         figures["val_loss"] = sum(figures.values()) / 4

@@ -313,3 +313,20 @@ def test_export_writes_as_many_references_as_samples(micro_run, tmp_path, capsys
     assert "pictures already" in capsys.readouterr().err
     assert (out / "samples" / "000002.png").read_bytes() == before
     assert evaluate.main(command[:-2]) == 2  # no --out
+
+
+def test_losses_are_what_training_logged_last(micro_run, tmp_path, capsys):
+    file, logged = tmp_path / "table.json", {}
+    command = ["losses", "--weights", str(micro_run), "--json", str(file)]
+    assert evaluate.main(command) == 0
+    for line in map(json.loads, (micro_run / "metrics.jsonl").read_text().splitlines()):
+        if "val_loss" in line:
+            logged[line["stage"]] = line
+    table = json.loads(file.read_text())
+    assert set(table) == set(logged) - {"clip"}
+    for stage, figures in table.items():
+        for name, value in figures.items():
+            assert value == pytest.approx(logged[stage][name], rel=1e-4), (stage, name)
+    assert "decoder_caption" in capsys.readouterr().out
+    assert evaluate.main(["losses", "--weights", str(tmp_path)]) == 2
+    assert "no trained stage" in capsys.readouterr().err

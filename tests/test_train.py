@@ -263,15 +263,33 @@ def test_a_quarter_draws_its_own_levels_and_leaves_training_all_of_them(monkeypa
     q_sample = model.diffusion.q_sample
     monkeypatch.setattr(model.diffusion, "q_sample",
                         lambda x, t, noise: seen.append(t) or q_sample(x, t, noise))
-    settings = {"batch_size": 200, "seed": 0}
-    batches = Batches("upsampler1", model.config, Shapes(16, "val"), None, settings)
+    data = Shapes(40, "val")
+    batches = Batches("upsampler1", model.config, data, None, {"batch_size": 200, "seed": 0})
     one = train.validate("upsampler1", model, batches, 0, torch.device("cpu"))
-    for q, t in enumerate(seen):
+    assert sum(map(len, seen)) == 4 * 256
+    for q in range(4):
+        t = torch.cat(seen[q::4])
         assert q * T // 4 <= t.min() and t.max() < (q + 1) * T // 4
-        assert t.max() - t.min() > T // 5
+        assert t.max() - t.min() > T // 5 and len(t) == 256
+    assert not torch.equal(seen[0], seen[4])  # two batches, two noises
     assert model.diffusion.levels == (0, T)
-    torch.manual_seed(99)
+    torch.manual_seed(99)  # and with another batch size: the same pictures, the same noise
+    batches = Batches("upsampler1", model.config, data, None, {"batch_size": 4, "seed": 0})
     assert train.validate("upsampler1", model, batches, 0, torch.device("cpu")) == one
+
+
+def test_the_validation_loss_is_the_mean_over_all_its_pictures(micro_run, monkeypatch):
+    model = checkpoints.load_stage(micro_run, "upsampler1")
+    batches = Batches("upsampler1", model.config, Shapes(100, "val"), None, {"batch_size": 4})
+    shown = []
+    monkeypatch.setattr(batches, "make",
+                        lambda step, indices, rng: shown.extend(indices) or
+                        {"value": torch.tensor(indices, dtype=torch.float)})
+    monkeypatch.setattr(model, "loss", lambda batch: batch["value"].mean())
+    figures = train.validate("upsampler1", model, batches, 0, torch.device("cpu"))
+    assert shown == [i % 100 for i in range(256)]
+    assert figures == dict.fromkeys(("val_q1", "val_q2", "val_q3", "val_q4", "val_loss"),
+                                    pytest.approx(sum(shown) / 256))
 
 
 @pytest.mark.parametrize("stage", checkpoints.STAGES)
