@@ -158,9 +158,11 @@ class Pipeline:
             self.decode(image_emb, text, seeds, on_step=film, attempt=attempt, **settings)
             for attempt, film in enumerate(films)
         ])  # (candidates, B, 3, H, W)
-        wanted = text[0] if image_emb is None else image_emb
-        seen = torch.stack([self.clip.encode_image(pictures) for pictures in drawn])
-        best = (seen * wanted).sum(dim=-1).argmax(dim=0)
+        best = torch.zeros(len(seeds), dtype=torch.long, device=drawn.device)
+        if candidates > 1:  # of one, CLIP need not be asked
+            wanted = text[0] if image_emb is None else image_emb
+            seen = torch.stack([self.clip.encode_image(pictures) for pictures in drawn])
+            best = (seen * wanted).sum(dim=-1).argmax(dim=0)
         return drawn[best, torch.arange(len(best), device=best.device)], best
 
     def upsample(self, pictures, seeds, size, on_step=None):
