@@ -393,15 +393,16 @@ def judge_clip(args):
 
 
 def measure_losses(args):
-    """Validation loss of all trained stages but CLIP, as training logs it: always of the same
-    pictures with the same noise, so two trainings compare. Of a diffusion model also by quarter of
-    the noise levels, the cleanest first.
+    """Validation loss of all trained stages but CLIP, as training logs it at its end: of the same
+    pictures with the same noise for the same --data, --seed and -n, so two trainings compare (but
+    not two presets, or two that predict different things). Of a diffusion model also by quarter of
+    the noise levels, the cleanest first. CLIP's would depend on its training's batch size.
     """
     from train import Batches, needs_clip, validate  # here, as only this command needs training
 
     folder, device, table = Path(args.weights or default_weights()), choose_device(args.device), {}
     data = load_data(args.data, args.root, "val", args.n, args.seed)
-    settings, embeddings = {"half_size_until": 0.0, "steps": 1}, None
+    settings, embeddings = {"half_size_until": 0.0, "steps": 1}, None  # pictures of the whole size
     stages = [stage for stage in STAGES if stage != "clip" and (folder / f"{stage}.pt").exists()]
     if not stages:
         raise UserError(f"{folder} has no trained stage: give --weights the --out of a training")
@@ -409,7 +410,8 @@ def measure_losses(args):
         for stage in stages:
             model = load_stage(folder, stage, device)
             if needs_clip(stage) and embeddings is None:
-                clip = load_clip(folder, args.clip or model.clip["spec"], device)
+                spec = model.clip["spec"] if model.clip else "small"
+                clip = load_clip(folder, args.clip or spec, device)
                 with autocast(device):  # as in training
                     embeddings = embed(clip, data, cache)
             if needs_clip(stage):

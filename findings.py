@@ -307,9 +307,10 @@ def f6(lab):
     """
     return Result(["step", "command"], [
         ["draw", "python evaluate.py export --data coco --root COCO --weights RUN -n 30000 "
-                 "--size 256 --out fid"],
+                 "--size 256 --candidates 1 --prior-scale 1 --scale 1.25 --out fid"],
         ["measure", "fidelity --gpu 0 --fid --isc --input1 fid/samples --input2 fid/references"],
-    ], note="The protocol: 30,000 validation captions, one picture each, at 256 pixels.")
+    ], note="The protocol: 30,000 validation captions, one picture each, not chosen by CLIP, at "
+            "256 pixels; guidance 1.25 as in the paper (of the prior, how much is not stated: none).")
 
 
 # --- F7: what the prior predicts -------------------------------------------------------------

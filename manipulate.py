@@ -59,9 +59,9 @@ def invert(pipeline, pictures, image_emb, steps=INVERSION_STEPS):
     Paper: DDIM inversion. We: from a little fresh noise on, each step corrected, and again from
     other fresh noise where redraw() misses the picture: of INVERSIONS, the best. Because: begun at
     the clean picture it leaves the picture's outlines in x_T, which an edit keeps; without
-    corrections many a picture comes back with its objects elsewhere; and with them now and then
-    one still does, as at the noisiest levels, where it is decided what goes where, little matters.
-    The fresh noises are always the same ones, so that a picture has one x_T.
+    corrections many a picture comes back with its objects elsewhere; even with them one does now
+    and then: at the noisiest levels, where it is decided what goes where, rounding can change it.
+    The fresh noises are always the same ones, so that a picture has one x_T, up to rounding.
     """
     decoder = pipeline.decoder
     x_T, errors = torch.zeros_like(pictures), pictures.new_full((len(pictures),), -math.inf)

@@ -55,7 +55,8 @@ def draw_batches(pipeline, captions, seed, given, size, say=True, scale=2.0, ste
     seed `seed` + k.
 
     given: what stands for the image embedding: "prior", "text_emb", "caption" (nothing), or
-    embeddings (n, D). say=False: the decoder does not get the caption. prior: (scale, steps).
+    embeddings (n, D). say=False: the decoder does not get the caption. prior: (scale, steps) of
+    Pipeline.embed.
     candidates: of how many pictures the best is kept (Pipeline.decode_best); 1 as in the paper.
     """
     for part in in_batches(len(captions)):

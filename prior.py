@@ -169,8 +169,9 @@ class DiffusionPrior(nn.Module):
     """Causal transformer that predicts the clean image embedding (paper sec. 2.2, table 3)."""
 
     # Guidance in drawing from captions, if not told otherwise. Paper: how much is not stated. We:
-    # 4. Because: unguided, an embedding now and then binds a colour to the other object's shape,
-    # above all in pairs that no training picture showed. README has what that costs in variety.
+    # 4, chosen on shapes. Because: unguided, an embedding now and then binds a colour to the other
+    # object's shape, above all in pairs that no training picture showed. README has what that
+    # costs in variety.
     usual_scale = 4.0
 
     def __init__(self, config):

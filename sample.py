@@ -109,8 +109,8 @@ class Pipeline:
     def embed(self, text, seeds, scale=1.0, steps=None, on_step=None):
         """The prior: text() of B captions and B seeds -> image_emb (B, D), unit norm.
 
-        scale: guidance, off at 1 (None: as much as suits this prior). steps: of the T diffusion
-        steps (None: the config's); the autoregressive prior has none.
+        scale: guidance, off at 1 (None: as much as suits this prior, as the commands have it).
+        steps: of the T diffusion steps (None: the config's); the autoregressive prior has none.
         """
         scale = self.prior.usual_scale if scale is None else scale
         settings = {"scale": scale, "generators": generators(seeds, "prior")}

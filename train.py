@@ -159,8 +159,8 @@ def validate(stage, model, batches, step, device, count=256):
 
     Of a diffusion model also by noise level: val_q1 is the loss over the cleanest quarter of the
     levels, val_q4 over the noisiest. One total hides that a model learns them one after another.
-    The pictures and their noise are the same for any batch size, but for CLIP's: each picture is
-    told from the others of its batch, so a loss over another batch size would be another loss.
+    The pictures and their noise do not depend on the training's batch size. CLIP is the exception:
+    its loss tells each picture from the others of its batch, so it looks at one such batch.
     Where there are fewer pictures than `count`, they come again with other noise.
     """
     size = 32

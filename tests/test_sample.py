@@ -82,8 +82,7 @@ def test_stages_shows_each_picture_at_every_size_it_had(micro_run, tmp_path):
     assert grid.width == 3 * (cell + 4) + 4
     pipeline = Pipeline(micro_run, size=64)
     text = pipeline.text(["a red circle"])
-    small, _ = pipeline.decode_best(
-        2, pipeline.embed(text, [0], None), text, [0])
+    small, _ = pipeline.decode_best(2, pipeline.embed(text, [0], None), text, [0])
     middle = pipeline.upsample(small, [0], 32)
     for k, stage in enumerate((small, middle, pipeline.upsample(middle, [0], 64))):
         x = 4 + k * (cell + 4)

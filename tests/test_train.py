@@ -290,6 +290,8 @@ def test_the_validation_loss_is_the_mean_over_all_its_pictures(micro_run, monkey
     assert shown == [i % 100 for i in range(256)]
     assert figures == dict.fromkeys(("val_q1", "val_q2", "val_q3", "val_q4", "val_loss"),
                                     pytest.approx(sum(shown) / 256))
+    figures = train.validate("upsampler1", model, batches, 0, torch.device("cpu"), count=67)
+    assert figures["val_loss"] == pytest.approx(33)  # 32, 32 and 3 pictures, each counted once
 
 
 @pytest.mark.parametrize("stage", checkpoints.STAGES)
