@@ -310,7 +310,7 @@ def f6(lab):
                  "--size 256 --candidates 1 --prior-scale 1 --scale 1.25 --out fid"],
         ["measure", "fidelity --gpu 0 --fid --isc --input1 fid/samples --input2 fid/references"],
     ], note="The protocol: 30,000 validation captions, one picture each, not chosen by CLIP, at "
-            "256 pixels; guidance 1.25 as in the paper (of the prior, how much is not stated: none).")
+            "256 pixels; guidance 1.25 as in the paper (of the prior, not stated there: none).")
 
 
 # --- F7: what the prior predicts -------------------------------------------------------------
