@@ -409,12 +409,12 @@ def measure_losses(args):
     with tempfile.TemporaryDirectory() as cache:
         for stage in stages:
             model = load_stage(folder, stage, device)
-            if needs_clip(stage) and embeddings is None:
-                spec = model.clip["spec"] if model.clip else "small"
-                clip = load_clip(folder, args.clip or spec, device)
-                with autocast(device):  # as in training
-                    embeddings = embed(clip, data, cache)
             if needs_clip(stage):
+                if embeddings is None:  # once, for all stages
+                    spec = model.clip["spec"] if model.clip else "small"
+                    clip = load_clip(folder, args.clip or spec, device)
+                    with autocast(device):  # as in training
+                        embeddings = embed(clip, data, cache)
                 check_clip(model, clip, folder / f"{stage}.pt")
             batches = Batches(stage, model.config, data, embeddings, settings)
             table[stage] = validate(stage, model, batches, 1, device, args.n)
@@ -429,9 +429,15 @@ def run_findings(args):
     return report(args)
 
 
+def add_weights(sub):
+    """The options of every command that uses trained weights."""
+    sub.add_argument("--weights", help="folder of checkpoints (default: as sample.py)")
+    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
+
+
 def add_drawing_options(sub):
     """The options of every command that draws pictures with trained weights."""
-    sub.add_argument("--weights", help="folder of checkpoints (default: as sample.py)")
+    add_weights(sub)
     sub.add_argument("--prior-scale", type=number, help=PRIOR_SCALE_HELP)
     sub.add_argument("--scale", type=number, default=2.0, help="guidance of the decoder; off at 1")
     sub.add_argument("--candidates", type=positive, default=2,
@@ -439,7 +445,6 @@ def add_drawing_options(sub):
     sub.add_argument("--prior-steps", type=int, help="sampling steps of the prior")
     sub.add_argument("--steps", type=int, help="sampling steps of the decoder")
     sub.add_argument("--out", help="folder for sheets of the judged pictures")
-    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
 
 
 def add_data_options(sub):
@@ -463,8 +468,7 @@ def build_parser():
 
     command("judge", judge_judge, "measure the judge on fresh drawings")
     sub = command("clip", judge_clip, "what does CLIP tell apart, what can be read off it?")
-    sub.add_argument("--weights", help="folder with a clip.pt (default: as sample.py)")
-    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    add_weights(sub)
     sub = command("captions", judge_captions, "text to image, judged by its captions")
     add_drawing_options(sub)
     sub.add_argument("--rows", nargs="+", default=["true_embedding", "text", "held_out"],
@@ -478,29 +482,24 @@ def build_parser():
         add_data_options(sub)
         sub.add_argument("--size", type=positive, default=64, help="side of the pictures")
     sub = command("upsamplers", judge_upsamplers, "true pictures shrunk and enlarged again")
-    sub.add_argument("--weights", help="folder of checkpoints (default: as sample.py)")
+    add_weights(sub)
     sub.add_argument("--size", type=positive, default=1024, help="how far to enlarge")
-    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
     sub = command("priors", judge_priors, "drawn embeddings against true ones")
-    sub.add_argument("--weights", help="folder of checkpoints (default: as sample.py)")
+    add_weights(sub)
     sub.add_argument("--prior-scale", type=number, default=1.0, help="guidance; off at 1")
-    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
     sub = command("losses", measure_losses, "validation loss of each trained stage")
     add_data_options(sub)
-    sub.add_argument("--weights", help="folder of checkpoints (default: as sample.py)")
-    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    add_weights(sub)
     sub.set_defaults(n=256)
     sub = command("findings", run_findings, "the paper's findings, one by one; writes FINDINGS.md")
     sub.add_argument("names", nargs="*", metavar="F1 ... F10", help="which (default: all)")
-    sub.add_argument("--weights", help="folder of checkpoints (default: as sample.py)")
+    add_weights(sub)
     sub.add_argument("--out", default="samples/findings",
                      help="folder for the report and its pictures")
-    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
     sub.set_defaults(n=120)
     sub = command("manipulations", judge_manipulations, "reconstruct, vary, blend and edit scenes")
-    sub.add_argument("--weights", help="folder of checkpoints (default: as sample.py)")
+    add_weights(sub)
     sub.add_argument("--edits", type=positive, default=20, help="number of text diffs")
-    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
     return parser
 
 

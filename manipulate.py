@@ -64,7 +64,9 @@ def invert(pipeline, pictures, image_emb, steps=INVERSION_STEPS):
     The fresh noises are always the same ones, so that a picture has one x_T, up to rounding.
     """
     decoder = pipeline.decoder
-    x_T, errors = torch.zeros_like(pictures), pictures.new_full((len(pictures),), -math.inf)
+    # A picture of which no try is a number keeps its NaNs, for all to see.
+    x_T = torch.full_like(pictures, math.nan)
+    errors = pictures.new_full((len(pictures),), -math.inf)
     for attempt in range(INVERSIONS):
         left = (errors < REPRODUCED).nonzero().flatten()
         if len(left) == 0:

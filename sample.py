@@ -28,12 +28,13 @@ import manipulate
 from common import Film, Parser, autocast, choose_device, draw_grid, exit_code, save_picture, to_pil
 from common import natural, number, positive, share, two_or_more
 from data import UserError, fit, to_rgb, to_tensor
-from prior import DiffusionPrior
+from prior import AutoregressivePrior, DiffusionPrior
 
 STAGE_SEEDS = {"prior": 1, "decoder": 2, "upsampler1": 3, "upsampler2": 4}
 SIZES = (64, 256, 1024)  # of the paper's three stages
 CONDITIONS = ("prior", "text_emb", "caption")  # what a decoder may be given: Pipeline.condition
-PRIOR_SCALE_HELP = "guidance of the prior, off at 1 (default: 4, of the autoregressive prior 1)"
+PRIOR_SCALE_HELP = (f"guidance of the prior, off at 1 (default: {DiffusionPrior.usual_scale:g}, "
+                    f"of the autoregressive prior {AutoregressivePrior.usual_scale:g})")
 
 # --- the pipeline ----------------------------------------------------------------------------
 
