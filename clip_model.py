@@ -149,9 +149,8 @@ class SmallClip(nn.Module):
         Over several processes everybody's rows are gathered first, so that to find the right
         caption is as hard as on one machine.
         """
-        image_emb, text_emb, scale = self.model(
-            batch["image"], batch["tokens"]
-        )  # scale: exp'd already
+        # open_clip's scale has been exponentiated already.
+        image_emb, text_emb, scale = self.model(batch["image"], batch["tokens"])
         # Validation is one process's business: the others would not answer.
         if self.training and dist.is_initialized():
             image_emb, text_emb = torch.cat(all_gather(image_emb)), torch.cat(all_gather(text_emb))
@@ -228,9 +227,7 @@ class FrozenClip(nn.Module):
         # a hook reads them there, in both of open_clip's layouts of a text tower.
         seen = []
         tower = self.model if hasattr(self.model, "ln_final") else self.model.text
-        hook = tower.ln_final.register_forward_hook(
-            lambda module, inputs, output: seen.append(output)
-        )
+        hook = tower.ln_final.register_forward_hook(lambda module, args, out: seen.append(out))
         try:
             text_emb = F.normalize(self.model.encode_text(ids).float(), dim=-1)
         finally:
@@ -286,8 +283,9 @@ def load_open_clip(spec):
     if file and not Path(file).is_file():
         raise UserError(f"--clip {spec}: no file {file}; check the path")
     trained = open_clip.get_pretrained_cfg(name, tag) if tag else {}  # how these weights were
-    kept = ("mean", "std", "interpolation", "resize_mode")
-    wanted = {k: trained[k] for k in kept if k in trained}
+    # Not "resize_mode", what becomes of a picture that is not square: all pictures here are, as
+    # the embedding must be of the square that the decoder learns to draw.
+    wanted = {k: trained[k] for k in ("mean", "std", "interpolation") if k in trained}
     logging.disable(logging.ERROR)  # open_clip logs an error of its own before it raises it
     try:
         model = open_clip.create_model(
@@ -482,10 +480,9 @@ SAVE_EVERY = 50  # batches between two notes of an embedding pass's progress
 
 def embed_captions(clip, captions, folder, batch_size):
     """text_emb.npy, text_enc.npy and starts.npy of a list of different captions."""
-    lengths = []
-    for k in range(0, len(captions), 10_000):  # the end of text has the largest id
-        lengths += (clip.tokenizer(captions[k : k + 10_000]).argmax(dim=1) + 1).tolist()
-    starts = np.cumsum([0] + lengths)
+    some = (captions[k : k + 10_000] for k in range(0, len(captions), 10_000))
+    ids = torch.cat([clip.tokenizer(c).int() for c in some])  # a million of 77 tokens: 0.3 GB
+    starts = np.cumsum([0] + (ids.argmax(dim=1) + 1).tolist())  # end of text has the largest id
     np.save(folder / "starts.npy", starts)
     text_enc = Progress(folder / "text_enc.npy", (int(starts[-1]), clip.text_width))
     text_emb = Progress(folder / "text_emb.npy", (len(captions), clip.dim))
@@ -494,7 +491,7 @@ def embed_captions(clip, captions, folder, batch_size):
     done = text_emb.done if text_enc.done >= starts[text_emb.done] else 0
     first = range(done, len(captions), batch_size)
     for n, k in enumerate(tqdm(first, "CLIP: captions", disable=None)):
-        emb, enc, mask = clip.encode_text(captions[k : k + batch_size])
+        emb, enc, mask = clip.encode_ids(ids[k : k + batch_size].long().to(clip.mean.device))
         text_emb.array[k : k + len(emb)] = emb.cpu().half().numpy()
         text_enc.array[starts[k] : starts[k + len(emb)]] = enc[mask].cpu().half().numpy()
         if n % SAVE_EVERY == SAVE_EVERY - 1 or k == first[-1]:

@@ -3,7 +3,7 @@
 The paper trains on hundreds of millions of captioned photos. They cannot be assumed at hand, so
 the default data set is a toy world with the same structure: a picture holds more than its caption
 says, and there are many ways to say it. Each scene of `shapes` is a pure function of (seed, split,
-i), drawn at any resolution, and its exact content is known, so that a judge (evaluate.py) can
+i), drawn at any resolution, and its exact content is known, so that a judge (judge.py) can
 *measure* whether a picture shows its caption.
 
 The one idea: a caption leaves things out. A detailed one fixes colour, shape, size, relation and
@@ -11,7 +11,7 @@ background; a sparse one leaves most of them open; no caption mentions the exact
 or the shade. What is left out must come out *diverse* (paper sec. 3.1, 5.3).
 
 Letters: H = W = size (pixels of a square side). Images are float32 (3, H, W) in [-1, 1].
-Every data set has name, __len__, image(i, size, crop), captions(i) and fingerprint().
+Every data set has name, __len__, image(i, size), captions(i) and fingerprint().
 Read next: clip_model.py, which embeds these images and captions.
 """
 

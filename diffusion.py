@@ -19,6 +19,7 @@ import functools
 import math
 import warnings
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -111,14 +112,13 @@ class GaussianDiffusion(nn.Module):
               channels of the network (improved DDPM eq. 15), for 8-bit images in [-1, 1];
               "analytic": right for this data and network, measured once by estimate_variance
     clip_x_0: clip each predicted x_0 to [-1, 1]. For images; off for embeddings
-    snr_gamma: Min-SNR loss weights (2303.09556), usually 5; None weighs every t the same
-    weight_cap: for "x_0": weigh its error as v-prediction does, by SNR + 1, but at most by this
+    weight_cap: the most that an error of x_0 may weigh in the loss: see loss_weight
 
     The table stays in float64: run a network in bf16 by autocast, not by .bfloat16() on the module.
     """
 
     def __init__(self, T=1000, schedule="cosine", predict="noise", variance="fixed_small",
-                 clip_x_0=True, snr_gamma=None, weight_cap=None):
+                 clip_x_0=True, weight_cap=None):
         super().__init__()
         schedules = {"cosine": cosine_betas, "linear": linear_betas}
         for value, allowed in ((schedule, schedules), (predict, ("noise", "x_0", "v")),
@@ -128,7 +128,7 @@ class GaussianDiffusion(nn.Module):
         if T < 2:
             raise UserError(f"T is {T}, it must be at least 2: raise the number of noise levels")
         self.T, self.predict, self.variance = T, predict, variance
-        self.clip_x_0, self.snr_gamma, self.weight_cap = clip_x_0, snr_gamma, weight_cap
+        self.clip_x_0, self.weight_cap = clip_x_0, weight_cap
         # levels: those drawn in training; focus: a band of them that is drawn more often
         self.range_checked, self.levels, self.focus = False, (0, T), None
         # Not persistent: made again from the config, they have no place in a checkpoint.
@@ -304,20 +304,22 @@ class GaussianDiffusion(nn.Module):
         return torch.where(expand(t, x_0) == 0, nll, kl).flatten(1).mean(1) / math.log(2)
 
     def loss_weight(self, t):
-        """Min-SNR weights (B,), or ones (2303.09556 sec. 3.4): min(SNR, gamma) on the error of x_0;
-        that of noise is SNR times as large, that of v SNR + 1 times, so they are divided by it.
+        """What the squared error of the network's output is multiplied by at t: (B,).
 
-        With weight_cap, min(SNR + 1, cap): where x_t is nearly clean, x_0 is nearly known and its
-        error small; at weight 1 the network would take for ever to care about the fine detail.
+        A squared error of x_0 counts SNR = alpha_bar / (1 - alpha_bar) times in that of the noise,
+        SNR + 1 times in that of v: the cleaner a level, the more, without a limit. weight_cap sets
+        one: min(SNR, cap) for "noise", which is Min-SNR (2303.09556 sec. 3.4; usually 5), and
+        min(SNR + 1, cap) for "v" and for "x_0". None: ones, also for "x_0", where the nearly clean
+        levels, at which x_0 is nearly known, then hardly count, and fine detail is learnt late.
         """
         alpha_bar = self.alpha_bar(t)
-        if self.weight_cap is not None and self.predict == "x_0":
-            return (1 / (1 - alpha_bar)).clamp(max=self.weight_cap)
-        if self.snr_gamma is None:
-            return torch.ones_like(alpha_bar)
+        ones = torch.ones_like(alpha_bar)
+        if self.weight_cap is None:
+            return ones
         snr = alpha_bar / (1 - alpha_bar)  # signal-to-noise ratio
-        divisor = {"x_0": torch.ones_like(snr), "noise": snr, "v": snr + 1}[self.predict]
-        return snr.clamp(max=self.snr_gamma) / divisor
+        seen = {"noise": snr, "v": snr + 1, "x_0": ones}[self.predict]
+        wanted = (snr if self.predict == "noise" else snr + 1).clamp(max=self.weight_cap)
+        return wanted / seen
 
     @torch.no_grad()
     def estimate_variance(self, network, x_0, levels=100):
@@ -328,20 +330,15 @@ class GaussianDiffusion(nn.Module):
         interpolation. (Their eq. 8 writes it with the score: (1 - alpha_bar) / alpha_bar *
         (1 - mean of noise_pred^2), the same number, but the small difference of two large ones.)
         """
-        ts = sorted(set(self.timesteps(min(levels, self.T))))
+        ts = self.timesteps(min(levels, self.T))[::-1]  # upwards
         noise = torch.Generator(device="cpu").manual_seed(0)
         errors = []
         for level in ts:
             t = torch.full((len(x_0),), level, device=x_0.device)
             x_t = self.q_sample(x_0, t, torch.randn(x_0.shape, generator=noise).to(x_0))
             error = self.predictions(network(x_t, t), x_t, t)[0] - x_0
-            errors.append(error.double().square().mean())
-        ts = torch.tensor(ts, dtype=torch.float64)
-        errors = torch.stack(errors).cpu()
-        wanted = torch.arange(self.T, dtype=torch.float64)
-        right = torch.searchsorted(ts, wanted).clamp(1, len(ts) - 1)
-        fraction = (wanted - ts[right - 1]) / (ts[right] - ts[right - 1])
-        self.x_0_variance.copy_(errors[right - 1].lerp(errors[right], fraction))
+            errors.append(error.double().square().mean().item())
+        self.x_0_variance.copy_(torch.from_numpy(np.interp(range(self.T), ts, errors)))
 
     def check_range(self, x_0):
         """Are the images in [-1, 1]? On the first batch only, as it waits for the device; and not

@@ -30,12 +30,14 @@ from common import Parser, autocast, choose_device, draw_grid, exit_code, save_p
 from common import natural, number, positive
 from data import BACKGROUNDS, COLOURS, SHAPES
 from data import Claim, Shapes, UserError, load_data, parse_caption, render, with_article
+from findings import report
 from judge import COLUMNS, S, judge, score, shares
 from manipulate import blend, edit, invert, psnr, redraw, text_diff
 from measures import check_side, draw_batches, frechet_distance, in_batches, look
 from measures import linear_probe, mixed_captions, pairs_shown, precision_recall, prefers
 from measures import scene_claim, wrong_captions
-from sample import PRIOR_SCALE_HELP, Pipeline, default_weights, generators
+from sample import PRIOR_SCALE_HELP, Pipeline, default_weights, generators, load_pipeline
+from train import Batches, needs_clip, validate
 
 
 def print_table(table):
@@ -71,12 +73,11 @@ def judge_judge(args):
     return table
 
 
-def draw(pipeline, captions, args, condition="prior", image_emb=None, size=S):
-    """Captions -> batches of pictures, as draw_batches; image_emb (n, D) replaces the condition."""
+def draw(pipeline, captions, args, given="prior", size=S):
+    """measures.draw_batches with the settings of the command line."""
     return draw_batches(
-        pipeline, captions, args.seed, condition if image_emb is None else image_emb, size,
-        scale=args.scale, steps=args.steps, prior=(args.prior_scale, args.prior_steps),
-        candidates=args.candidates,
+        pipeline, captions, args.seed, given, size, scale=args.scale, steps=args.steps,
+        prior=(args.prior_scale, args.prior_steps), candidates=args.candidates,
     )
 
 
@@ -93,6 +94,14 @@ ROWS = {
 }
 
 
+def clip_of(model, stage, args, spec=None):
+    """The CLIP that a trained stage of --weights needs. spec: where it is, if not where it was."""
+    spec = spec or (model.clip["spec"] if model.clip else "small")
+    clip = load_clip(args.weights, spec, args.device)
+    check_clip(model, clip, args.weights / f"{stage}.pt")
+    return clip
+
+
 def judge_captions(args):
     """Draw validation captions and judge the pictures by what the captions say, in rows:
 
@@ -103,20 +112,19 @@ def judge_captions(args):
     text_emb        the text embedding as if it were an image's; caption: no embedding at all
     trained_text    a decoder trained on text embeddings; glide: one trained on captions alone
     """
-    device, folder = choose_device(args.device), args.weights or default_weights()
     table = {}
     for row in args.rows:
         settings = {"split": "val", "condition": "prior"} | ROWS[row]
-        split, condition = settings.pop("split"), settings.pop("condition")
-        pipeline = Pipeline(folder, device, S, **settings)
+        split, given = settings.pop("split"), settings.pop("condition")
+        pipeline = Pipeline(args.weights, args.device, S, **settings)
         check_side(pipeline)
         if not table:
-            print(f"weights: {folder}, drawn at {pipeline.sizes[0]}, judged at {S} px")
+            print(f"weights: {args.weights}, drawn at {pipeline.sizes[0]}, judged at {S} px")
         data = Shapes(args.n, split, args.seed)
         captions = mixed_captions(data)
-        image_emb = look(pipeline.clip, data) if row == "true_embedding" else None
-        batches = draw(pipeline, captions, args, condition, image_emb)
-        pictures = torch.cat([pictures for _, pictures in batches])
+        if row == "true_embedding":
+            given = look(pipeline.clip, data)
+        pictures = torch.cat([part for _, part in draw(pipeline, captions, args, given)])
         claims = [parse_caption(caption) for caption in captions]
         table[row] = shares([score(judge(p), c) for p, c in zip(pictures, claims, strict=True)])
         if args.out:
@@ -132,8 +140,7 @@ def judge_upsamplers(args):
     psnr: against the true picture, dB. The judge's shares: of everything that is in the scene. It
     looks at 64 pixels, so what is left to see there is whether the enlargement spoils anything.
     """
-    device, folder = choose_device(args.device), args.weights or default_weights()
-    pipeline = Pipeline(folder, device, args.size, prior=None)
+    pipeline = Pipeline(args.weights, args.device, args.size, prior=None)
     data, low, table = Shapes(args.n, "val", args.seed), pipeline.sizes[0], {}
     if len(pipeline.sizes) == 1:
         raise UserError(f"{pipeline.folder} has no upsampler to {args.size} pixels: train "
@@ -144,7 +151,7 @@ def judge_upsamplers(args):
             true, claim = data.image(i, size)[None], scene_claim(data.scene(i))
             small = F.avg_pool2d(true, size // low)
             ways = {
-                "upsamplers": pipeline.upsample(small.to(device), [args.seed + i], size).cpu(),
+                "upsamplers": pipeline.upsample(small.to(args.device), [args.seed + i], size).cpu(),
                 "bicubic": F.interpolate(small, size=size, mode="bicubic").clamp(-1, 1),
                 "truth": true,
             }
@@ -163,12 +170,9 @@ def judge_upsamplers(args):
 
 def captioned(args):
     """(pipeline, data, captions, size of the pictures) for --data, a validation caption each."""
-    device, folder = choose_device(args.device), args.weights or default_weights()
-    pipeline = Pipeline(folder, device, args.size, clip=args.clip)
+    pipeline, size = load_pipeline(args)
     data = load_data(args.data, args.root, "val", args.n, args.seed)
-    captions = [data.captions(i)[0] for i in range(len(data))]
-    size = min(s for s in pipeline.sizes if s >= min(args.size, pipeline.sizes[-1]))
-    return pipeline, data, captions, size
+    return pipeline, data, [data.captions(i)[0] for i in range(len(data))], size
 
 
 def judge_real(args):
@@ -197,8 +201,6 @@ def judge_real(args):
 
 def export_pictures(args):
     """Write OUT/samples and OUT/references, numbered alike, for the standard FID and IS tools."""
-    if not args.out:
-        raise UserError("--out: give a folder for the pictures")
     for folder in (Path(args.out) / "samples", Path(args.out) / "references"):
         if folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"{folder} has pictures already, of which some would stay among the "
@@ -217,47 +219,47 @@ def judge_priors(args):
     """Both priors, and the diffusion prior's variances at few steps, on validation captions.
 
     frechet: of the drawn embeddings and the true ones (times 1000); cosine: with the true embedding
-    of the same scene; evaluations: of the network for one embedding; ms: for one, in batches of 64.
+    of the same scene; evaluations: of the network for one embedding (guidance makes two of each);
+    ms: for one, in batches of 64, without CLIP's share.
     The diffusion rows draw one candidate, so that no choice by CLIP hides what the variance does;
     the last of them draws two and keeps the better, as sample.py does.
     """
-    device, folder = choose_device(args.device), Path(args.weights or default_weights())
-    pipeline = Pipeline(folder, device)
-    data = Shapes(args.n, "val", args.seed)
-    true, diffusion, table = look(pipeline.clip, data).cpu(), pipeline.prior.diffusion, {}
-    captions = mixed_captions(data)
+    prior = load_stage(args.weights, "prior", args.device)
+    clip = clip_of(prior, "prior", args)
+    data, diffusion, table = Shapes(args.n, "val", args.seed), prior.diffusion, {}
+    captions, true = mixed_captions(data), look(clip, data).cpu()
+    parts = [(part, clip.encode_text(captions[part])) for part in in_batches(args.n, 64)]
 
     def measure(row, prior, evaluations, **settings):
         drawn, started = [], time.perf_counter()
-        for part in in_batches(args.n, 64):
-            text = pipeline.text(captions[part])
+        for part, text in parts:
             seeds = range(args.seed + part.start, args.seed + part.stop)
             settings["generators"] = generators(seeds, "prior")
-            with autocast(device):
+            with autocast(args.device):
                 drawn.append(prior.sample(*text, scale=args.prior_scale, **settings))
         drawn = torch.cat(drawn).cpu()  # waits for a GPU: before the clock is read
         seconds = time.perf_counter() - started
         table[row] = {
             "frechet": 1000 * frechet_distance(drawn, true),
             "cosine": (drawn * true).sum(1).mean().item(),
-            "evaluations": evaluations, "ms": 1000 * seconds / args.n, "n": args.n,
+            "evaluations": evaluations * (1 if args.prior_scale == 1 else 2),
+            "ms": 1000 * seconds / args.n, "n": args.n,
         }
 
     trained = diffusion.variance
     measured = trained == "analytic" and bool(diffusion.x_0_variance.any())
-    measure("warm-up", pipeline.prior, 2, steps=2)  # the first batch pays for starting
+    measure("warm-up", prior, 2, steps=2)  # the first batch pays for starting
     del table["warm-up"]
     for steps in (8, 16, 64):
         for variance in ("fixed_small", "fixed_large", "analytic"):
             if variance != "analytic" or measured:
                 diffusion.variance = variance
-                measure(f"{variance}, {steps} steps", pipeline.prior, steps, steps=steps,
-                        candidates=1)
+                measure(f"{variance}, {steps} steps", prior, steps, steps=steps, candidates=1)
     diffusion.variance = trained
-    measure("best of 2, 64 steps", pipeline.prior, 2 * 64, steps=64)
-    if (folder / "ar_prior.pt").exists():
-        ar = pipeline.load("ar_prior")
-        check_clip(ar, pipeline.clip, folder / "ar_prior.pt")
+    measure("best of 2, 64 steps", prior, 2 * 64, steps=64)
+    if (args.weights / "ar_prior.pt").exists():
+        ar = load_stage(args.weights, "ar_prior", args.device)
+        check_clip(ar, clip, args.weights / "ar_prior.pt")
         measure("autoregressive", ar, ar.config.components)
     print(f"{'':24}{'frechet':>10}{'cosine':>10}{'evaluations':>13}{'ms':>8}{'n':>7}")
     for row, x in table.items():
@@ -302,11 +304,10 @@ def next_of(choices, now, k):
 
 def judge_manipulations(args):
     """Reconstruction, variation, blending and text diffs of validation scenes, in numbers."""
-    device = choose_device(args.device)
-    pipeline = Pipeline(args.weights or default_weights(), device, S, prior=None)
-    data, low = Shapes(args.n, "val", args.seed), pipeline.sizes[0]
-    pictures = torch.stack([data.image(i, low) for i in range(args.n)]).to(device)
-    embs, table = look(pipeline.clip, data), {}
+    pipeline = Pipeline(args.weights, args.device, S, prior=None)
+    data = Shapes(args.n, "val", args.seed)
+    pictures = torch.stack([data.image(i, pipeline.sizes[0]) for i in range(args.n)])
+    pictures, embs, table = pictures.to(args.device), look(pipeline.clip, data), {}
     again, varied = [], []
     for part in in_batches(args.n):
         seeds = range(args.seed + part.start, args.seed + part.stop)
@@ -329,25 +330,30 @@ def judge_manipulations(args):
           f"{table['variation_psnr']:.1f} dB from the source; blends' ends "
           f"{table['blend_ends_psnr'] or 0:.1f} dB")
     print_table({name: table[name] for name in ("reconstruction", "variation")})
+    table["edits"] = judge_edits(pipeline, args)
+    return table
 
-    scenes = Shapes(20 * args.edits, "val", args.seed)
-    edits, results = single_edits(scenes, args.edits), []
+
+def judge_edits(pipeline, args):
+    """Text diffs of one attribute, at every theta: is the new one there, are the others kept?"""
+    scenes, low = Shapes(20 * args.edits, "val", args.seed), pipeline.sizes[0]
+    edits, results, rows = single_edits(scenes, args.edits), [], []
     for i, part, before, after, claim in tqdm(edits, "edits", disable=None):
-        picture = scenes.image(i, low)[None].to(device)
-        emb = pipeline.clip.encode_image(scenes.image(i, pipeline.clip.image_size)[None].to(device))
+        picture = scenes.image(i, low)[None].to(args.device)
+        as_clip_wants_it = scenes.image(i, pipeline.clip.image_size)[None].to(args.device)
+        emb = pipeline.clip.encode_image(as_clip_wants_it)
         direction = text_diff(pipeline, after, before)
         frames = edit(pipeline, picture, emb, direction, THETAS, args.seed)
         frames = pipeline.upsample(frames, [args.seed] * len(THETAS), S).cpu()
         results.append([changed_and_kept(judge(frame), claim, part) for frame in frames])
     print(f"{len(edits)} text diffs, each of one attribute of a scene with one object:")
     print(f"{'theta':>8}{'new attribute':>16}{'others kept':>14}{'both':>8}")
-    table["edits"] = []
     for k, theta in enumerate(THETAS):
         new, kept = (sum(r[k][j] for r in results) / max(1, len(results)) for j in (0, 1))
         both = sum(all(r[k]) for r in results) / max(1, len(results))
-        table["edits"].append({"theta": theta, "new": new, "kept": kept, "both": both})
+        rows.append({"theta": theta, "new": new, "kept": kept, "both": both})
         print(f"{theta:8.3f}{new:16.1%}{kept:14.1%}{both:8.1%}")
-    return table
+    return rows
 
 
 def changed_and_kept(seen, claim, part):
@@ -369,8 +375,7 @@ def judge_clip(args):
     And what it can: does it lie open in the embedding? A linear probe, fitted to 40 n training
     scenes, must name just the pairs of colour and shape that a scene of two objects shows.
     """
-    folder = Path(args.weights or default_weights())
-    clip = load_clip(folder).to(choose_device(args.device))
+    clip = load_clip(args.weights).to(args.device)
     data, right = Shapes(args.n, "val", args.seed), {"binding": [], "shape": [], "relation": []}
     scenes = [i for i in range(args.n) if len(data.scene(i).things) == 2]
     for i in tqdm(scenes, "comparing", disable=None):
@@ -398,41 +403,33 @@ def measure_losses(args):
     not two presets, or two that predict different things). Of a diffusion model also by quarter of
     the noise levels, the cleanest first. CLIP's would depend on its training's batch size.
     """
-    from train import Batches, needs_clip, validate  # here, as only this command needs training
-
-    folder, device, table = Path(args.weights or default_weights()), choose_device(args.device), {}
     data = load_data(args.data, args.root, "val", args.n, args.seed)
     settings, embeddings = {"half_size_until": 0.0, "steps": 1}, None  # pictures of the whole size
-    stages = [stage for stage in STAGES if stage != "clip" and (folder / f"{stage}.pt").exists()]
+    stages = [s for s in STAGES if s != "clip" and (args.weights / f"{s}.pt").exists()]
     if not stages:
-        raise UserError(f"{folder} has no trained stage: give --weights the --out of a training")
+        raise UserError(f"{args.weights} has no trained stage: give --weights the --out of a "
+                        "training")
+    table = {}
     with tempfile.TemporaryDirectory() as cache:
         for stage in stages:
-            model = load_stage(folder, stage, device)
+            model = load_stage(args.weights, stage, args.device)
+            if needs_clip(stage) and embeddings is None:  # once, for all stages
+                clip = clip_of(model, stage, args, args.clip)
+                with autocast(args.device):  # as in training
+                    embeddings = embed(clip, data, cache)
             if needs_clip(stage):
-                if embeddings is None:  # once, for all stages
-                    spec = model.clip["spec"] if model.clip else "small"
-                    clip = load_clip(folder, args.clip or spec, device)
-                    with autocast(device):  # as in training
-                        embeddings = embed(clip, data, cache)
-                check_clip(model, clip, folder / f"{stage}.pt")
+                check_clip(model, clip, args.weights / f"{stage}.pt")
             batches = Batches(stage, model.config, data, embeddings, settings)
-            table[stage] = validate(stage, model, batches, 1, device, args.n)
+            table[stage] = validate(stage, model, batches, 1, args.device, args.n)
             row = "".join(f"  {name} {value:.4f}" for name, value in table[stage].items())
             print(f"{stage:16}{row}")
     return table
 
 
-def run_findings(args):
-    from findings import report  # here, as only this command needs all that it imports
-
-    return report(args)
-
-
 def add_weights(sub):
     """The options of every command that uses trained weights."""
     sub.add_argument("--weights", help="folder of checkpoints (default: as sample.py)")
-    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    sub.add_argument("--device", type=choose_device, default="auto", help="auto, cpu or cuda")
 
 
 def add_drawing_options(sub):
@@ -444,7 +441,6 @@ def add_drawing_options(sub):
                      help="pictures drawn for each, of which CLIP keeps the best")
     sub.add_argument("--prior-steps", type=int, help="sampling steps of the prior")
     sub.add_argument("--steps", type=int, help="sampling steps of the decoder")
-    sub.add_argument("--out", help="folder for sheets of the judged pictures")
 
 
 def add_data_options(sub):
@@ -473,6 +469,7 @@ def build_parser():
     add_drawing_options(sub)
     sub.add_argument("--rows", nargs="+", default=["true_embedding", "text", "held_out"],
                      choices=ROWS, help="what to draw from")
+    sub.add_argument("--out", help="folder for sheets of the judged pictures")
     for name, run, text in (
         ("real", judge_real, "any data set: distance, precision, recall, score in CLIP's space"),
         ("export", export_pictures, "write samples and references for FID and IS tools"),
@@ -481,6 +478,7 @@ def build_parser():
         add_drawing_options(sub)
         add_data_options(sub)
         sub.add_argument("--size", type=positive, default=64, help="side of the pictures")
+    sub.add_argument("--out", required=True, help="folder for the pictures")  # of export
     sub = command("upsamplers", judge_upsamplers, "true pictures shrunk and enlarged again")
     add_weights(sub)
     sub.add_argument("--size", type=positive, default=1024, help="how far to enlarge")
@@ -491,7 +489,7 @@ def build_parser():
     add_data_options(sub)
     add_weights(sub)
     sub.set_defaults(n=256)
-    sub = command("findings", run_findings, "the paper's findings, one by one; writes FINDINGS.md")
+    sub = command("findings", report, "the paper's findings, one by one; writes FINDINGS.md")
     sub.add_argument("names", nargs="*", metavar="F1 ... F10", help="which (default: all)")
     add_weights(sub)
     sub.add_argument("--out", default="samples/findings",
@@ -508,6 +506,8 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise UserError(f"--json {args.json}: there is no such folder")  # now, not after hours
+    if "weights" in args:
+        args.weights = Path(args.weights or default_weights())
     table = args.run(args)
     if args.json:
         try:

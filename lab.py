@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from checkpoint import load_checkpoint
-from common import choose_device, draw_grid
+from common import draw_grid
 from data import Shapes, parse_caption
 from judge import S, judge, score
 from measures import bootstrap, check_side, draw_many, frechet_distance, look
 from measures import mixed_captions, share_interval
-from sample import Pipeline, default_weights
+from sample import Pipeline
 
 
 @dataclass
@@ -73,8 +73,8 @@ class Lab:
     """Trained stages, validation scenes, and every picture drawn so far: none is drawn twice."""
 
     def __init__(self, args):
-        self.folder = Path(args.weights or default_weights())
-        self.device, self.n, self.seed = choose_device(args.device), args.n, args.seed
+        self.folder, self.device = Path(args.weights), args.device
+        self.n, self.seed = args.n, args.seed
         self.pipelines, self.drawn = {}, {}
         self.data = Shapes(self.n, "val", self.seed)
         self.captions = mixed_captions(self.data)

@@ -498,9 +498,9 @@ class AutoregressivePrior(nn.Module):
 def equal_mass_edges(values, buckets):
     """Edges (C, buckets - 1) between buckets that hold equally many of values (C, N)."""
     N = values.shape[1]
-    at = torch.arange(1, buckets) * N // buckets
+    at = torch.arange(1, buckets) * N // buckets  # how many values lie below each edge
     ascending = values.sort(dim=1).values
-    return (ascending[:, (at - 1).clamp(min=0)] + ascending[:, at]) / 2  # fewer than buckets: at 0
+    return (ascending[:, (at - 1).clamp(min=0)] + ascending[:, at]) / 2  # N < buckets: none may
 
 
 def equal_width_edges(values, buckets):

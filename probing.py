@@ -201,7 +201,7 @@ def read_word(picture):
 
 
 def window(picture, x, y, half):
-    """The pixels of (H, W) around (x, y), as many as lie inside; half: its half width and height."""
+    """The pixels of (H, W) around (x, y) that lie inside; half: half the width and height."""
     return picture[max(0, y - half[1]):y + half[1], max(0, x - half[0]):x + half[0]]
 
 

@@ -220,7 +220,7 @@ def open_picture(path):
 def load_pipeline(args, **stages):
     """The pipeline of --weights on --device, and the size that --size comes to with it."""
     folder = args.weights or default_weights()
-    pipeline = Pipeline(folder, choose_device(args.device), args.size, clip=args.clip, **stages)
+    pipeline = Pipeline(folder, args.device, args.size, clip=args.clip, **stages)
     return pipeline, reachable_size(pipeline, args.size)
 
 
@@ -388,7 +388,7 @@ def main(argv=None):
         add("--size", type=positive, default=64, help="side of the pictures: 64, 256 or 1024")
         add("--seed", type=natural, default=0, help="of the first picture; the next has seed + 1")
         add("--out", default="samples", help="folder for the pictures")
-        add("--device", default="auto", help="auto, cpu or cuda")
+        add("--device", type=choose_device, default="auto", help="auto, cpu or cuda")
         add("--clip", help="MODEL:TAG=FILE, the CLIP that the stages were trained with, from a "
             "file (default: as in training)")
         sub.set_defaults(run=run)

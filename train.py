@@ -17,6 +17,7 @@ The prior, the decoder and the upsamplers never see each other: each needs only 
 Read next: sample.py, which puts the trained stages together.
 """
 
+import copy
 import json
 import math
 import os
@@ -46,7 +47,7 @@ from prior import fewest_components, principal_components, quantisation_errors
 from upsampler import training_pair
 
 EMA_DECAY = 0.9995  # Paper: .9999 (AR prior .999), for 600K steps and more. We: shorter runs.
-CLIP_GRADIENT = 1.0  # largest norm of all gradients together
+MAX_GRADIENT = 1.0  # largest norm of all gradients together
 
 
 def make_model(stage, preset, data, clip, embeddings=None):
@@ -75,10 +76,10 @@ def make_ar_prior(fields, embeddings):
     model.fit(image_emb, text_emb)
     left_out = 1 - variances[:components].sum() / variances.sum()
     errors = quantisation_errors(model.project(image_emb).T.contiguous(), model.config.buckets)
-    print(f"ar_prior: {components} of {model.config.dim} principal components leave out "
-          f"{left_out:.2%} of the variance; quantising them into {model.config.buckets} buckets "
-          f"of equal mass costs {errors['equal mass']:.3%}, "
-          f"of equal width {errors['equal width']:.3%}")
+    note(f"ar_prior: {components} of {model.config.dim} principal components leave out "
+         f"{left_out:.2%} of the variance; quantising them into {model.config.buckets} buckets "
+         f"of equal mass costs {errors['equal mass']:.3%}, "
+         f"of equal width {errors['equal width']:.3%}")
     return model
 
 
@@ -161,11 +162,11 @@ def validate(stage, model, batches, step, device, count=256):
     levels, val_q4 over the noisiest. One total hides that a model learns them one after another.
     The pictures and their noise do not depend on the training's batch size. CLIP is the exception:
     its loss tells each picture from the others of its batch, so it looks at one such batch.
-    Where there are fewer pictures than `count`, they come again with other noise.
+    Where there are fewer pictures than `count`, the others see them again with other noise.
     """
     size = 32
     if stage == "clip":
-        count = size = batches.settings["batch_size"]
+        count = size = min(batches.settings["batch_size"], len(batches.data))
     diffusion, figures = getattr(model, "diffusion", None), defaultdict(float)
     for start in range(0, count, size):
         indices = [i % len(batches.data) for i in range(start, min(start + size, count))]
@@ -192,48 +193,43 @@ def preview(stage, model, batches, step, device):
 
     Returns (figures: dict of floats, pictures: (n, 3, H, W) or None, captions or None).
     """
-    indices = [i % len(batches.data) for i in range(16)]  # a small data set may have fewer than 16
+    indices = range(min(16, len(batches.data)))
     # Always the same pictures with the same noise: what changes from grid to grid is the model.
     batch = batches.make(step, indices, np.random.default_rng(0))
     batch = {k: v.to(device) for k, v in batch.items()}
-    generators = [torch.Generator().manual_seed(i) for i in range(16)]
-    with autocast(device):
-        if stage == "clip":  # can it tell which of 16 captions belongs to a picture? Chance: 0.06
-            image_emb, text_emb, _ = model.model(batch["image"], batch["tokens"])
-            right = (image_emb @ text_emb.T).argmax(dim=1).cpu() == torch.arange(16)
-            return {"match_of_16": right.float().mean().item()}, None, None
-        # Is what it imagines closer to the truth than to anything else?
-        if stage in ("prior", "ar_prior"):
-            text = batch["text_emb"], batch["text_enc"], batch["text_mask"]
-            drawn = model.sample(*text, generators=generators)
-            cosine = lambda other: (drawn * other).sum(dim=1).mean().item()  # noqa: E731
-            true, text_emb = batch["image_emb"], batch["text_emb"]
-            figures = {"cos_true": cosine(true), "cos_text": cosine(text_emb)}
-            return figures | {"cos_unrelated": cosine(true.roll(1, 0))}, None, None
-        if stage.startswith("decoder"):
-            size = batch["image"].shape[-1]  # half the side in the first part of some trainings
-            emb = model.embedding_of(batch)
-            text = batch["text_enc"], batch["text_mask"]
-            drawn = model.sample(emb, *text, scale=2.0, generators=generators, size=size)
-        else:
-            drawn = model.sample(batch["low"], generators=generators)
+    generators = [torch.Generator().manual_seed(i) for i in indices]
+    if stage == "clip":  # can it tell which of 16 captions belongs to a picture? Chance: 0.06
+        image_emb, text_emb, _ = model.model(batch["image"], batch["tokens"])
+        right = (image_emb @ text_emb.T).argmax(dim=1).cpu() == torch.tensor(indices)
+        return {"match_of_16": right.float().mean().item()}, None, None
+    if stage in ("prior", "ar_prior"):  # closer to the truth than to anything else?
+        text_emb, true = batch["text_emb"], batch["image_emb"]
+        drawn = model.sample(text_emb, batch["text_enc"], batch["text_mask"], generators=generators)
+        others = {"cos_true": true, "cos_text": text_emb, "cos_unrelated": true.roll(1, 0)}
+        return {k: (drawn * x).sum(dim=1).mean().item() for k, x in others.items()}, None, None
     if stage.startswith("decoder"):
+        size = batch["image"].shape[-1]  # half the side in the first part of some trainings
+        text = batch["text_enc"], batch["text_mask"]
+        drawn = model.sample(model.embedding_of(batch), *text, scale=2.0, generators=generators,
+                             size=size)
         # The captions that were read: of each picture's, the one that the batch drew by this rng.
         which = batches.embeddings.which_captions(indices, np.random.default_rng(0))
         captions = [batches.data.captions(i)[k] for i, k in zip(indices, which, strict=True)]
         return {}, drawn, captions
+    drawn = model.sample(batch["low"], generators=generators)
     # Pixels span a range of 2, so PSNR = 10 log10(2^2 / mse).
     mse = (drawn - batch["image"]).square().mean().item()
     low = nn.functional.interpolate(batch["low"], drawn.shape[-2:], mode="nearest")
     rows = torch.stack([low, drawn, batch["image"]], dim=1).flatten(0, 1)
-    return {"psnr": 10 * math.log10(4 / mse)}, rows, ["input", "drawn", "target"] * 16
+    return {"psnr": 10 * math.log10(4 / mse)}, rows, ["input", "drawn", "target"] * len(indices)
 
 
 # --- the loop --------------------------------------------------------------------------------
 
 
 class Ema:
-    """A running average of a model's weights; sampling from it is smoother (paper table 3).
+    """A copy of a model whose weights are a running average of it; sampling from that is smoother
+    (paper table 3).
 
         decay_n = min(decay, (1 + n) / (10 + n)),  e <- decay_n e + (1 - decay_n) p
 
@@ -243,18 +239,15 @@ class Ema:
 
     def __init__(self, model, decay=EMA_DECAY):
         self.decay, self.updates = decay, 0
-        self.weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
-        self.averaged = {k for k, p in model.named_parameters()}
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
 
     @torch.no_grad()
     def update(self, model):
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        state = model.state_dict()
-        names = [k for k in state if k in self.averaged]
-        torch._foreach_lerp_([self.weights[k] for k in names], [state[k] for k in names], 1 - decay)
-        for k in state.keys() - self.averaged:
-            self.weights[k].copy_(state[k])
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
+        for mine, its in zip(self.model.buffers(), model.buffers(), strict=True):
+            mine.copy_(its)
 
 
 class Loss(nn.Module):
@@ -269,7 +262,8 @@ class Loss(nn.Module):
 
 
 def learning_rate(step, settings):
-    """Linear warm-up over the first 5% (at most 500 steps), then constant or half a cosine to 0."""
+    """Constant, or half a cosine from lr to 0; over the first 5% (at most 500 steps) times a linear
+    warm-up."""
     warm_up = min(500, max(1, settings["steps"] // 20))
     rate = settings["lr"] * min(1.0, (step + 1) / warm_up)
     if settings["decay"] == "cosine":
@@ -297,7 +291,7 @@ class Run:
         if self.writes:
             checkpoints.save_checkpoint(self.path, {
                 "stage": self.stage, "config": checkpoints.config_dict(model), "step": step,
-                "ema": ema.weights, "clip": self.clip, "run": self.settings,
+                "ema": ema.model.state_dict(), "clip": self.clip, "run": self.settings,
                 "figures": self.figures,
                 "model": model.state_dict(), "optimizer": [o.state_dict() for o in optimizers],
             })
@@ -313,7 +307,8 @@ class Run:
         """Draw and measure with the averaged model, for the folder and the screen."""
         if not self.writes:
             return
-        figures, pictures, captions = preview(self.stage, averaged, val_batches, step, device)
+        with autocast(device):
+            figures, pictures, captions = preview(self.stage, averaged, val_batches, step, device)
         figures |= validate(self.stage, averaged, val_batches, step, device)
         if pictures is not None:
             grid = draw_grid(pictures, captions, columns=6 if len(pictures) > 16 else 4)
@@ -323,14 +318,33 @@ class Run:
         tqdm.write(f"{self.stage} {step}: {said}")
 
 
+def training_step(model, loss_of, batch, optimizers, rate, device):
+    """One step of every optimizer: (loss, norm of the gradient before it was cut), on the device.
+
+    loss_of: Loss(model), as it is, compiled, or over several processes. rate: the learning rate.
+    """
+    with autocast(device):
+        loss = loss_of(batch)  # the one line that depends on the stage
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    # A rare huge gradient, at a very clean or very noisy level, is cut to this length.
+    norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+        with autocast(device):  # for Muon's matrix products
+            optimizer.step()
+    if hasattr(model, "clamp"):
+        model.clamp()  # CLIP's temperature
+    return loss.detach(), norm
+
+
 def train(run, model, batches, val_batches, device, resume=None):
     """Train one stage to run.settings["steps"]; resume: the checkpoint to continue from, or None.
 
     Raises UserError where the loss is not finite, KeyboardInterrupt (after saving) on Ctrl-C.
     """
-    # Three copies of the weights: `model` is trained, `ema` averages it, `averaged` draws.
     settings, steps, first = run.settings, run.settings["steps"], resume["step"] if resume else 0
-    averaged = checkpoints.STAGES[run.stage][0](model.config).to(device).eval()  # for previews
     model.to(device).train()
     ema, optimizers = Ema(model), make_optimizers(model, settings["muon"])
     examples = 0  # seen before this training began; another batch size may have been in force
@@ -347,31 +361,22 @@ def train(run, model, batches, val_batches, device, resume=None):
         loss_of = nn.parallel.DistributedDataParallel(loss_of)
 
     # Losses stay on the device until they are logged: reading one makes the CPU wait for the GPU.
-    every_log, losses, waited = max(1, min(50, steps // 20)), [], [0.0, 0.0]  # since log, in all
+    every_log, losses, waited, waited_in_all = max(1, min(50, steps // 20)), [], 0.0, 0.0
     begun = started = time.time()
     bar = tqdm(total=steps, initial=first, desc=run.stage, disable=None if run.writes else True)
     with Interrupt() as pause, bar:
-        ready = loader(batches, first, steps, settings["workers"], device)
-        for step, (batch, seconds) in enumerate(timed(ready), first):
-            waited = [w + seconds for w in waited]
+        ready = iter(loader(batches, first, steps, settings["workers"], device))
+        for step in range(first, steps):
+            asked_for = time.time()
+            batch = next(ready)
+            waited += time.time() - asked_for
             batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
             torch.manual_seed(hash((settings["seed"], step, batches.rank)) % 2**62)  # the noise
-            with autocast(device):
-                loss = loss_of(batch)  # the one line that depends on the stage
-            model.zero_grad(set_to_none=True)
-            loss.backward()
-            # A rare huge gradient, at a very clean or very noisy level, is cut to length 1.
-            norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRADIENT)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, settings) * group["scale"]
-                with autocast(device):  # for Muon's matrix products
-                    optimizer.step()
-            if hasattr(model, "clamp"):
-                model.clamp()  # CLIP's temperature
+            rate = learning_rate(step, settings)
+            loss, norm = training_step(model, loss_of, batch, optimizers, rate, device)
             ema.update(model)
             # A gradient that is not finite spoils the weights: it counts as such a loss.
-            losses.append(torch.where(norm.isfinite(), loss.detach(), norm))
+            losses.append(torch.where(norm.isfinite(), loss, norm))
             bar.update()
 
             done = step + 1
@@ -379,26 +384,27 @@ def train(run, model, batches, val_batches, device, resume=None):
                 pause.agree(device)
             saving = done % settings["save_every"] == 0 or done == steps or pause.agreed
             looking = done % settings["sample_every"] == 0 or done == steps
-            if done == steps and hasattr(model, "finish"):
-                finish(averaged, ema, batch, device)
+            if done == steps and hasattr(model, "finish"):  # it measures what it needs of itself
+                with autocast(device):
+                    ema.model.finish(batch)
             if done % every_log == 0 or saving or looking:
                 # The only place that waits for the device: figures are read here, not every step.
                 smooth = torch.stack(losses).mean().item()
                 if not math.isfinite(smooth):
                     raise UserError(f"{run.stage}, step {done}: the loss is {smooth}. The last "
                                     "checkpoint is kept: try a smaller --lr, with --resume")
-                elapsed, rate = time.time() - started, learning_rate(step, settings)
-                speed, wait = settings["batch_size"] * len(losses) / elapsed, waited[0] / elapsed
+                elapsed = time.time() - started
+                speed, wait = settings["batch_size"] * len(losses) / elapsed, waited / elapsed
                 bar.set_postfix(loss=f"{smooth:.4f}", images_per_s=f"{speed:.0f}")
                 seen = examples + (done - first) * settings["batch_size"]
                 run.report(done, {"examples": seen, "loss": smooth, "lr": rate,
                                   "images_per_s": speed, "data_wait": wait})
                 if looking:
-                    averaged.load_state_dict(ema.weights)
-                    run.look(done, averaged, val_batches, device)
+                    run.look(done, ema.model, val_batches, device)
                 if saving:
                     run.save(done, model, ema, optimizers)
-                losses, started, waited[0] = [], time.time(), 0.0
+                waited_in_all += waited
+                losses, started, waited = [], time.time(), 0.0
             if pause.agreed:
                 raise KeyboardInterrupt(f"{run.path} is saved at step {done}: --resume goes on")
     if dist.is_initialized():
@@ -407,14 +413,18 @@ def train(run, model, batches, val_batches, device, resume=None):
         elapsed = time.time() - begun
         print(f"{run.stage}: steps {first} to {steps}, {elapsed / 60:.1f} minutes, loss "
               f"{smooth:.4f}, {(steps - first) * settings['batch_size'] / elapsed:.0f} images/s, "
-              f"waiting for data {waited[1] / elapsed:.1%}, {peak_memory(device):.1f} GB")
+              f"waiting for data {waited_in_all / elapsed:.1%}, {peak_memory(device):.1f} GB")
 
 
 def restore(resume, model, ema, optimizers):
-    """Put a checkpoint's state back into all of them, to go on where it was written."""
-    if "optimizer" in resume:  # else an exported copy, and `model` has its averaged weights
+    """Put a checkpoint's state back into all of them, to go on where it was written.
+
+    `model`, and its copy in `ema`, have the averaged weights already (checkpoint.build).
+    """
+    ema.updates = resume["step"]
+    if "optimizer" in resume:  # else an exported copy, and the averaged weights are all there is
         states = resume["optimizer"]
-        if not isinstance(states, list) or len(states) != len(optimizers):
+        if len(states) != len(optimizers):
             raise UserError("--resume: the checkpoint was trained by another optimizer: set "
                             "\"muon\" in presets.py as it was, or go on from an exported copy")
         model.load_state_dict(resume["model"])
@@ -422,29 +432,6 @@ def restore(resume, model, ema, optimizers):
             scale = optimizer.param_groups[0]["scale"]
             optimizer.load_state_dict(state)
             optimizer.param_groups[0]["scale"] = scale  # as this training has it, like its lr
-    full = model.state_dict()  # exported averages are in half precision
-    ema.weights = {k: v.to(full[k]) for k, v in resume["ema"].items()}
-    ema.updates = resume["step"]
-
-
-def finish(averaged, ema, batch, device):
-    """Let a trained stage measure what it needs of its averaged weights, which keep the result."""
-    averaged.load_state_dict(ema.weights)
-    with autocast(device):
-        averaged.finish(batch)
-    ema.weights = {k: v.detach().clone() for k, v in averaged.state_dict().items()}
-
-
-def timed(iterable):
-    """Each item, and the seconds that it was waited for."""
-    iterator = iter(iterable)
-    while True:
-        begun = time.time()
-        try:
-            item = next(iterator)
-        except StopIteration:
-            return
-        yield item, time.time() - begun
 
 
 def peak_memory(device):
@@ -515,7 +502,7 @@ def prepare(stage, args, clip):
     if path.exists() and args.resume:
         resume = checkpoints.load_checkpoint(path, stage)
         if "optimizer" not in resume and resume["step"] < settings["steps"]:
-            print(f"note: {path} has only averaged weights: the optimizer starts anew from them")
+            note(f"note: {path} has only averaged weights: the optimizer starts anew from them")
         model = checkpoints.build(resume, path)
         model.clip = resume.get("clip")
         if clip is not None:
@@ -524,7 +511,7 @@ def prepare(stage, args, clip):
                     "world"):
             before = resume.get("run", {}).get(key)
             if before != settings[key]:
-                print(f"note: {path}: {key} was {before}, is {settings[key]} now")
+                note(f"note: {path}: {key} was {before}, is {settings[key]} now")
     elif path.exists():
         raise UserError(f"{path} is there: --resume continues it, another --out starts afresh")
     embeddings = [None, None]
@@ -568,20 +555,25 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def note(text):
+    """Print, once however many processes there are."""
+    if rank() == 0:
+        print(text)
+
+
 def run_stage(stage, args, device):
     """Prepare and train one stage, unless --resume finds it finished."""
-    clip = None  # only the prior and the decoder need it: the upsamplers see pixels alone
+    clip = None
     if needs_clip(stage):
         clip = checkpoints.load_clip(args.out, args.clip, device)
     model, batches, val_batches, settings, resume = prepare(stage, args, clip)
     path = Path(args.out) / f"{stage}.pt"
     if resume and resume["step"] >= settings["steps"]:
-        print(f"{stage}: already trained to step {resume['step']} in {path}")
+        note(f"{stage}: already trained to step {resume['step']} in {path}")
         return
-    if rank() == 0:
-        millions = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"{stage}: {millions:.1f}M parameters, {settings['steps']} steps of "
-              f"{settings['batch_size']} on {device}, to {path}")
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    note(f"{stage}: {millions:.1f}M parameters, {settings['steps']} steps of "
+         f"{settings['batch_size']} on {device}, to {path}")
     clip = clip and {"spec": args.clip, "identity": clip.identity}
     config = checkpoints.config_dict(model)
     run = Run(stage, path, config, settings, clip, rank() == 0)
@@ -628,7 +620,7 @@ def main(argv=None):
     add("--workers", type=natural, default=min(8, os.cpu_count() or 1),
         help="processes that prepare batches")
     add("--compile", action="store_true", help="torch.compile the loss: faster steps on a GPU")
-    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--device", type=choose_device, default="auto", help="auto, cpu or cuda")
     add("--seed", type=natural, default=0, help="of weights, batches and noise")
     args = parser.parse_args(argv)
     args.command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
@@ -655,7 +647,7 @@ def main(argv=None):
             raise UserError("export: give --to, the folder for the copies")
         return export(args.out, args.to)
 
-    device = choose_device(args.device)
+    device = args.device
     if dist.is_torchelastic_launched():  # by torchrun
         if device.type == "cuda":
             device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
@@ -667,7 +659,7 @@ def main(argv=None):
     try:
         for stage in ORDER if args.stage == "all" else [args.stage]:
             if stage == "clip" and args.clip != "small":
-                print(f"clip: {args.clip} is trained already")
+                note(f"clip: {args.clip} is trained already")
                 continue
             run_stage(stage, args, device)
     finally:

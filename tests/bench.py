@@ -29,7 +29,7 @@ from optimizer import make_optimizers
 from presets import PRESETS, recipe
 from prior import DiffusionPrior, PriorConfig
 from sample import default_weights
-from train import Batches, make_model
+from train import Batches, Loss, make_model, training_step
 
 # CLIP's embedding and token features; a caption's tokens, and the most there may be.
 SMALL, PRETRAINED = (128, 128, 20, 32), (512, 512, 77, 77)  # the latter with the preset `large`
@@ -85,19 +85,15 @@ def bench_training(stage, args, device, peak):
     optimizers = make_optimizers(model, training.get("muon"))
     B = args.batch_size or training["batch_size"]
     batch = batch_of(stage, model.config, B, device, sizes)
-    loss_of = torch.compile(model.loss) if args.compile else model.loss
+    loss_of = Loss(model)
 
-    def step(loss_of=loss_of):
-        with autocast(device):
-            loss = loss_of(batch)
-        model.zero_grad(set_to_none=True)
-        loss.backward()
-        with autocast(device):
-            for optimizer in optimizers:
-                optimizer.step()
+    def step():
+        training_step(model, loss_of, batch, optimizers, training["lr"], device)
 
     with FlopCounterMode(display=False) as counter:
-        step(model.loss)
+        step()  # not compiled yet: the counter sees single operations only
+    if args.compile:
+        loss_of.compile()
     flops, took = counter.get_total_flops(), seconds(step, device)
     print(f"{stage:11} batch {B:4}: {took * 1000:8.0f} ms a step {B / took:8.0f} examples/s "
           f"{flops / B / 1e9:8.2f} GFLOP an example {flops / took / 1e9:9.0f} GFLOP/s "
@@ -152,21 +148,13 @@ def race(stage, arms, args, device):
             model = type(model)(replace(model.config, **fields)).to(device)
             batches, val = (Batches(stage, model.config, d, e, settings)
                             for d, e in zip(data, embeddings, strict=True))
-            optimizers, timer = make_optimizers(model, muon), Stopwatch()
+            optimizers, loss_of, timer = make_optimizers(model, muon), Loss(model), Stopwatch()
             step, check = 0, val.make(0, range(512), np.random.default_rng(0))
             check = {k: v.to(device) for k, v in check.items()}
             for quarter in (1, 2, 3, 4):
                 while timer.seconds() < quarter / 4 * args.minutes * 60:
                     batch = {k: v.to(device) for k, v in batches[step].items()}
-                    with autocast(device):
-                        loss = model.loss(batch)
-                    model.zero_grad(set_to_none=True)
-                    loss.backward()
-                    for optimizer in optimizers:
-                        for group in optimizer.param_groups:
-                            group["lr"] = training["lr"] * group["scale"]
-                        with autocast(device):
-                            optimizer.step()
+                    training_step(model, loss_of, batch, optimizers, training["lr"], device)
                     step += 1
                 with timer.paused(), torch.no_grad(), autocast(device):
                     torch.manual_seed(1)
@@ -198,13 +186,13 @@ def main(argv=None):
     parser.add_argument("--preset", default="base", choices=PRESETS, help="sizes of the models")
     parser.add_argument("--batch-size", type=positive, help="examples a step (default: preset's)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the loss")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--device", type=choose_device, default="auto", help="auto, cpu or cuda")
     parser.add_argument("--race", choices=("copies", "optimizers"),
                         help="only train: priors with 1 and 4 noised copies of each embedding, or "
                         "decoders by Adam alone and with Muon")
     parser.add_argument("--minutes", type=positive_number, default=1.0, help="of each in a race")
     args = parser.parse_args(argv)
-    device = choose_device(args.device)
+    device = args.device
     if args.race == "copies":
         return race("prior", {f"K = {k}": ({"copies": k}, None) for k in (1, 4)}, args, device)
     if args.race == "optimizers":

@@ -480,12 +480,12 @@ class Data:
 @pytest.fixture
 def passes(monkeypatch):
     """Counts the CLIP's passes over pictures and captions; loads in this process: faster here."""
-    counts = {"encode_image": 0, "encode_text": 0}
+    counts = {"encode_image": 0, "encode_ids": 0}
     for name in counts:
         original = getattr(FrozenClip, name)
 
         def counted(self, x, name=name, original=original):
-            counts[name] += 1
+            counts[name] += bool(x.any())  # not the zeros by which a new CLIP measures itself
             return original(self, x)
 
         monkeypatch.setattr(FrozenClip, name, counted)
@@ -493,7 +493,7 @@ def passes(monkeypatch):
     monkeypatch.setattr(
         torch.utils.data, "DataLoader", lambda data, batch, num_workers: loader(data, batch)
     )
-    return lambda: (counts["encode_image"], counts["encode_text"])
+    return lambda: (counts["encode_image"], counts["encode_ids"])
 
 
 def test_embeddings_are_computed_once_and_kept(small, tmp_path, passes):
@@ -503,6 +503,13 @@ def test_embeddings_are_computed_once_and_kept(small, tmp_path, passes):
     assert passes() == (2, 2)
     for name in ("image_emb", "text_emb", "text_enc", "starts", "caption_ids", "caption_starts"):
         assert np.array_equal(getattr(first, name), getattr(second, name))
+
+
+def test_a_caption_too_long_is_warned_of_once(small, tmp_path, passes, capsys):
+    data = Data()
+    data.all = [[" ".join(["red circle"] * 40)]] * len(data)
+    embed(small, data, tmp_path)
+    assert capsys.readouterr().err.count("warning") == 1
 
 
 def test_other_data_and_other_clips_are_computed_again(small, tmp_path, passes):
@@ -550,7 +557,7 @@ def test_an_interrupted_pass_goes_on_where_it_was(broken_call, small, tmp_path, 
         return original(self, x)
 
     with monkeypatch.context() as m:
-        for name in ("encode_image", "encode_text"):
+        for name in ("encode_image", "encode_ids"):
             original = getattr(FrozenClip, name)
             m.setattr(FrozenClip, name, lambda self, x, o=original: breaks(self, x, o))
         with pytest.raises(KeyboardInterrupt):

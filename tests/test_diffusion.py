@@ -428,13 +428,13 @@ def test_loss_of_a_bfloat16_output_is_computed_in_float32(dtype):
 
 
 @pytest.mark.parametrize("predict", ["noise", "x_0", "v"])
-def test_min_snr_weighs_every_prediction_as_the_same_error_of_x_0(predict):
-    d, t = diffusion(predict=predict, snr_gamma=5.0), torch.arange(T)
+def test_weight_cap_limits_what_an_error_of_x_0_weighs_in_every_prediction(predict):
+    d, t = diffusion(predict=predict, weight_cap=5.0), torch.arange(T)
     snr = alphas_cumprod() / (1 - alphas_cumprod())
-    least = torch.minimum(snr, torch.tensor(5.0))
+    least = torch.minimum(snr if predict == "noise" else snr + 1, torch.tensor(5.0))
     expected = {"x_0": least, "noise": least / snr, "v": least / (snr + 1)}[predict]
     assert_close(d.loss_weight(t), expected)
-    # ... which is to say: an error e of x_0 costs min(SNR, 5) e^2 in any of the three.
+    # ... which is to say: an error e of x_0 costs min(SNR, 5) e^2, or min(SNR + 1, 5) e^2.
     x_0, noise, error = normal(T, 6), normal(T, 6), normal(T, 6)
 
     def network(x_t, t):
@@ -445,8 +445,8 @@ def test_min_snr_weighs_every_prediction_as_the_same_error_of_x_0(predict):
     assert_close(loss, least * (error ** 2).mean(1))
 
 
-def test_min_snr_weighs_the_squared_error_but_not_the_variance_term():
-    plain, weighted = (diffusion(variance="learned", snr_gamma=g) for g in (None, 5.0))
+def test_weight_cap_is_of_the_squared_error_and_not_of_the_variance_term():
+    plain, weighted = (diffusion(variance="learned", weight_cap=cap) for cap in (None, 5.0))
     x_0, t, noise, x_t, out = learned_case(plain)
     assert_close(plain.loss_weight(t), torch.ones(4, dtype=torch.float64))
     losses = [d.training_loss(lambda x_t, t: out, x_0, t, noise) for d in (plain, weighted)]

@@ -1,6 +1,7 @@
 """evaluate.py captions: what is drawn for which row, and the figures that come out."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -214,6 +215,16 @@ def test_priors_compares_variances_steps_and_both_priors(micro_run, tmp_path, ca
     assert table["fixed_small, 8 steps"]["evaluations"] == 8 and "autoregressive" in table
     assert table["analytic, 16 steps"]["frechet"] != table["fixed_small, 16 steps"]["frechet"]
     assert all(row["n"] == 40 and row["ms"] > 0 for row in table.values())
+
+
+def test_priors_needs_no_decoder_and_counts_both_branches_of_guidance(micro_run, tmp_path):
+    for stage in ("clip", "prior"):
+        shutil.copy(micro_run / f"{stage}.pt", tmp_path)
+    file = tmp_path / "priors.json"
+    assert evaluate.main(["priors", "--weights", str(tmp_path), "-n", "4", "--prior-scale", "2",
+                          "--json", str(file)]) == 0
+    table = json.loads(file.read_text())
+    assert table["fixed_small, 8 steps"]["evaluations"] == 16 and "autoregressive" not in table
 
 
 def test_upsamplers_are_compared_with_bicubic_and_the_truth(micro_run, tmp_path):

@@ -100,7 +100,8 @@ def test_of_several_pictures_the_one_closest_to_its_embedding_is_kept(micro_run)
         drawn = [pipeline.decode(given, text, seeds, attempt=a) for a in range(N)]
         kept, best = pipeline.decode_best(N, given, text, seeds)
         for k in range(6):  # each picture on its own
-            cosines = [float(pipeline.clip.encode_image(d[k : k + 1])[0] @ wanted[k]) for d in drawn]
+            seen = [pipeline.clip.encode_image(d[k : k + 1])[0] for d in drawn]
+            cosines = [float(x @ wanted[k]) for x in seen]
             assert best[k] == cosines.index(max(cosines))
             assert torch.equal(kept[k], drawn[best[k]][k])
         assert len(set(best.tolist())) > 1  # or the test could not tell attempts apart
