@@ -282,8 +282,11 @@ def chart(series, title, x_label, y_label, log_y=False, size=(640, 400), points=
             pen.line([place(*p) for p in values], fill=colour, width=2, joint="curve")
         for x, y in (place(*p) for p in (values if points or len(values) == 1 else [])):
             pen.ellipse([x - 3, y - 3, x + 3, y + 3], fill=colour)
-        for p, text in zip(values[::max(1, len(values) - 1)], ends or ()):
-            pen.text((place(*p)[0] + 6, place(*p)[1]), text, fill=colour, font=font, anchor="lm")
+        marks = list(zip((place(*p) for p in values[::max(1, len(values) - 1)]), ends or ()))
+        if len(marks) == 2 and math.dist(marks[0][0], marks[1][0]) < 14:  # no text over the other
+            marks = [(max(marks)[0], ", ".join(ends))]
+        for (x, y), text in marks:
+            pen.text((x + 6, y), text, fill=colour, font=font, anchor="lm")
         names = left + (right - left) // 2 * (k % 2), bottom + 40 + 16 * (k // 2)
         pen.text(names, name, fill=colour, font=font)
     pen.text((left, 6), title, fill="black", font=ImageFont.load_default(14))

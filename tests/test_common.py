@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from PIL import ImageColor
+from PIL import ImageColor, ImageDraw
 
 import train
 from common import CURVES, chart, choose_device, exit_code, log_ticks, plot_runs, ticks
@@ -140,3 +140,13 @@ def test_out_of_memory_is_one_line(error, capsys):
     assert main([]) == 2
     said = capsys.readouterr().err
     assert "--batch-size" in said and said.count("\n") == 1
+
+
+def test_a_curve_that_ends_where_it_begins_gets_both_marks_in_one(monkeypatch):
+    written = []
+    text = ImageDraw.ImageDraw.text
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda self, place, words, *a, **k:
+                        written.append(words) or text(self, place, words, *a, **k))
+    there_and_back = [(0, 0), (1, 1), (0, 0.001)]
+    chart({"a": there_and_back, "b": [(0, 1), (1, 0)]}, "t", "x", "y", ends=("from", "to"))
+    assert "from, to" in written and written.count("from") == written.count("to") == 1
