@@ -52,7 +52,7 @@ def micro_run(tmp_path_factory):
 
     train.PRESETS["micro"] = MICRO
     folder = tmp_path_factory.mktemp("runs") / "micro"
-    settings = ["--preset", "micro", "--out", str(folder), "--workers", "0"]
+    settings = ["--preset", "micro", "--out", str(folder), "--workers", "0", "--sample-every", "3"]
     baselines = ["decoder", "--condition", "text_emb"], ["decoder", "--condition", "caption"]
     for stage in (["all"], ["ar_prior"], *baselines):
         assert train.main([*stage, *settings]) == 0

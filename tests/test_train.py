@@ -26,7 +26,8 @@ from sample import Pipeline
 from train import Batches, Ema, learning_rate, make_model
 
 train.PRESETS["micro"] = MICRO
-UPSAMPLER = ["upsampler1", "--preset", "micro", "--batch-size", "4", "--limit", "16"]
+UPSAMPLER = ["upsampler1", "--preset", "micro", "--batch-size", "4", "--limit", "16",
+             "--sample-every", "1000"]  # once, at the end: looking takes longer than training
 # For a process of its own: the micro preset does not exist there, so it is put in first.
 PREFIX = "import sys; sys.path[:0] = ['tests']; import conftest, train; "
 PREFIX += "train.PRESETS['micro'] = conftest.MICRO; "
@@ -361,14 +362,14 @@ def test_a_finished_checkpoint_says_how_it_was_made(micro_run):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    run = [*UPSAMPLER, "--steps", 30, "--save-every", 5, "--sample-every", 1000, "--out", folder]
+    run = [*UPSAMPLER, "--steps", 30, "--save-every", 5, "--out", folder]
     assert train.main([str(a) for a in run]) == 0
     return folder
 
 
 def start_and_wait(tmp_path, steps_before):
     run = command(
-        *UPSAMPLER, "--steps", 30, "--save-every", 5, "--sample-every", 1000, "--out", tmp_path
+        *UPSAMPLER, "--steps", 30, "--save-every", 5, "--out", tmp_path
     )
     process = subprocess.Popen(
         run, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -389,7 +390,7 @@ def test_kill_9_then_resume_ends_with_the_same_bits(tmp_path, uninterrupted):
     saved = checkpoints.load_checkpoint(tmp_path / "upsampler1.pt")["step"]
     assert 5 <= saved < 30 and saved % 5 == 0  # lost no more than the steps since then
     subprocess.run(
-        command(*UPSAMPLER, "--steps", 30, "--save-every", 5, "--sample-every", 1000,
+        command(*UPSAMPLER, "--steps", 30, "--save-every", 5,
                 "--out", tmp_path, "--resume"), cwd=ROOT, check=True, capture_output=True,
     )
     for key in ("model", "ema"):
@@ -409,8 +410,6 @@ def test_ctrl_c_saves_the_step_it_is_in_and_resume_goes_on(tmp_path, uninterrupt
         30,
         "--save-every",
         5,
-        "--sample-every",
-        1000,
         "--out",
         tmp_path,
         "--resume",
@@ -526,7 +525,8 @@ def torchrun(tmp_path, *arguments):
 
 def test_two_processes_train_all_stages_in_turn(tmp_path):
     """CLIP's loss over both processes' rows too; and nobody reads a CLIP that is half trained."""
-    torchrun(tmp_path, "all", "--preset", "micro", "--workers", 0, "--out", tmp_path / "two")
+    torchrun(tmp_path, "all", "--preset", "micro", "--workers", 0, "--sample-every", 3,
+             "--out", tmp_path / "two")
     identity = checkpoints.load_clip(tmp_path / "two").identity
     for stage in train.ORDER:
         saved = checkpoints.load_checkpoint(tmp_path / "two" / f"{stage}.pt", stage)
@@ -564,7 +564,7 @@ def test_two_processes_take_the_step_of_the_averaged_gradient(tmp_path):
 def test_one_process_and_two_follow_the_same_loss_curve(micro_run, tmp_path):
     """The same global batches; each process draws its own noise, so curves agree in the mean."""
     run = ["decoder", "--preset", "micro", "--steps", 80, "--workers", 0, "--batch-size", 16,
-           "--lr", 5e-3]
+           "--lr", 5e-3, "--sample-every", 80]
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         shutil.copy(micro_run / "clip.pt", tmp_path / name)
