@@ -11,7 +11,7 @@ background; a sparse one leaves most of them open; no caption mentions the exact
 or the shade. What is left out must come out *diverse* (paper sec. 3.1, 5.3).
 
 Letters: H = W = size (pixels of a square side). Images are float32 (3, H, W) in [-1, 1].
-Every data set has name, __len__, image(i, size), captions(i) and fingerprint().
+Every data set has name, __len__, image(i, size, crop, ...), captions(i) and fingerprint().
 Read next: clip_model.py, which embeds these images and captions.
 """
 

@@ -229,7 +229,7 @@ class DecoderConfig:
     drop_image_emb: float = 0.1  # share of examples that see the learned null embedding instead
     drop_caption: float = 0.5  # share of examples trained without their caption
     predict: str = "v"  # Paper: "noise". We: v. Because: flat pictures stay grainy for long.
-    weight_cap: float | None = None  # loss weights of x_0 prediction: see GaussianDiffusion
+    weight_cap: float | None = None  # of the loss: see GaussianDiffusion.loss_weight
     variance: str = "learned"  # or "fixed_small", "fixed_large"
     diffusion_steps: int = 1000  # T
     stem: int = 1  # fold so many by so many pixels into channels first; see UNet. Paper: 1.

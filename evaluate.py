@@ -417,7 +417,7 @@ def measure_losses(args):
                 clip = clip_of(model, stage, args, args.clip)
                 with autocast(args.device):  # as in training
                     embeddings = embed(clip, data, cache)
-            if needs_clip(stage):
+            elif needs_clip(stage):
                 check_clip(model, clip, args.weights / f"{stage}.pt")
             batches = Batches(stage, model.config, data, embeddings, settings)
             table[stage] = validate(stage, model, batches, 1, args.device, args.n)
@@ -478,7 +478,7 @@ def build_parser():
         add_drawing_options(sub)
         add_data_options(sub)
         sub.add_argument("--size", type=positive, default=64, help="side of the pictures")
-    sub.add_argument("--out", required=True, help="folder for the pictures")  # of export
+    commands.choices["export"].add_argument("--out", required=True, help="folder for the pictures")
     sub = command("upsamplers", judge_upsamplers, "true pictures shrunk and enlarged again")
     add_weights(sub)
     sub.add_argument("--size", type=positive, default=1024, help="how far to enlarge")

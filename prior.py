@@ -500,7 +500,8 @@ def equal_mass_edges(values, buckets):
     N = values.shape[1]
     at = torch.arange(1, buckets) * N // buckets  # how many values lie below each edge
     ascending = values.sort(dim=1).values
-    return (ascending[:, (at - 1).clamp(min=0)] + ascending[:, at]) / 2  # N < buckets: none may
+    # The clamp: with fewer values than buckets, the first edges have none below them.
+    return (ascending[:, (at - 1).clamp(min=0)] + ascending[:, at]) / 2
 
 
 def equal_width_edges(values, buckets):

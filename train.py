@@ -162,7 +162,7 @@ def validate(stage, model, batches, step, device, count=256):
     levels, val_q4 over the noisiest. One total hides that a model learns them one after another.
     The pictures and their noise do not depend on the training's batch size. CLIP is the exception:
     its loss tells each picture from the others of its batch, so it looks at one such batch.
-    Where there are fewer pictures than `count`, the others see them again with other noise.
+    Where there are fewer pictures than `count`, the other stages see them again, with other noise.
     """
     size = 32
     if stage == "clip":
@@ -424,7 +424,7 @@ def restore(resume, model, ema, optimizers):
     ema.updates = resume["step"]
     if "optimizer" in resume:  # else an exported copy, and the averaged weights are all there is
         states = resume["optimizer"]
-        if len(states) != len(optimizers):
+        if not isinstance(states, list) or len(states) != len(optimizers):
             raise UserError("--resume: the checkpoint was trained by another optimizer: set "
                             "\"muon\" in presets.py as it was, or go on from an exported copy")
         model.load_state_dict(resume["model"])
