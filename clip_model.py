@@ -37,7 +37,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.nn.functional import all_gather
 from tqdm import tqdm
 
 from data import UserError
@@ -153,12 +152,25 @@ class SmallClip(nn.Module):
         image_emb, text_emb, scale = self.model(batch["image"], batch["tokens"])
         # Validation is one process's business: the others would not answer.
         if self.training and dist.is_initialized():
-            image_emb, text_emb = torch.cat(all_gather(image_emb)), torch.cat(all_gather(text_emb))
+            image_emb, text_emb = all_rows(image_emb), all_rows(text_emb)
         return clip_loss(image_emb, text_emb, scale)
 
     def clamp(self):
         """Call after each step: CLIP keeps its temperature from running away (CLIP sec. 2.5)."""
         self.model.logit_scale.data.clamp_(max=np.log(100))
+
+
+def all_rows(mine):
+    """Everybody's rows (W B, D), of which mine (B, D) alone carry a gradient, W times.
+
+    All W processes have the same loss, and each knows how its own rows move it. The gradients of
+    the weights are averaged over the processes, where they should be added up: so times W.
+    """
+    W = dist.get_world_size()
+    rows = [torch.empty_like(mine) for _ in range(W)]
+    dist.all_gather(rows, mine.detach().contiguous())
+    rows[dist.get_rank()] = mine.detach() + W * (mine - mine.detach())
+    return torch.cat(rows)
 
 
 def clip_loss(image_emb, text_emb, scale):

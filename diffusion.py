@@ -342,7 +342,7 @@ class GaussianDiffusion(nn.Module):
 
     def check_range(self, x_0):
         """Are the images in [-1, 1]? On the first batch only, as it waits for the device; and not
-        in compiled code, whose graph would break here: there validation batches are looked at."""
+        in compiled code, whose graph would break here: train.make_compilable calls it."""
         if self.range_checked or not self.clip_x_0 or torch.compiler.is_compiling():
             return
         self.range_checked = True

@@ -339,6 +339,32 @@ def training_step(model, loss_of, batch, optimizers, rate, device):
     return loss.detach(), norm
 
 
+def compile_loss(loss_of):
+    """torch.compile a Loss in place: the weights keep their names."""
+    # All stages' losses are one piece of code to the compiler: what it learnt of another stage's
+    # sizes, and how often it has compiled, must not count here.
+    torch._dynamo.reset()
+    # Random numbers stay PyTorch's own: the noise of step k is the same compiled or not.
+    loss_of.compile(options={"fallback_random": True})
+
+
+def make_compilable(batch, model):
+    """Say which sizes of a batch change from step to step, and look at its pixels (once), which
+    compiled code cannot.
+
+    Captions are as long as their batch's longest: one graph serves all lengths. A decoder that
+    trains at half the side first gets a second graph after that, made for the full side alone: in a
+    graph for any side the compiler cannot choose the convolutions' layout.
+    """
+    for name, x in batch.items():
+        if name in ("text_enc", "text_mask"):
+            torch._dynamo.maybe_mark_dynamic(x, 1)
+        else:
+            torch._dynamo.mark_static(x)
+    if "image" in batch and hasattr(model, "diffusion"):
+        model.diffusion.check_range(batch["image"])
+
+
 def train(run, model, batches, val_batches, device, resume=None):
     """Train one stage to run.settings["steps"]; resume: the checkpoint to continue from, or None.
 
@@ -354,9 +380,7 @@ def train(run, model, batches, val_batches, device, resume=None):
         examples = resume.get("figures", {}).get("examples", count)
     loss_of = Loss(model)
     if settings["compile"]:
-        # In place: the weights keep their names. Random numbers stay PyTorch's own: the noise of
-        # step k is the same compiled or not.
-        loss_of.compile(options={"fallback_random": True})
+        compile_loss(loss_of)
     if batches.world > 1:
         loss_of = nn.parallel.DistributedDataParallel(loss_of)
 
@@ -371,6 +395,9 @@ def train(run, model, batches, val_batches, device, resume=None):
             batch = next(ready)
             waited += time.time() - asked_for
             batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+            if settings["compile"]:
+                make_compilable(batch, model)
+            # One number of three; Python's hash of whole numbers is the same in every process.
             torch.manual_seed(hash((settings["seed"], step, batches.rank)) % 2**62)  # the noise
             rate = learning_rate(step, settings)
             loss, norm = training_step(model, loss_of, batch, optimizers, rate, device)
@@ -380,7 +407,7 @@ def train(run, model, batches, val_batches, device, resume=None):
             bar.update()
 
             done = step + 1
-            if batches.world == 1 or device.type == "cpu" or done % every_log == 0:
+            if world_size() == 1 or device.type == "cpu" or done % min(10, every_log) == 0:
                 pause.agree(device)
             saving = done % settings["save_every"] == 0 or done == steps or pause.agreed
             looking = done % settings["sample_every"] == 0 or done == steps
@@ -388,7 +415,7 @@ def train(run, model, batches, val_batches, device, resume=None):
                 with autocast(device):
                     ema.model.finish(batch)
             if done % every_log == 0 or saving or looking:
-                # The only place that waits for the device: figures are read here, not every step.
+                # Where one process waits for its device: figures are read here, not every step.
                 smooth = torch.stack(losses).mean().item()
                 if not math.isfinite(smooth):
                     raise UserError(f"{run.stage}, step {done}: the loss is {smooth}. The last "
@@ -460,9 +487,9 @@ class Interrupt:
 
     def agree(self, device):
         """Of several processes all must stop after the same step, or some would wait for ever.
-        Of several GPUs each waits for its own here, so they are not asked at every step."""
+        Of several GPUs each waits for its own here, so they are asked at every tenth step only."""
         self.agreed = self.asked
-        if dist.is_initialized():
+        if world_size() > 1:
             asked = torch.tensor(float(self.asked), device=device)
             dist.all_reduce(asked, dist.ReduceOp.MAX)
             self.agreed = asked.item() > 0

@@ -1,6 +1,6 @@
 """How fast is it here? Training steps, sampling with and without the cache. Run it by hand, alone.
 
-    python tests/bench.py [--preset base] [--batch-size 64] [--compile]
+    python tests/bench.py [--preset base] [--batch-size 64] [--compile] [--only decoder]
     python tests/bench.py --race optimizers --minutes 5     # which way of training gets further?
 
 FLOPs are counted by PyTorch's own counter (multiply-adds as two), of the whole step. The peak is
@@ -29,22 +29,28 @@ from optimizer import make_optimizers
 from presets import PRESETS, recipe
 from prior import DiffusionPrior, PriorConfig
 from sample import default_weights
-from train import Batches, Loss, make_model, training_step
+from train import Batches, Loss, compile_loss, make_compilable, make_model, training_step
+
+PARTS = ("prior", "decoder", "upsampler1", "upsampler2", "sampling")
 
 # CLIP's embedding and token features; a caption's tokens, and the most there may be.
 SMALL, PRETRAINED = (128, 128, 20, 32), (512, 512, 77, 77)  # the latter with the preset `large`
 
 
 def seconds(work, device, repeats=5):
-    """The fastest of some runs of work(), after two to warm up; none once 10 seconds are over."""
+    """The fastest of some runs of work(); none begins once 10 seconds are over. Two others come
+    first and do not count: they compile, and fill the caches."""
     times = []
-    while len(times) < repeats + 2 and sum(times) < 10:
+    for k in range(-2, repeats):
+        if sum(times) > 10:
+            break
         begun = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - begun)
-    return min(times[2:] or times)
+        if k >= 0:
+            times.append(time.perf_counter() - begun)
+    return min(times)
 
 
 def matmul_peak(device, kind):
@@ -96,9 +102,10 @@ def bench_training(stage, args, device, peak):
             step(batch_of(stage, model.config, n, device, sizes))
         counts.append(counter.get_total_flops())
     flops = counts[0] + (B - 1) * (counts[1] - counts[0])
-    if args.compile:
-        loss_of.compile()
     batch = batch_of(stage, model.config, B, device, sizes)
+    if args.compile:
+        compile_loss(loss_of)
+        make_compilable(batch, model)
     took = seconds(lambda: step(batch), device)
     print(f"{stage:11} batch {B:4}: {took * 1000:8.0f} ms a step {B / took:8.0f} examples/s "
           f"{flops / B / 1e9:8.2f} GFLOP an example {flops / took / 1e9:9.0f} GFLOP/s "
@@ -159,7 +166,9 @@ def race(stage, arms, args, device):
             for quarter in (1, 2, 3, 4):
                 while timer.seconds() < quarter / 4 * args.minutes * 60:
                     batch = {k: v.to(device) for k, v in batches[step].items()}
-                    training_step(model, loss_of, batch, optimizers, training["lr"], device)
+                    loss, _ = training_step(model, loss_of, batch, optimizers, training["lr"],
+                                            device)
+                    loss.item()  # the clock waits for a GPU
                     step += 1
                 with timer.paused(), torch.no_grad(), autocast(device):
                     torch.manual_seed(1)
@@ -189,6 +198,7 @@ class Stopwatch:
 def main(argv=None):
     parser = Parser("bench.py", description=__doc__.split("\n")[0])
     parser.add_argument("--preset", default="base", choices=PRESETS, help="sizes of the models")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
     parser.add_argument("--batch-size", type=positive, help="examples a step (default: preset's)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the loss")
     parser.add_argument("--device", type=choose_device, default="auto", help="auto, cpu or cuda")
@@ -210,9 +220,11 @@ def main(argv=None):
     print(f"{device}, {torch.get_num_threads()} threads; peak of matrix products: {said}; "
           f"training uses {str(used)[6:]}")
     peak = peaks[used]
-    for stage in ("prior", "decoder", "upsampler1", "upsampler2"):
-        bench_training(stage, args, device, peak)
-    bench_prior_cache(device)
+    for stage in args.only:
+        if stage == "sampling":
+            bench_prior_cache(device)
+        else:
+            bench_training(stage, args, device, peak)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """Shared by all tests: imports from the repository's root, and one very small trained pipeline."""
 
+import os
 import sys
 from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: bit for bit, as tests want it, is CPUs' own
 
 import pytest
 import torch

@@ -136,16 +136,28 @@ def test_clip_loss_equals_its_formula():
 
 
 def test_clip_loss_over_processes_is_that_of_everybodys_rows(monkeypatch):
-    image_emb, text_emb = unit(6, D), unit(6, D)
-    others = {id(x): x for x in (image_emb[3:], text_emb[3:])}
-    mine = image_emb[:3], text_emb[:3]
-    rest = dict(zip(map(id, mine), others.values()))
-    monkeypatch.setattr(clip_model.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(clip_model, "all_gather", lambda x: (x, rest[id(x)]))
+    """So is its gradient, W times: the average over W processes makes it the sum."""
+    image_emb, text_emb = unit(6, D).requires_grad_(), unit(6, D).requires_grad_()
+    mine = image_emb[2:4], text_emb[2:4]  # the second of three processes
+    others = iter((image_emb, text_emb))
+
+    def all_gather(rows, sent):
+        everybodys = next(others).detach().split(2)
+        assert_close(sent, everybodys[1])
+        for row, value in zip(rows, everybodys, strict=True):
+            row.copy_(value)
+
+    for name, answer in (("is_initialized", True), ("get_world_size", 3), ("get_rank", 1)):
+        monkeypatch.setattr(clip_model.dist, name, lambda answer=answer: answer)
+    monkeypatch.setattr(clip_model.dist, "all_gather", all_gather)
     model = make_small()
     monkeypatch.setattr(model.model, "forward", lambda image, tokens: (*mine, 5.0))
-    batch = {"image": None, "tokens": None}
-    assert_close(model.train().loss(batch), plain_clip_loss(image_emb, text_emb, 5.0))
+    batch, whole = {"image": None, "tokens": None}, plain_clip_loss(image_emb, text_emb, 5.0)
+    loss = model.train().loss(batch)
+    assert_close(loss, whole)
+    for drawn, wanted in zip(torch.autograd.grad(loss, (image_emb, text_emb)),
+                             torch.autograd.grad(whole, (image_emb, text_emb)), strict=True):
+        assert_close(drawn[2:4], 3 * wanted[2:4])
     # Validation runs in one process alone: it must not wait for answers of the others.
     assert_close(model.eval().loss(batch), plain_clip_loss(*mine, 5.0))
 

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import checkpoint as checkpoints
 import train
 from clip_model import embed
 from conftest import MICRO, ROOT
-from data import Shapes
+from data import Shapes, UserError
 from decoder import DecoderConfig
 from diffusion import GaussianDiffusion
 from optimizer import make_optimizers
@@ -327,6 +328,45 @@ def test_a_compiled_loss_is_one_graph_and_the_same_number(stage, micro_run, tmp_
         torch.manual_seed(0)
         numbers.append(loss(batch).item())
     assert numbers[0] == pytest.approx(numbers[1], rel=1e-5)
+
+
+def test_the_compiler_makes_one_graph_a_picture_size_and_none_a_caption_length(
+        micro_run, tmp_path, monkeypatch):
+    """And after another stage it starts afresh: the limit of its graphs is not the run's."""
+    graphs = []
+
+    def count(graph, inputs):
+        examples = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
+        shapes = [x.shape for x in examples if torch.is_tensor(x)]
+        graphs.append([s for s in shapes if all(type(n) is int for n in s)])  # no size left open
+        return graph
+
+    whole = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, options: whole(self, backend=count))
+    data = Shapes(24)
+    embeddings = embed(checkpoints.load_clip(micro_run, "small"), data, tmp_path)
+    for _ in range(2):
+        model = checkpoints.load_stage(micro_run, "decoder").train()
+        loss_of, lengths = train.Loss(model), set()
+        batches = Batches("decoder", model.config, data, embeddings, {
+            "batch_size": 3, "seed": 0, "steps": 8, "half_size_until": 0.5})
+        train.compile_loss(loss_of)
+        graphs.clear()
+        for step in range(8):
+            batch = batches[step]
+            lengths.add(batch["text_enc"].shape[1])
+            train.make_compilable(batch, model)
+            loss_of(batch)
+        assert len(lengths) > 2 and len(graphs) == 2
+        for shapes, side in zip(graphs, (8, 16), strict=True):
+            assert (3, 3, side, side) in shapes
+
+
+def test_a_compiled_training_looks_at_the_first_pixels_too(micro_run):
+    model = checkpoints.load_stage(micro_run, "decoder")
+    model.diffusion.range_checked = False
+    with pytest.raises(UserError, match="must be in"):
+        train.make_compilable({"image": torch.full((2, 3, 16, 16), 3.0)}, model)
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="generated code needs a C++ compiler")
