@@ -8,8 +8,8 @@ A checkpoint is a plain dictionary that torch.load(weights_only=True) accepts:
     step      training steps done
     model, optimizer     the rest of what --resume needs (left out of exported copies)
     clip      which CLIP the stage was trained for: {"spec", "identity"}
-    run       the settings of the training, for people to read: command, seed, data's fingerprint
-    figures   the last loss and other figures that the training reported, likewise
+    run       the settings of the training: command, seed, the data's fingerprint, ...
+    figures   the last loss and other figures that the training reported
 
 The one idea of this file: a stage is rebuilt from its checkpoint alone, never from flags that
 must be repeated by hand; and writing goes to a second file that replaces the first in one step,
@@ -64,7 +64,8 @@ def save_checkpoint(path, checkpoint):
 
 
 def export_checkpoint(path, folder):
-    """Copy a checkpoint to `folder` for drawing only: averaged weights in half precision.
+    """Copy a checkpoint to `folder`: averaged weights in half precision, enough to draw, and to
+    train on from with a new optimizer.
 
     A sixth (Muon) to an eighth (Adam) of the size: no raw weights, no optimizer, two bytes a
     number. CLIP's identity is a hash of weights rounded to half precision, so it stays what the
@@ -121,6 +122,13 @@ def build(checkpoint, path="the checkpoint"):
     return model.eval()
 
 
+def examples_seen(checkpoint):
+    """How many examples, counted again each time, the training of a checkpoint has seen."""
+    # Where the count was not kept yet, the batch size had better be the same all along.
+    count = checkpoint["step"] * checkpoint.get("run", {}).get("batch_size", 0)
+    return int(checkpoint.get("figures", {}).get("examples", count))
+
+
 def as_tuple(value):
     return tuple(value) if isinstance(value, list) else value
 
@@ -146,6 +154,15 @@ def load_clip(folder, spec="small", device="cpu"):
     else:
         clip = load_open_clip(spec)
     return clip.to(device)
+
+
+def clip_of(model, folder, stage, device="cpu", spec=None):
+    """The CLIP that a trained stage of `folder` needs: its checkpoint says which. spec: where it
+    is, if not where it was in training (load_open_clip)."""
+    spec = spec or (model.clip["spec"] if model.clip else "small")
+    clip = load_clip(folder, spec, device)
+    check_clip(model, clip, Path(folder) / f"{stage}.pt")
+    return clip
 
 
 def check_clip(model, clip, path):

@@ -64,7 +64,7 @@ def cpu_is_fast_in_bf16():
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows every default but None and False, which the help's own words explain."""
+    """Shows every default but None and False: those the help's own words explain, if need be."""
 
     def _get_help_string(self, action):
         said = action.default is None or action.default is False
@@ -123,22 +123,25 @@ def exit_code(main):
     return wrapped
 
 
-def at_least(least):
-    """An argument's type: whole numbers from `least` up, below 2^48 (seeds are multiplied by 8)."""
+def at_least(least, bits=48):
+    """An argument's type: whole numbers from `least` up, below 2^bits."""
 
     def whole_number(text):
         value = int(text)
-        if not least <= value < 2**48:
-            raise argparse.ArgumentTypeError(f"{value}: must be {least} or more, and below 2^48")
+        if not least <= value < 2**bits:
+            allowed = f"{least} or more, and below 2^{bits}"
+            raise argparse.ArgumentTypeError(f"{value}: must be {allowed}")
         return value
 
     return whole_number
 
 
 natural, positive, two_or_more = at_least(0), at_least(1), at_least(2)
+# sample.generators multiplies seeds by 8, and PyTorch's CPU generator uses 32 bits of the result.
+seed_number = at_least(0, bits=29)
 
 
-def number(text):
+def finite(text):
     value = float(text)
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text}: must be a finite number")
@@ -146,14 +149,14 @@ def number(text):
 
 
 def positive_number(text):
-    value = number(text)
+    value = finite(text)
     if value <= 0:
         raise argparse.ArgumentTypeError(f"{text}: must be above 0")
     return value
 
 
-def share(text):
-    value = number(text)
+def fraction(text):
+    value = finite(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text}: must be between 0 and 1")
     return value

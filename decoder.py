@@ -129,7 +129,7 @@ class Level(nn.Module):
 class UNet(nn.Module):
     """Down, across and up again, with a skip from each step down to its step up (DDPM appendix B).
 
-    channels, multiples: level i has channels * multiples[i] channels at 1 / 2^i of the side.
+    channels, multiples: level i has channels * multiples[i] channels, its side is H / (stem * 2^i).
     blocks: residual blocks a level going down (one more going up). attention_levels: the levels
     that attend; () builds no attention at all. stem: pixel_unshuffle by so much first and
     pixel_shuffle last, so that a large picture is worked on as a smaller one with more channels.

@@ -6,8 +6,9 @@ sampling. Improved DDPM (2102.09672): cosine schedule, learned variances, fewer 
 (2010.02502): deterministic sampling and its inversion. unCLIP uses all of them (paper table 3).
 
 The one idea: alpha_bar, a table of T numbers, says how much of the data is left at each level.
-Everything below is arithmetic with it, and knows nothing of images, CLIP, captions or U-Nets:
-`network` is any function (x_t, t) -> out.
+Everything below is arithmetic with it, and knows nothing of CLIP, captions or U-Nets: `network` is
+any function (x_t, t) -> out. (Of images it knows two things: their range, which is checked, and
+their 256 values, which a learned variance is trained on.)
 
 Letters: B batch, C, H, W image, D embedding, T diffusion steps, S sampling steps; `...` is
 (C, H, W) or (D,). t is in [0, T-1], and t = 0 already carries a little noise; the data itself is
@@ -228,7 +229,7 @@ class GaussianDiffusion(nn.Module):
             # p(x_prev | x_t) mixes the posteriors of every x_0 that x_t could come from. By the
             # law of total variance: theirs, plus that of their means, c1^2 Var(x_0 | x_t).
             one = torch.ones(len(x_t), dtype=torch.float64, device=x_t.device)
-            c1, variance, _ = self.q_posterior(one, 0 * one, t, t_prev)
+            c1, variance, _ = self.q_posterior(one, 0 * one, t, t_prev)  # of x_0 = 1, x_t = 0
             variance = variance + c1 ** 2 * self.x_0_variance[t]
             return torch.maximum(expand(variance.log(), x_t), small)
         large = expand((1 - self.alpha_bar(t) / self.alpha_bar(t_prev)).log(), x_t)
@@ -331,13 +332,16 @@ class GaussianDiffusion(nn.Module):
         (1 - mean of noise_pred^2), the same number, but the small difference of two large ones.)
         """
         ts = self.timesteps(min(levels, self.T))[::-1]  # upwards
+        # More than that is not left open even by pure noise. A network that predicts noise errs by
+        # far more there, as its x_0 is divided by sqrt(alpha_bar).
+        most = x_0.double().var(dim=0, correction=0).mean().item()
         noise = torch.Generator(device="cpu").manual_seed(0)
         errors = []
         for level in ts:
             t = torch.full((len(x_0),), level, device=x_0.device)
             x_t = self.q_sample(x_0, t, torch.randn(x_0.shape, generator=noise).to(x_0))
             error = self.predictions(network(x_t, t), x_t, t)[0] - x_0
-            errors.append(error.double().square().mean().item())
+            errors.append(min(error.double().square().mean().item(), most))
         self.x_0_variance.copy_(torch.from_numpy(np.interp(range(self.T), ts, errors)))
 
     def check_range(self, x_0):
@@ -370,7 +374,8 @@ class GaussianDiffusion(nn.Module):
         return [last - last * k // max(steps - 1, 1) for k in range(steps)]
 
     def pairs(self, steps, batch, device):
-        """A sampler's pairs (t, t_prev), each (batch,): neighbouring levels, and last (0, -1)."""
+        """A sampler's pairs (t, t_prev), each (batch,): neighbouring levels, and at last t_prev =
+        -1, the data itself."""
         levels = torch.tensor(self.timesteps(steps) + [-1], device=device)
         levels = levels[:, None].expand(-1, batch)  # (S + 1, B)
         return list(zip(levels[:-1], levels[1:]))
@@ -507,7 +512,7 @@ def guided(network, cond, uncond, scale):
         out = uncond + scale * (cond - uncond)
 
     Off at scale = 1, where only the conditional branch runs; else both run in one batch of 2B.
-    0 is the unconditional model. (That paper's w is scale - 1.)
+    0 is the unconditional model (its variance aside). (That paper's w is scale - 1.)
 
     network:      (x_t, t, **cond) -> out, (B, C, ...), or (B, 2C, ...) with learned variances: then
                   only the first C are guided, and the variance is the conditional branch's
@@ -521,7 +526,7 @@ def guided(network, cond, uncond, scale):
     both = {name: torch.cat([cond[name], uncond[name]]) for name in cond}
 
     def guided_network(x_t, t):
-        out = network(torch.cat([x_t, x_t]), torch.cat([t, t]), **both)
+        out = at_least_float32(network(torch.cat([x_t, x_t]), torch.cat([t, t]), **both))
         out_cond, out_uncond = out.chunk(2)
         C = x_t.shape[1]
         mean = out_uncond[:, :C] + scale * (out_cond[:, :C] - out_uncond[:, :C])

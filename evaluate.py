@@ -24,14 +24,14 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from tqdm import tqdm
 
-from checkpoint import STAGES, check_clip, load_clip, load_stage
+from checkpoint import STAGES, check_clip, clip_of, load_clip, load_stage
 from clip_model import embed
 from common import Parser, autocast, choose_device, draw_grid, exit_code, save_picture, to_pil
-from common import natural, number, positive
+from common import finite, positive, seed_number
 from data import BACKGROUNDS, COLOURS, SHAPES
 from data import Claim, Shapes, UserError, load_data, parse_caption, render, with_article
 from findings import report
-from judge import COLUMNS, S, judge, score, shares
+from judge import COLUMNS, LEAST, S, judge, score, shares
 from manipulate import blend, edit, invert, psnr, redraw, text_diff
 from measures import check_side, draw_batches, frechet_distance, in_batches, look
 from measures import linear_probe, mixed_captions, pairs_shown, precision_recall, prefers
@@ -94,14 +94,6 @@ ROWS = {
 }
 
 
-def clip_of(model, stage, args, spec=None):
-    """The CLIP that a trained stage of --weights needs. spec: where it is, if not where it was."""
-    spec = spec or (model.clip["spec"] if model.clip else "small")
-    clip = load_clip(args.weights, spec, args.device)
-    check_clip(model, clip, args.weights / f"{stage}.pt")
-    return clip
-
-
 def judge_captions(args):
     """Draw validation captions and judge the pictures by what the captions say, in rows:
 
@@ -157,7 +149,7 @@ def judge_upsamplers(args):
             }
             for way, picture in ways.items():
                 psnrs.setdefault(way, []).append(psnr(picture, true).item())
-                if size >= 48:  # the judge needs that much
+                if size >= LEAST:
                     scores.setdefault(way, []).append(score(judge(picture[0]), claim))
         for way in psnrs:
             table[f"{way} {size}"] = shares(scores.get(way, [])) | {"n": args.n}
@@ -225,7 +217,7 @@ def judge_priors(args):
     the last of them draws two and keeps the better, as sample.py does.
     """
     prior = load_stage(args.weights, "prior", args.device)
-    clip = clip_of(prior, "prior", args)
+    clip = clip_of(prior, args.weights, "prior", args.device)
     data, diffusion, table = Shapes(args.n, "val", args.seed), prior.diffusion, {}
     captions, true = mixed_captions(data), look(clip, data).cpu()
     parts = [(part, clip.encode_text(captions[part])) for part in in_batches(args.n, 64)]
@@ -307,8 +299,8 @@ def judge_manipulations(args):
     pipeline = Pipeline(args.weights, args.device, S, prior=None)
     data = Shapes(args.n, "val", args.seed)
     pictures = torch.stack([data.image(i, pipeline.sizes[0]) for i in range(args.n)])
-    pictures, embs, table = pictures.to(args.device), look(pipeline.clip, data), {}
-    again, varied = [], []
+    pictures, embs = pictures.to(args.device), look(pipeline.clip, data)
+    table, again, varied = {}, [], []
     for part in in_batches(args.n):
         seeds = range(args.seed + part.start, args.seed + part.stop)
         x_T = invert(pipeline, pictures[part], embs[part])
@@ -319,7 +311,8 @@ def judge_manipulations(args):
     table["variation_psnr"] = psnr(varied, pictures).mean().item()
     claims = [scene_claim(data.scene(i)) for i in range(args.n)]
     for name, drawn in (("reconstruction", again), ("variation", varied)):
-        enlarged = pipeline.upsample(drawn, range(args.n), S).cpu()
+        seeds = range(args.seed, args.seed + args.n)
+        enlarged = pipeline.upsample(drawn, seeds, S).cpu()
         table[name] = shares([score(judge(p), c) for p, c in zip(enlarged, claims, strict=True)])
     ends = []
     for k in range(0, min(args.n, 20) - 1, 2):
@@ -375,7 +368,11 @@ def judge_clip(args):
     And what it can: does it lie open in the embedding? A linear probe, fitted to 40 n training
     scenes, must name just the pairs of colour and shape that a scene of two objects shows.
     """
-    clip = load_clip(args.weights).to(args.device)
+    there = [s for s in STAGES if (args.weights / f"{s}.pt").exists()]
+    spec = "small"
+    if "clip" not in there and any(map(needs_clip, there)):  # a pretrained one, whose name they say
+        spec = next(load_stage(args.weights, s).clip["spec"] for s in there if needs_clip(s))
+    clip = load_clip(args.weights, spec, args.device)
     data, right = Shapes(args.n, "val", args.seed), {"binding": [], "shape": [], "relation": []}
     scenes = [i for i in range(args.n) if len(data.scene(i).things) == 2]
     for i in tqdm(scenes, "comparing", disable=None):
@@ -414,7 +411,7 @@ def measure_losses(args):
         for stage in stages:
             model = load_stage(args.weights, stage, args.device)
             if needs_clip(stage) and embeddings is None:  # once, for all stages
-                clip = clip_of(model, stage, args, args.clip)
+                clip = clip_of(model, args.weights, stage, args.device, args.clip)
                 with autocast(args.device):  # as in training
                     embeddings = embed(clip, data, cache)
             elif needs_clip(stage):
@@ -435,19 +432,21 @@ def add_weights(sub):
 def add_drawing_options(sub):
     """The options of every command that draws pictures with trained weights."""
     add_weights(sub)
-    sub.add_argument("--prior-scale", type=number, help=PRIOR_SCALE_HELP)
-    sub.add_argument("--scale", type=number, default=2.0, help="guidance of the decoder; off at 1")
+    sub.add_argument("--prior-scale", type=finite, help=PRIOR_SCALE_HELP)
+    sub.add_argument("--scale", type=finite, default=2.0, help="guidance of the decoder; off at 1")
     sub.add_argument("--candidates", type=positive, default=2,
                      help="pictures drawn for each, of which CLIP keeps the best")
-    sub.add_argument("--prior-steps", type=int, help="sampling steps of the prior")
-    sub.add_argument("--steps", type=int, help="sampling steps of the decoder")
+    sub.add_argument("--prior-steps", type=int, help="sampling steps of the prior (default: 64)")
+    sub.add_argument("--steps", type=int, help="sampling steps of the decoder (default: the "
+                     "model's)")
 
 
 def add_data_options(sub):
     """The options of every command that works on any data set."""
-    sub.add_argument("--data", default="shapes", help="as train.py's")
-    sub.add_argument("--root", help="as train.py's")
-    sub.add_argument("--clip", help="as sample.py's")
+    sub.add_argument("--data", default="shapes", help="shapes, cifar10, cifar100, coco or folder")
+    sub.add_argument("--root", help="folder of the data (not for shapes)")
+    sub.add_argument("--clip", help="MODEL:TAG=FILE, the CLIP that the stages were trained with, "
+                     "from a file (default: as in training)")
 
 
 def build_parser():
@@ -456,7 +455,7 @@ def build_parser():
 
     def command(name, run, text):
         sub = commands.add_parser(name, help=text, description=text)
-        sub.add_argument("--seed", type=natural, default=0, help="seed of scenes and noise")
+        sub.add_argument("--seed", type=seed_number, default=0, help="seed of scenes and noise")
         sub.add_argument("--json", metavar="FILE", help="also write the table to this file")
         sub.add_argument("-n", type=positive, default=500, help="number of scenes")
         sub.set_defaults(run=run)
@@ -484,7 +483,7 @@ def build_parser():
     sub.add_argument("--size", type=positive, default=1024, help="how far to enlarge")
     sub = command("priors", judge_priors, "drawn embeddings against true ones")
     add_weights(sub)
-    sub.add_argument("--prior-scale", type=number, default=1.0, help="guidance; off at 1")
+    sub.add_argument("--prior-scale", type=finite, default=1.0, help="guidance; off at 1")
     sub = command("losses", measure_losses, "validation loss of each trained stage")
     add_data_options(sub)
     add_weights(sub)

@@ -33,7 +33,7 @@ from common import autocast, chart, save_picture
 from data import BACKGROUNDS, COLOURS, SHAPES, SIZES, TRAIN_PAIRS
 from data import Shapes, Thing, UserError, parse_caption, with_article
 from judge import judge
-from lab import Lab, Result, farther, frechet_interval, number, right, share, sheet
+from lab import Lab, Result, farther, frechet_interval, number, points, right, share, sheet
 from measures import bootstrap, entropy, in_batches, mixed_captions, precision_recall
 from optimizer import ADAM
 from prior import DiffusionPrior, PriorConfig, embedding_scale
@@ -63,7 +63,7 @@ def f1(lab):
             result.table.append([name, f"{scale:g}", share(bound),
                                  number(frechet_interval(emb, true), 1)])
     for name in list(ways)[1:]:
-        result.claims.append((f"{name} is farther from the true pictures than the prior",
+        result.claims.append((f"Frechet distance x 1000: {name}, less that of the prior",
                               farther(kept[name, 2.0][0], kept["prior", 2.0][0], true)))
     if lab.has("decoder_text_emb"):
         result.note, result.lacks = lab.unequal("decoder_text_emb")
@@ -95,10 +95,10 @@ def f2(lab):
         return np.nanmean(both - caption) - 2 * np.nanmean(both - alone)
 
     result.claims = [
-        ("binding: the embedding alone is better than the caption alone",
-         bootstrap(lambda e, c: np.nanmean(e - c), alone, caption)),
-        ("binding: dropping the embedding costs over twice what dropping the caption does",
-         bootstrap(cost, bound["both"], alone, caption)),
+        ("binding, points: the embedding alone, less the caption alone",
+         points(bootstrap(lambda e, c: np.nanmean(e - c), alone, caption))),
+        ("binding, points: what dropping the embedding costs, less twice what the caption's costs",
+         points(bootstrap(cost, bound["both"], alone, caption))),
     ]
     result.note = "In training 45% of the examples had both, 45% the embedding, 5% the caption."
     result.picture = sheet(list(drawn.values()), list(ways), lab.captions)
@@ -136,7 +136,7 @@ def f3(lab):
             name, f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M", f"{seen:,}",
             str(steps), f"{ms:.1f}", number(bootstrap(np.mean, (emb * true).sum(1)), 3),
             number(frechet_interval(emb, true), 1), share(bound)])
-    result.claims = [("the autoregressive prior's embeddings are farther from the true ones",
+    result.claims = [("Frechet distance x 1000: the autoregressive prior, less the diffusion prior",
                       farther(kept["ar_prior"][0], kept["prior"][0], true))]
     copies = lab.pipeline().prior.config.copies
     result.note = f"In training the diffusion prior sees {copies} noised copies of each embedding."
@@ -161,7 +161,7 @@ def attributes(pictures):
     rows = []
     for seen in map(judge, pictures):
         thing = seen.things[0] if len(seen.things) == 1 else Thing()
-        values = thing.colour, thing.shape, thing.size, seen.background
+        values = thing.colour, thing.shape, thing.size, seen.background  # as in PARTS
         rows.append([part.index(v) if v in part else -1
                      for part, v in zip(PARTS, values, strict=True)])
     return np.array(rows)
@@ -171,7 +171,8 @@ def attributes(pictures):
 def open_parts(caption):
     """Which columns of attributes() a caption of one object leaves open."""
     thing = parse_caption(caption).things[0]
-    return [k for k, said in enumerate((thing.colour, thing.shape, thing.size, None)) if not said]
+    said = thing.colour, thing.shape, thing.size, None  # OPEN captions have no background
+    return [k for k, value in enumerate(said) if not value]
 
 
 def open_entropies(rows, captions):
@@ -220,9 +221,9 @@ def slope(values):
 def sweep(lab, scales):
     """{system: {scale: pictures}} for OPEN captions, and the captions (n // 2,)."""
     captions = np.array([OPEN[k % len(OPEN)] for k in range(max(2 * len(OPEN), lab.n // 2))])
-    rival, way, *_ = lab.glide()
+    rival = lab.glide()
     drawn = {name: {scale: lab.draw(list(captions), scale=scale, **settings) for scale in scales}
-             for name, settings in (("unCLIP", {}), (rival, way))}
+             for name, settings in (("unCLIP", {}), (rival.name, rival.settings))}
     return drawn, captions
 
 
@@ -236,9 +237,10 @@ def f4(lab):
     much of the figure goes with each doubling of guidance, over all six.
     paper: figs. 9 to 11: unCLIP's diversity survives guidance, since the embedding holds it
     """
-    (drawn, captions), (rival, _, note, lacks) = sweep(lab, GUIDANCE), lab.glide()
+    drawn, captions = sweep(lab, GUIDANCE)
+    rival = lab.glide()
     result = Result(["system", "guidance", "fidelity", "diversity", "distance in CLIP's space"],
-                    note=note, lacks=lacks)
+                    note=rival.note, lacks=rival.lacks)
     curves = {name: [] for name in drawn}
     rows, embs = {name: [] for name in drawn}, {name: [] for name in drawn}
     for name, by_scale in drawn.items():
@@ -258,8 +260,8 @@ def f4(lab):
         return difference
 
     result.claims = [
-        (f"{what}: {rival} loses more than unCLIP with each doubling of guidance",
-         bootstrap(loss_difference(figure), captions, *x["unCLIP"], *x[rival], biased=True))
+        (f"{what}: what {rival.name} loses with each doubling of guidance, less unCLIP's loss",
+         bootstrap(loss_difference(figure), captions, *x["unCLIP"], *x[rival.name], biased=True))
         for what, figure, x in (("diversity", diversity, rows), ("distance", spread, embs))]
     result.picture = chart(curves, "guidance 1 to 6: fidelity against diversity", "diversity",
                            "fidelity", points=True, ends=("1", "6"))
@@ -273,11 +275,12 @@ def f5(lab):
     similarity (about as good: at most 5 points worse), precision in CLIP's space for realism.
     paper: preferred over GLIDE in 48.9% (realism), 45.3% (caption), 70.5% (diversity)
     """
-    (drawn, open_captions), (rival, way, note, lacks) = sweep(lab, (2.0,)), lab.glide()
-    true, result = lab.true_emb(lab.data).cpu(), Result(
-        ["system", "realism (precision)", "binding right", "diversity"], note=note, lacks=lacks)
+    drawn, open_captions = sweep(lab, (2.0,))
+    rival, true = lab.glide(), lab.true_emb(lab.data).cpu()
+    result = Result(["system", "realism (precision)", "binding right", "diversity"],
+                    note=rival.note, lacks=rival.lacks)
     kept = {}
-    for name, settings in (("unCLIP", {}), (rival, way)):
+    for name, settings in (("unCLIP", {}), (rival.name, rival.settings)):
         pictures = lab.draw(lab.captions, **settings)
         bound, rows = right(pictures, lab.captions), attributes(drawn[name][2.0])
         precision = precision_recall(lab.clip_emb(pictures), true)[0]
@@ -290,10 +293,10 @@ def f5(lab):
 
     (bound, rows, _), (rival_bound, rival_rows, _) = kept.values()
     result.claims = [
-        ("diversity: unCLIP's less the other's",
+        (f"diversity: unCLIP's, less {rival.name}'s",
          bootstrap(more, rows, rival_rows, open_captions, biased=True)),
-        ("binding: unCLIP's less the other's, plus 5 points",
-         bootstrap(lambda u, g: np.nanmean(u - g) + 0.05, bound, rival_bound)),
+        (f"binding, points: unCLIP's, less {rival.name}'s, and 5 more",
+         points(bootstrap(lambda u, g: np.nanmean(u - g) + 0.05, bound, rival_bound))),
     ]
     result.picture = sheet([pictures for _, _, pictures in kept.values()], list(kept), lab.captions)
     return result
@@ -386,7 +389,7 @@ def f7(lab, scenes=3000, steps=300):
             result.table.append([predict, *(number(bootstrap(np.mean, c), 3) for c in cosines),
                                  number(frechet_interval(emb, true), 1)])
     result.claims = [
-        ("one look, mean of the three levels: cosine of x_0 less that of noise",
+        ("cosine after one look, mean of the three levels: predicting x_0, less predicting noise",
          bootstrap(lambda *c: np.mean(c[:3]) - np.mean(c[3:]), *looks["x_0"].values(),
                    *looks["noise"].values()))]
     curves = {name: [(t, float(c.mean())) for t, c in found.items()]
@@ -418,7 +421,8 @@ def as_markdown(name, result, picture):
     question, setup, paper = explained(FINDINGS[name])
     line = lambda cells: "| " + " | ".join(cells) + " |"  # noqa: E731
     parts = [f"## {name}: {question}", setup, f"Paper: {paper}.", f"**{said(result)}**"]
-    parts += [f"- {claim}: difference {number(interval, 3)}" for claim, interval in result.claims]
+    parts += [f"- {claim}: {number(interval, 1 if max(map(abs, interval)) >= 1 else 3)}"
+              for claim, interval in result.claims]
     parts.append("\n".join([line(result.header), line(["---"] * len(result.header)),
                             *map(line, result.table)]))
     parts += [result.note.strip()] if result.note.strip() else []
@@ -464,15 +468,16 @@ def write_report(path, lab, sections, table):
     inside = lab.folder.resolve().is_relative_to(here)
     weights = lab.folder.resolve().relative_to(here) if inside else lab.folder.name
     head = ("# The paper's findings, measured here\n\nWritten by `python evaluate.py findings` on "
-            f"{date.today()}: weights {weights}, n = {lab.n}, seed {lab.seed}. The "
-            "prior is not guided and every picture is the decoder's first (sample.py guides the "
-            "prior, and keeps the better of two pictures). In brackets 95% intervals: "
-            "Wilson's for shares, else the bootstrap's. They say how a figure would move with "
-            "other scenes, not with another training. Few scenes make an entropy too small and a "
-            "(squared) Frechet distance too large; both are corrected for that, but compare no "
-            "distances of different n. A finding claims some differences: it is reproduced if all "
-            "their intervals lie above zero, not reproduced if one lies below, else it can't be "
-            "decided.\n\n"
+            f"{date.today()}: weights {weights}, n = {lab.n}, seed {lab.seed}.\n\n"
+            "- **Verdicts.** Each finding claims that some differences are above zero (its list). "
+            "It is reproduced if all their intervals lie above zero, not reproduced if one lies "
+            "below, else it can't be decided.\n"
+            "- **In brackets**: 95% intervals, Wilson's for shares, else the bootstrap's. They "
+            "say how a figure would move with other scenes, not with another training.\n"
+            "- **Settings.** The prior is not guided and every picture is the decoder's first "
+            "(sample.py guides the prior, and keeps the better of two pictures).\n"
+            "- **Few scenes** make an entropy too small and a (squared) Frechet distance too "
+            "large. Both are corrected for that, but compare no distances of different n.\n\n"
             "| finding | question | verdict |\n| --- | --- | --- |\n")
     head += "".join(f"| {name} | {explained(FINDINGS[name])[0]} | {table[name]['verdict']} |\n"
                     for name in table)

@@ -28,6 +28,7 @@ from PIL import Image, ImageFilter
 from data import BACKGROUNDS, COLOURS, SHAPES, Scene, Thing, UserError, render, to_tensor
 
 S = 64
+LEAST = 48  # pixels a side: of smaller pictures shapes can't be told
 G = 24
 SPECK = 40  # pixels of S x S: a smaller patch is no object; the smallest star has 90
 
@@ -60,11 +61,13 @@ def judge(image):
 
 
 def at_judging_size(image):
-    """Any picture of 48 pixels or more -> (S, S, 3) float in [0, 1], by area averaging."""
+    """A picture of LEAST pixels or more -> (S, S, 3) float in [0, 1]: large ones averaged, those
+    below S enlarged."""
     x = to_tensor(image.convert("RGB")) if isinstance(image, Image.Image) else image
     x = x.detach().float().cpu()
-    if x.dim() != 3 or x.shape[0] != 3 or x.shape[1] != x.shape[2] or x.shape[1] < 48:
-        raise UserError(f"picture of shape {tuple(x.shape)}: the judge needs (3, H, H), H >= 48")
+    if x.dim() != 3 or x.shape[0] != 3 or x.shape[1] != x.shape[2] or x.shape[1] < LEAST:
+        raise UserError(f"picture of shape {tuple(x.shape)}: the judge needs (3, H, H), "
+                        f"H >= {LEAST}")
     if x.shape[1] != S:
         how = dict(mode="area") if x.shape[1] > S else dict(mode="bilinear", align_corners=False)
         x = F.interpolate(x[None], size=(S, S), **how)[0]

@@ -12,13 +12,14 @@ import math
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from checkpoint import load_checkpoint
+from checkpoint import examples_seen, load_checkpoint
 from common import draw_grid
 from data import Shapes, parse_caption
 from judge import S, judge, score
@@ -29,7 +30,8 @@ from sample import Pipeline
 
 @dataclass
 class Result:
-    """What a finding found. claims: (sentence, (difference, low, high)), each should be above 0."""
+    """What a finding found. claims: (sentence, (difference, low, high)), each should be above 0;
+    in the table's units, differences of shares in points."""
 
     header: list
     table: list = field(default_factory=list)  # rows of cells
@@ -50,6 +52,16 @@ class Result:
         return "reproduced" if min(sides) > 0 else "can't be decided at this scale"
 
 
+class Rival(NamedTuple):
+    """The system that unCLIP is compared with: its name, its settings for Lab.draw(), what to note,
+    and what to say after the verdict, both empty where nothing stands in the way."""
+
+    name: str
+    settings: dict
+    note: str
+    lacks: str
+
+
 def percent(interval):
     """Of a share: an interval that reaches beyond 0% or 100% is cut there."""
     if not math.isfinite(interval[0]):
@@ -67,6 +79,11 @@ def share(values):
 def number(interval, digits=2):
     """Of any figure: "estimate (low to high)"."""
     return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(*interval, d=digits)
+
+
+def points(interval):
+    """The difference of two shares (0 to 1), in percentage points."""
+    return tuple(100 * x for x in interval)
 
 
 class Lab:
@@ -111,10 +128,7 @@ class Lab:
 
     def examples(self, stage):
         """How many examples, counted again each time, a stage has seen in training."""
-        saved = load_checkpoint(self.folder / f"{stage}.pt", stage)
-        # Where the count was not kept yet, the batch size had better be the same all along.
-        count = saved["step"] * saved.get("run", {}).get("batch_size", 0)
-        return int(saved.get("figures", {}).get("examples", count))
+        return examples_seen(load_checkpoint(self.folder / f"{stage}.pt", stage))
 
     def unequal(self, stage):
         """Where `stage` has not seen as many pictures as the decoder it is compared with: (what to
@@ -126,15 +140,14 @@ class Lab:
                 f"{theirs:,}.", "after unequal trainings")
 
     def glide(self):
-        """The paper's rival: (its name, settings for draw(), what to note, what to say after the
-        verdict), the last two where its weights lack or have seen fewer pictures or more."""
+        """The paper's Rival, or where its weights are not here what stands in its place."""
         if self.has("decoder_caption"):
             settings = {"given": "caption", "decoder": "decoder_caption"}
-            return "GLIDE", settings, *self.unequal("decoder_caption")
-        return "unCLIP without embedding", {"given": "caption"}, (
+            return Rival("GLIDE", settings, *self.unequal("decoder_caption"))
+        return Rival("unCLIP without embedding", {"given": "caption"}, (
             "GLIDE's weights are not here (train.py decoder --condition caption). In its place "
             "stands unCLIP's own decoder with the caption alone, a case that it met in 5% of its "
-            "training: the verdict is about that."), "with a stand-in for GLIDE"
+            "training: the verdict is about that."), "with a stand-in for GLIDE")
 
     def clip_emb(self, pictures):
         """CLIP's embeddings (n, D) of drawn pictures."""

@@ -7,10 +7,10 @@ A picture x has a *bipartite latent* (image_emb, x_T):
     image_emb   from CLIP: what the picture shows, as far as CLIP sees it (its semantics)
     x_T         from DDIM inversion: everything else, the place and the angle and the shade
 
-The one idea of this file: DDIM with eta = 0 turns that pair back into x, and each manipulation
-changes one half of the pair. Other noise and the same embedding: a variation. Another embedding
-and the same noise: an edit. A point between two embeddings: a blend. An embedding that has lost
-some of its components: a look at what CLIP knows.
+The one idea of this file: DDIM with eta = 0 turns that pair back into x, and manipulations change
+the pair. Other noise and the same embedding: a variation. Another embedding and the same noise: an
+edit. Points between two pairs: a blend. An embedding that has lost some of its components: a look
+at what CLIP knows. (Inpainting is none of these: it keeps pixels.)
 
 But for inpainting, the decoder draws from the embedding alone here, without a caption and without
 guidance: inversion follows the decoder's own path backwards, and guidance would bend it.

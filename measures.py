@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from clip_model import Pictures
 from data import COLOURS, SHAPES, Claim, UserError, with_article
+from judge import LEAST
 
 # --- many scenes at once ---------------------------------------------------------------------
 
@@ -82,10 +83,10 @@ def mixed_captions(data):
 
 
 def check_side(pipeline):
-    """The judge needs pictures of 48 pixels or more."""
-    if pipeline.sizes[-1] < 48:
-        raise UserError(f"{pipeline.folder} draws {pipeline.sizes[-1]} pixels, the judge needs 48: "
-                        "train upsampler1")
+    """The judge needs pictures of LEAST pixels or more."""
+    if pipeline.sizes[-1] < LEAST:
+        raise UserError(f"{pipeline.folder} draws {pipeline.sizes[-1]} pixels, the judge needs "
+                        f"{LEAST}: train upsampler1")
 
 
 OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}

@@ -1,7 +1,7 @@
 """How large each model is, and how long it trains: the numbers that a student changes first.
 
     tiny    minutes on two CPU cores: draws at 32 pixels, enlarges to 64 and 256
-    base    minutes to half an hour a stage on a core, the decoder two hours: 64, 256, 1024 pixels
+    base    half an hour a stage on one or two cores, the decoder two hours: 64, 256, 1024 pixels
     large   for one GPU, real pictures and a pretrained CLIP
 
 The one idea: a preset is a table of differences from the dataclasses' own defaults, nothing more;
@@ -96,7 +96,8 @@ PRESETS = {
 def recipe(preset, stage):
     """(fields of the model's config, settings of the training) of a stage, from PRESETS.
 
-    The baselines are the same networks with the same budget; only what they see differs.
+    The two other decoders are the decoder's network with its budget; only what they see differs.
+    The autoregressive prior has the diffusion prior's sizes and budget.
     """
     if stage == "ar_prior":
         model, training = PRESETS[preset]["prior"]

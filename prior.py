@@ -20,6 +20,7 @@ C principal components, and as many codes.
 Read next: decoder.py, which turns the embedding into pixels.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -39,7 +40,7 @@ def attention(q, k, v, mask):
     (B, heads, N, P + N); no query may be left without a key. Returns (B, heads, N, d).
 
     On a GPU the fused version never writes the (N, P + N) table to memory. On a CPU, at our
-    lengths, its backward pass is several times slower than these three lines.
+    lengths, its backward pass is several times slower than these two lines.
     """
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -244,7 +245,7 @@ class DiffusionPrior(nn.Module):
         """Once, after training: measure what the analytic variance needs on a batch of data."""
         if self.config.variance == "analytic":
             text = self.encode_caption(batch["text_emb"], batch["text_enc"], batch["text_mask"])
-            network = guided(self.cached_network, text, text, scale=1)
+            network = functools.partial(self.cached_network, **text)
             x_0 = batch["image_emb"] * embedding_scale(self.config.dim)
             self.diffusion.estimate_variance(network, x_0)
 
@@ -394,10 +395,9 @@ class AutoregressivePrior(nn.Module):
         codes = torch.searchsorted(self.edges, components)
         # A bucket stands for the mean of what is in it: the least squared error. Empty ones (data
         # with ties) stand for their edge.
-        count = torch.zeros_like(self.values).scatter_add_(1, codes, torch.ones_like(components))
-        total = torch.zeros_like(self.values).scatter_add_(1, codes, components)
+        mean, count = bucket_means(components, codes, self.config.buckets)
         edge = torch.cat([self.edges, self.edges[:, -1:]], dim=1)
-        self.values.copy_(torch.where(count > 0, total / count.clamp(min=1), edge))
+        self.values.copy_(torch.where(count > 0, mean, edge))
         dots = (image_emb * text_emb).sum(dim=1)
         self.dot_edges.copy_(equal_mass_edges(dots[None], self.config.dot_buckets)[0])
 
@@ -510,6 +510,14 @@ def equal_width_edges(values, buckets):
     return low + (high - low) * torch.arange(1, buckets) / buckets
 
 
+def bucket_means(values, codes, buckets):
+    """Of values (C, N) with bucket numbers codes (C, N): the mean of each bucket, 0 where it is
+    empty, and how many are in it, both (C, buckets)."""
+    zeros = torch.zeros(len(values), buckets, dtype=values.dtype, device=values.device)
+    count = zeros.scatter_add(1, codes, torch.ones_like(values))
+    return zeros.scatter_add(1, codes, values) / count.clamp(min=1), count
+
+
 def quantisation_errors(components, buckets):
     """Mean squared error of components (C, N) after quantising, over their variance, two ways.
 
@@ -518,9 +526,7 @@ def quantisation_errors(components, buckets):
     errors = {}
     for name, edges_of in (("equal mass", equal_mass_edges), ("equal width", equal_width_edges)):
         codes = torch.searchsorted(edges_of(components, buckets), components)
-        zeros = torch.zeros(len(components), buckets, dtype=components.dtype)
-        count = zeros.scatter_add(1, codes, torch.ones_like(components))
-        mean = zeros.scatter_add(1, codes, components) / count.clamp(min=1)
+        mean, _ = bucket_means(components, codes, buckets)
         error = (components - mean.gather(1, codes)).square().sum()
         spread = (components - components.mean(1, keepdim=True)).square().sum()
         errors[name] = (error / spread).item()

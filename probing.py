@@ -20,7 +20,7 @@ from PIL import Image
 from data import COLOURS, SHAPES, TRAIN_PAIRS, WORDS
 from data import Scene, Shapes, Thing, render, to_tensor, with_article
 from judge import S, at_judging_size, judge
-from lab import Result, at_side_S, percent, right, share, sheet
+from lab import Result, at_side_S, percent, points, right, share, sheet
 from manipulate import invert, redraw
 from measures import bootstrap, in_batches, prefers, share_interval, wrong_captions
 
@@ -53,10 +53,11 @@ def pair_study(lab):
         prior = torch.cat([pipeline.embed(pipeline.text(captions[part]),
                                           range(lab.seed + part.start, lab.seed + part.stop))
                            for part in in_batches(len(captions), 64)])
-        rival, way, *_ = lab.glide()
+        rival = lab.glide()
         drawn = {"true embedding alone": lab.draw(captions, given=true, say=False),
                  "true embedding and caption": lab.draw(captions, given=true),
-                 "unCLIP": lab.draw(captions), rival: lab.draw(captions, **way)}
+                 "unCLIP": lab.draw(captions),
+                 rival.name: lab.draw(captions, **rival.settings)}
         embs = {"CLIP, true pictures": true, "prior's embeddings": prior}
         wrong = [wrong_captions(data.scene(i))[1] for data, i in scenes]
         lab.drawn["pairs"] = captions, wrong, embs, drawn
@@ -78,9 +79,9 @@ def f8(lab):
     paper: figs. 14, 15: unCLIP binds worse than GLIDE, since CLIP does not bind
     """
     captions, wrong, embs, drawn = pair_study(lab)
-    rival, _, note, lacks = lab.glide()
+    rival = lab.glide()
     result = Result(["who", "binding right", "of those with both colours and shapes", "chance"],
-                    lacks=lacks)
+                    lacks=rival.lacks)
     for name, emb in embs.items():
         right_ones = prefers(lab.pipeline().clip, emb, captions, [w["binding"] for w in wrong])
         result.table.append([name, share(right_ones), "-", "50%"])
@@ -90,11 +91,12 @@ def f8(lab):
                                   for column in ("binding", "colours", "shapes"))
         bound[name] = np.where((colours == 1) & (shapes == 1), whole, np.nan)
         result.table.append([f"pictures, {name}", share(whole), share(bound[name]), "-"])
-    result.claims = [(f"of pictures with both colours and shapes, {rival} binds more than unCLIP",
-                      bootstrap(lambda g, u: np.nanmean(g) - np.nanmean(u), bound[rival],
-                                bound["unCLIP"]))]
-    result.note = (note + " Where CLIP itself binds well (first row), the paper's reason for its "
-                   "finding is not there: our world has 26 pairs, the paper's is open.").strip()
+    result.claims = [(f"binding of those with both colours and shapes, points: {rival.name}'s, "
+                      "less unCLIP's",
+                      points(bootstrap(lambda g, u: np.nanmean(g) - np.nanmean(u),
+                                       bound[rival.name], bound["unCLIP"])))]
+    result.note = (rival.note + " Where CLIP itself binds well (first row), the paper's reason for "
+                   "its finding is not there: our world has 26 pairs, the paper's is open.").strip()
     result.picture = sheet(list(drawn.values()), list(drawn), captions)
     return result
 
@@ -109,11 +111,10 @@ def f9(lab):
     """
     captions, wrong, embs, drawn = pair_study(lab)
     pipeline, clip = lab.pipeline(), lab.pipeline().clip
-    _, _, note, _ = lab.glide()
-    result = Result(["who", "right", "chance"], note=note)
-    for name, emb in embs.items():
-        knows = prefers(clip, emb, captions, [w["relation"] for w in wrong])
-        result.table.append([f"relation: {name}", share(knows), "50%"])
+    result = Result(["who", "right", "chance"], note=lab.glide().note)
+    reversed_ones = [w["relation"] for w in wrong]
+    knows = {name: prefers(clip, emb, captions, reversed_ones) for name, emb in embs.items()}
+    result.table += [[f"relation: {name}", share(v), "50%"] for name, v in knows.items()]
     for name, pictures in drawn.items():
         bound = right(pictures, captions) == 1  # of others, the relation is not to be told
         related = np.where(bound, right(pictures, captions, "relation"), np.nan)
@@ -129,21 +130,19 @@ def f9(lab):
     signs = {"true pictures": torch.stack([to_tensor(render(s, S)) for s in scenes]),
              "true embedding alone": lab.draw(says, given=emb, say=False),
              "unCLIP": lab.draw(says)}
-    for name, pictures in signs.items():
-        read = np.array([float(read_word(p) == w) for p, w in zip(pictures, words, strict=True)])
-        result.table.append([f"word read off {name}", share(read), odds])
+    read = {name: np.array([float(read_word(p) == w) for p, w in zip(pictures, words, strict=True)])
+            for name, pictures in signs.items()}
+    result.table += [[f"word read off {name}", share(v), odds] for name, v in read.items()]
     for length in (3, 4):
-        some = read[[len(word) == length for word in words]]
+        some = read["unCLIP"][[len(word) == length for word in words]]
         result.table.append([f"word of {length} letters read off unCLIP", share(some), odds])
-    true_relation = prefers(clip, embs["CLIP, true pictures"], captions,
-                            [w["relation"] for w in wrong])
     result.claims = [
-        ("CLIP's relations: from its share right to 75%, half-way between chance and always",
-         bootstrap(lambda v: 0.75 - v.mean(), true_relation)),
-        ("unCLIP's words: from the share read to a half",
-         bootstrap(lambda v: 0.5 - v.mean(), read)),
+        ("CLIP's relations, points: from its share right to 75%, half-way between chance and "
+         "always", points(bootstrap(lambda v: 0.75 - v.mean(), knows["CLIP, true pictures"]))),
+        ("unCLIP's words, points: from the share read to a half",
+         points(bootstrap(lambda v: 0.5 - v.mean(), read["unCLIP"]))),
     ]
-    if np.mean(named) > 0.5 > read.mean():  # read: off unCLIP's, the last
+    if np.mean(named) > 0.5 > read["unCLIP"].mean():
         result.note += (" CLIP tells the words of true signs apart, so here it is the decoder that "
                         "cannot write them. The paper's reason, that CLIP's embedding does not "
                         "spell, is not there: our world has a closed list of words.")
@@ -175,7 +174,7 @@ def word_views():
             scene = sign_scene(word, 0.5 + dx / S, 0.5 + dy / S, radius)
             drawing = window(np.asarray(render(scene, S).convert("L"), float), S // 2, S // 2, half)
             words.append(word)
-            drawings.append(standard(drawing))
+            drawings.append(unit_vector(drawing))
         views[half] = drawing.shape, words, np.stack(drawings)
     return views
 
@@ -195,7 +194,7 @@ def read_word(picture):
         for dx, dy in product(range(-2, 3), range(-2, 3)):
             there = window(grey, x + dx, y + dy, half)
             if there.shape == shape:  # whole, not cut by the picture's edge
-                alike = drawings @ standard(there)
+                alike = drawings @ unit_vector(there)
                 best = max(best, (float(alike.max()), words[alike.argmax()]))
     return best[1]
 
@@ -205,7 +204,7 @@ def window(picture, x, y, half):
     return picture[max(0, y - half[1]):y + half[1], max(0, x - half[0]):x + half[0]]
 
 
-def standard(pixels):
+def unit_vector(pixels):
     """Pixels as one vector of mean 0 and length 1: products of two such are correlations."""
     pixels = pixels.ravel() - pixels.mean()
     return pixels / (np.linalg.norm(pixels) + 1e-6)
@@ -279,13 +278,13 @@ def f10(lab):
                   for part, v in zip(CHANCE, values, strict=True)]
         return np.mean(shares[:len(MENTIONED)]) - np.mean(shares[len(MENTIONED):])
 
-    result.claims = [(f"{name}: survival of what captions mention less that of the rest",
-                      bootstrap(gap, *survived[name].values()))
+    result.claims = [(f"{name}, points: survival of what captions mention, less that of the rest",
+                      points(bootstrap(gap, *survived[name].values())))
                      for name in ("eta 1", "embedding alone")]
     attacked = typographic_attack(lab, scenes)
     result.table += attacked["table"]
-    result.claims.append(("under attack: the decoder draws the object's colour, less CLIP names it",
-                          attacked["claim"]))
+    result.claims.append(("under attack, points: the decoder draws the object's colour, less CLIP "
+                          "names it", points(attacked["claim"])))
     sources = torch.stack([to_tensor(render(s, S)) for s in scenes[:6]])
     result.picture = sheet([sources, *drawn.values(), attacked["shown"], attacked["drawn"]],
                            ["source", *drawn, "attacked", "drawn from its embedding"])

@@ -26,7 +26,7 @@ from tqdm import tqdm
 import checkpoint as checkpoints
 import manipulate
 from common import Film, Parser, autocast, choose_device, draw_grid, exit_code, save_picture, to_pil
-from common import natural, number, positive, share, two_or_more
+from common import finite, fraction, positive, seed_number, two_or_more
 from data import UserError, fit, to_rgb, to_tensor
 from prior import AutoregressivePrior, DiffusionPrior
 
@@ -76,13 +76,10 @@ class Pipeline:
             raise UserError(f"no folder {folder}: give --weights the --out folder of a training")
         self.prior = prior and self.load(prior)
         self.decoder = self.load(decoder)
-        # Which CLIP to load is written in the stages themselves: embeddings of another would be
-        # numbers without meaning to them.
-        spec = clip or (self.decoder.clip["spec"] if self.decoder.clip else "small")
-        self.clip = checkpoints.load_clip(folder, spec, device)
-        for stage, model in ((prior, self.prior), (decoder, self.decoder)):
-            if model:
-                checkpoints.check_clip(model, self.clip, self.folder / f"{stage}.pt")
+        # Embeddings of another CLIP would be numbers without meaning to these stages.
+        self.clip = checkpoints.clip_of(self.decoder, self.folder, decoder, device, clip)
+        if prior:
+            checkpoints.check_clip(self.prior, self.clip, self.folder / f"{prior}.pt")
         # The chain of sizes, as far as it is wanted and unbroken; 64, 256, 1024 for base.
         self.sizes, self.upsamplers = [self.decoder.config.size], {}
         for stage in ("upsampler1", "upsampler2"):
@@ -183,7 +180,7 @@ def reachable_size(pipeline, size):
         return size
     if size < pipeline.sizes[0] or size not in SIZES:
         choices = sorted({*pipeline.sizes, *SIZES})
-        raise UserError(f"--size {size}: these weights draw {', '.join(map(str, choices))} pixels")
+        raise UserError(f"--size {size}: choose one of {', '.join(map(str, choices))}")
     largest = max(s for s in pipeline.sizes if s <= size)
     print(f"{pipeline.folder} has no upsampler to {size} pixels: stopping at {largest}")
     return largest
@@ -260,7 +257,7 @@ def text_command(args):
         save_picture(to_pil(picture[0]), folder / f"{name}.png")
         print(folder / f"{name}.png")
         if films:
-            films[best].save(folder / f"{name}.gif")
+            films[best.item()].save(folder / f"{name}.gif")
             print(folder / f"{name}.gif")
     grid_path = grid_path or folder / f"grid_{names[0]}_{args.seed}.png"
     columns = args.n if args.n > 1 else 4
@@ -283,15 +280,16 @@ def read(pipeline, path):
     return pixels, pipeline.look(picture)
 
 
-def save_strip(pipeline, size, pictures, labels, args, name, gif=False):
-    """Enlarge pictures (n, 3, H, W) to `size`, write them side by side as OUT/NAME.png."""
+def save_strip(pipeline, size, pictures, labels, args, name, animated=None):
+    """Enlarge pictures (n, 3, H, W) to `size`, write them side by side as OUT/NAME.png, and those
+    in the slice `animated` as a GIF too."""
     enlarged = torch.cat([pipeline.upsample(p[None], [args.seed], size).cpu() for p in pictures])
     path = Path(args.out) / f"{name}.png"
     save_picture(draw_grid(enlarged, labels, columns=len(enlarged)), path)
     print(path)
-    if gif:
+    if animated:
         frames = [to_pil(p).resize((max(size, 256),) * 2, Image.Resampling.BICUBIC)
-                  for p in enlarged[gif]]
+                  for p in enlarged[animated]]
         frames += frames[-2:0:-1]  # and back again
         save_picture(frames[0], path.with_suffix(".gif"), save_all=True, append_images=frames[1:],
                      duration=120, loop=0)
@@ -326,7 +324,7 @@ def blend_command(args):
     labels = ["source"] + [f"{k / max(1, args.frames - 1):.2f}" for k in range(args.frames)]
     name = f"blend_{Path(args.a).stem}_{Path(args.b).stem}"
     strip, between = torch.cat([a, frames, b]), slice(1, -1)  # the GIF is without the sources
-    save_strip(pipeline, size, strip, [*labels, "source"], args, name, gif=between)
+    save_strip(pipeline, size, strip, [*labels, "source"], args, name, animated=between)
 
 
 def edit_command(args):
@@ -386,7 +384,8 @@ def main(argv=None):
         add = sub.add_argument
         add("--weights", help="folder of checkpoints (default: weights/shapes, else newest run)")
         add("--size", type=positive, default=64, help="side of the pictures: 64, 256 or 1024")
-        add("--seed", type=natural, default=0, help="of the first picture; the next has seed + 1")
+        add("--seed", type=seed_number, default=0, help="of the first picture; the next has one "
+            "more")
         add("--out", default="samples", help="folder for the pictures")
         add("--device", type=choose_device, default="auto", help="auto, cpu or cuda")
         add("--clip", help="MODEL:TAG=FILE, the CLIP that the stages were trained with, from a "
@@ -402,8 +401,8 @@ def main(argv=None):
         "the prior's embedding (the default), the text embedding in its place, or nothing")
     add("--decoder", default="image_emb", choices=("image_emb", "text_emb", "caption"),
         help="which trained decoder; text_emb and caption (GLIDE) are the paper's baselines")
-    add("--prior-scale", type=number, help=PRIOR_SCALE_HELP)
-    add("--scale", type=number, default=2.0, help="guidance of the decoder; off at 1")
+    add("--prior-scale", type=finite, help=PRIOR_SCALE_HELP)
+    add("--scale", type=finite, default=2.0, help="guidance of the decoder; off at 1")
     add("--prior-steps", type=int, help="sampling steps of the prior, 1 to T (default: 64)")
     add("--steps", type=int, help="sampling steps of the decoder, 1 to T (default: the model's)")
     add("--candidates", type=positive, default=2, help="pictures that the decoder draws for each; "
@@ -415,7 +414,7 @@ def main(argv=None):
     add = command("vary", vary_command, "variations of a picture")
     add("image", help="any picture file; its middle square is used")
     add("-n", type=positive, default=4, help="how many")
-    add("--eta", type=share, default=1.0, help="0 reconstructs, larger varies more, up to 1")
+    add("--eta", type=fraction, default=1.0, help="0 reconstructs, larger varies more, up to 1")
     add("--steps", **steps)
 
     add = command("blend", blend_command, "from one picture to another, as a strip and a GIF")
@@ -430,7 +429,7 @@ def main(argv=None):
     add("image", help="the picture")
     add("--to", required=True, help="caption of the picture as it should become")
     add("--from", help="caption of the picture as it is (default: the empty caption)")
-    add("--theta", type=share, default=0.5, help="how far to turn, 0 to 1 (paper: 0.25 to 0.5)")
+    add("--theta", type=fraction, default=0.5, help="how far to turn, 0 to 1 (paper: 0.25 to 0.5)")
     add("--frames", type=two_or_more, default=6, help="how many, from theta 0 on")
     add("--steps", **steps)
 
@@ -441,9 +440,9 @@ def main(argv=None):
     add("image", help="the picture")
     add("mask", help="a picture that is white where to draw and black where to keep")
     add("caption", help="what the whole picture should show")
-    add("--prior-scale", type=number, help=PRIOR_SCALE_HELP)
-    add("--scale", type=number, default=2.0, help="guidance of the decoder; off at 1")
-    add("--steps", type=positive, help="sampling steps of the decoder")
+    add("--prior-scale", type=finite, help=PRIOR_SCALE_HELP)
+    add("--scale", type=finite, default=2.0, help="guidance of the decoder; off at 1")
+    add("--steps", type=positive, help="sampling steps of the decoder (default: the model's)")
     add("--resamples", type=positive, default=4, help="times that each step is done")
     args = parser.parse_args(argv)
     args.run(args)

@@ -2,7 +2,7 @@
 
     python train.py all --preset tiny          # every stage, minutes on a laptop's CPU
     python train.py decoder --preset base --resume
-    python train.py export --preset base --to FOLDER   # what the run has, small, to give away
+    python train.py export --preset base --to FOLDER   # small copies, to give away
     torchrun --nproc-per-node 4 train.py prior --data folder --root PICTURES
 
 The one idea of this file: batch number k and the noise of step k are functions of the run's
@@ -38,7 +38,7 @@ from tqdm import tqdm
 import checkpoint as checkpoints
 from clip_model import Tokenizer, embed, make_vocab
 from common import Parser, autocast, choose_device, draw_grid, exit_code, plot_runs, save_picture
-from common import natural, positive, positive_number
+from common import natural, positive, positive_number, seed_number
 from data import UserError, load_data
 from optimizer import make_optimizers
 from presets import BASELINES, ORDER, PRESETS, recipe
@@ -168,18 +168,18 @@ def validate(stage, model, batches, step, device, count=256):
     if stage == "clip":
         count = size = min(batches.settings["batch_size"], len(batches.data))
     diffusion, figures = getattr(model, "diffusion", None), defaultdict(float)
+    names = ["val_q1", "val_q2", "val_q3", "val_q4"] if diffusion else ["val_loss"]
     for start in range(0, count, size):
         indices = [i % len(batches.data) for i in range(start, min(start + size, count))]
         batch = batches.make(step, indices, np.random.default_rng(start))
         batch = {k: v.to(device) for k, v in batch.items()}
-        for q in range(4) if diffusion else [None]:
+        for q, name in enumerate(names):
             if diffusion:
-                T = diffusion.T
-                diffusion.levels = (q * T // 4, (q + 1) * T // 4)
+                diffusion.levels = (q * diffusion.T // 4, (q + 1) * diffusion.T // 4)
             torch.manual_seed(start)  # the training seeds its own noise at every step
             with autocast(device):
                 loss = model.loss(batch).item()
-            figures[f"val_q{q + 1}" if diffusion else "val_loss"] += loss * len(indices) / count
+            figures[name] += loss * len(indices) / count
     figures = dict(figures)
     if diffusion:
         diffusion.levels = (0, diffusion.T)
@@ -233,7 +233,8 @@ class Ema:
 
         decay_n = min(decay, (1 + n) / (10 + n)),  e <- decay_n e + (1 - decay_n) p
 
-    The first steps average over little, or the random start would linger for thousands of steps.
+    The first steps average over little, or the random start would linger for thousands of steps
+    (the paper does not say; TensorFlow's ExponentialMovingAverage counts its num_updates so).
     Buffers (counters, running statistics) are copied: an average of them would mean nothing.
     """
 
@@ -370,14 +371,14 @@ def train(run, model, batches, val_batches, device, resume=None):
 
     Raises UserError where the loss is not finite, KeyboardInterrupt (after saving) on Ctrl-C.
     """
-    settings, steps, first = run.settings, run.settings["steps"], resume["step"] if resume else 0
+    settings, steps = run.settings, run.settings["steps"]
+    first = resume["step"] if resume else 0
     model.to(device).train()
     ema, optimizers = Ema(model), make_optimizers(model, settings["muon"])
     examples = 0  # seen before this training began; another batch size may have been in force
     if resume:
         restore(resume, model, ema, optimizers)
-        count = first * resume.get("run", {}).get("batch_size", settings["batch_size"])
-        examples = resume.get("figures", {}).get("examples", count)
+        examples = checkpoints.examples_seen(resume)
     loss_of = Loss(model)
     if settings["compile"]:
         compile_loss(loss_of)
@@ -385,7 +386,8 @@ def train(run, model, batches, val_batches, device, resume=None):
         loss_of = nn.parallel.DistributedDataParallel(loss_of)
 
     # Losses stay on the device until they are logged: reading one makes the CPU wait for the GPU.
-    every_log, losses, waited, waited_in_all = max(1, min(50, steps // 20)), [], 0.0, 0.0
+    every_log = max(1, min(50, steps // 20))
+    losses, waited, waited_in_all = [], 0.0, 0.0
     begun = started = time.time()
     bar = tqdm(total=steps, initial=first, desc=run.stage, disable=None if run.writes else True)
     with Interrupt() as pause, bar:
@@ -521,6 +523,7 @@ def prepare(stage, args, clip):
 
     limit = args.limit or (PRESETS[args.preset]["data"] if args.data == "shapes" else None)
     val_limit = 512 if args.data == "shapes" else args.limit
+    # The first process downloads and unpacks, the others find the files there.
     data = first_alone(lambda: load_data(args.data, args.root, "train", limit))
     val = first_alone(lambda: load_data(args.data, args.root, "val", val_limit))
     settings |= {"fingerprint": data.fingerprint(), "world": world_size()}
@@ -534,11 +537,14 @@ def prepare(stage, args, clip):
         model.clip = resume.get("clip")
         if clip is not None:
             checkpoints.check_clip(model, clip, path)
+        before = resume.get("run", {})
+        if before.get("steps", settings["steps"]) != settings["steps"]:
+            # A training that is made longer does not go back to small pictures.
+            settings["half_size_until"] *= before["steps"] / settings["steps"]
         for key in ("batch_size", "lr", "muon", "focus", "seed", "steps", "decay", "fingerprint",
                     "world"):
-            before = resume.get("run", {}).get(key)
-            if before != settings[key]:
-                note(f"note: {path}: {key} was {before}, is {settings[key]} now")
+            if before.get(key) != settings[key]:
+                note(f"note: {path}: {key} was {before.get(key)}, is {settings[key]} now")
     elif path.exists():
         raise UserError(f"{path} is there: --resume continues it, another --out starts afresh")
     embeddings = [None, None]
@@ -608,7 +614,7 @@ def run_stage(stage, args, device):
 
 
 def export(run, folder):
-    """Small copies of every stage in `run`, for drawing only."""
+    """Small copies of every stage in `run` (checkpoint.export_checkpoint)."""
     paths = [Path(run) / f"{stage}.pt" for stage in ORDER + BASELINES]
     paths = [path for path in paths if path.exists()]
     if Path(run).resolve() == Path(folder).resolve():
@@ -626,29 +632,34 @@ def main(argv=None):
     parser = Parser("train.py", description="Train one stage, or all of them in turn.")
     add = parser.add_argument
     add("stage", help=", ".join((*ORDER, "all", "ar_prior")) + "; or, training nothing, export "
-        "(small copies of --out for drawing) and plot (loss curves of the RUNs)")
+        "(small copies of what is in --out) and plot (loss curves of the RUNs)")
     add("runs", nargs="*", metavar="RUN", help="folders of runs, for plot")
     add("--condition", default="image_emb", choices=("image_emb", "text_emb", "caption"),
         help="what the decoder is trained on; the last two are the paper's baselines")
     add("--data", default="shapes", help="shapes, cifar10, cifar100, coco or folder")
     add("--root", help="folder of the data (not for shapes)")
-    add("--limit", type=positive, help="use so many images at the most (default: all)")
+    add("--limit", type=positive, help="train on so many images at the most (default: all; of "
+        "shapes, which are drawn as needed, just so many: the preset's 20,000 to 100,000)")
     add("--clip", default="small", help="small, trained here; or open_clip's MODEL:TAG_OR_FILE")
     add("--preset", default="tiny", help="sizes and steps: " + ", ".join(PRESETS))
     add("--out", help="folder of the run (default: runs/DATA-PRESET)")
     add("--to", help="what export or plot writes (plot's default: RUN/loss.png)")
     add("--steps", type=positive, help="training steps (default: the preset's)")
-    add("--batch-size", type=positive, help="pictures a step, over all processes")
+    add("--batch-size", type=positive, help="pictures a step, over all processes (default: the "
+        "preset's)")
     add("--lr", type=positive_number, help="highest learning rate (default: the preset's)")
     add("--decay", default="cosine", choices=("cosine", "constant"), help="of the learning rate")
     add("--resume", action="store_true", help="continue from the checkpoints in --out")
-    add("--save-every", type=positive, help="steps between checkpoints")
-    add("--sample-every", type=positive, help="steps between sample grids")
+    add("--save-every", type=positive, help="steps between checkpoints (default: a tenth of the "
+        "training, at most 500)")
+    add("--sample-every", type=positive, help="steps between sample grids (default: a fifth of "
+        "the training)")
     add("--workers", type=natural, default=min(8, os.cpu_count() or 1),
         help="processes that prepare batches")
-    add("--compile", action="store_true", help="torch.compile the loss: faster steps on a GPU")
+    add("--compile", action="store_true", help="torch.compile the loss: faster steps on a GPU, "
+        "after a few minutes")
     add("--device", type=choose_device, default="auto", help="auto, cpu or cuda")
-    add("--seed", type=natural, default=0, help="of weights, batches and noise")
+    add("--seed", type=seed_number, default=0, help="of weights, batches and noise")
     args = parser.parse_args(argv)
     args.command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
     if args.stage not in (*ORDER, "ar_prior", "all", "export", "plot"):

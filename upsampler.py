@@ -126,10 +126,11 @@ def degrade_some_blur(low, rng):
     return gaussian_blur(low, kernel=3, sigma=rng.uniform(0.1, 0.9))
 
 
-# The second upsampler's is more varied: the BSR degradation (paper sec. 2.1) of BSRGAN
-# (2103.14006), here blur, resize, noise and JPEG in random order. Paper: parameters not stated.
-# We: the ranges below. Because: they start at almost nothing (in sampling nothing is corrupted)
-# and end at a fault that one sees. Each step keeps (3, h, w) and [-1, 1], so any order works.
+# The second upsampler's is more varied: the BSR (blind super-resolution) degradation (paper sec.
+# 2.1) of BSRGAN (2103.14006), here blur, resize, noise and JPEG in random order. Paper: parameters
+# not stated. We: the ranges below. Because: they start at almost nothing (in sampling nothing is
+# corrupted) and end at a fault that one sees. Each step keeps (3, h, w) and [-1, 1], so any order
+# works.
 
 
 def bsr_blur(low, rng):
@@ -176,8 +177,9 @@ def degrade_bsr(low, rng):
 DEGRADATIONS = {"none": degrade_none, "blur": degrade_blur, "some_blur": degrade_some_blur,
                 "bsr": degrade_bsr}
 
-# How far a degradation looks around a pixel, in low-resolution pixels: the blur's kernel of 3 sees
-# one neighbour; BSR's JPEG works on blocks of 8 (its blur sees 3, its resize a few).
+# About how far a degradation looks around a pixel, in low-resolution pixels: the blur's kernel of 3
+# sees one neighbour; BSR's JPEG works on blocks of 8, of 16 for colours (its blur sees 3, its
+# resize a few).
 MARGINS = {"none": 0, "blur": 1, "some_blur": 1, "bsr": 8}
 
 
@@ -188,6 +190,8 @@ def training_pair(dataset, i, config, rng):
 
     The degradation comes *before* the crop. The other way round, the crop's edge would be blurred
     into an invented border, on every training example, and the network would learn that border.
+    (One invented border remains: loss() enlarges the crop alone, so that at its edges a bicubic
+    lacks neighbours, as do the network's convolutions.)
 
     dataset: has image(i, size, crop=(top, left, side)) -> (3, side, side) in [-1, 1]
     rng:     numpy Generator; the same state gives the same pair
@@ -278,7 +282,8 @@ class Upsampler(nn.Module):
     @torch.no_grad()
     @evaluating
     def sample(self, low, steps=None, generators=None, on_step=None):
-        """Enlarge pictures by the factor f with DDIM, eta 0 (paper table 3: sampling variance).
+        """Enlarge pictures by the factor f with DDIM, eta 0 (paper table 3, "sampling variance
+        method": DDIM).
 
         low:        (B, 3, h, w) in [-1, 1] on the model's device, from the decoder or the stage
                     before; any h, w, not only low_size. Not degraded here: only in training

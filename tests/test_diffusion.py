@@ -871,6 +871,27 @@ def test_estimated_variance_of_gaussian_data_is_the_closed_form(std):
     assert_close(d.x_0_variance, wanted, rtol=0.03, atol=0)
 
 
+def test_estimated_variance_is_at_most_the_datas():
+    """The noise errs by 3% only, but the x_0 that it leaves is far off at the noisiest levels."""
+    d, data = diffusion(predict="noise", variance="analytic"), 0.5 * torch.randn(300, 3, 5, 7)
+
+    def network(x, t):
+        a = column(alphas_cumprod()[t])
+        noise = (x - a.sqrt() * x_0_oracle(0.5, alphas_cumprod())(x, t)) / (1 - a).sqrt()
+        return 1.03 * noise
+
+    d.estimate_variance(network, data, T)
+    assert d.x_0_variance.max() == data.double().var(0, correction=0).mean()
+
+
+def test_guidance_of_a_network_in_half_precision_is_computed_in_float32():
+    x_t, cond, uncond = guidance_case()
+    network = lambda x, t, **text: Recorder()(x, t, **text).bfloat16()  # noqa: E731
+    out = guided(network, cond, uncond, 4)(x_t, LEVELS)
+    by_hand = [network(x_t, LEVELS, **branch).float() for branch in (uncond, cond)]
+    assert_close(out, by_hand[0] + 4 * (by_hand[1] - by_hand[0]), rtol=1e-5, atol=1e-5)
+
+
 def test_estimated_variance_between_the_measured_levels_is_interpolated():
     d, alpha_bar = diffusion(predict="x_0", variance="analytic"), alphas_cumprod()
     network, data = x_0_oracle(0.5, alpha_bar), 0.5 * torch.randn(300, 3, 5, 7).double()

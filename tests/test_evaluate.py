@@ -127,7 +127,7 @@ TWO = [i for i in range(60) if len(Shapes(60, "val").scene(i).things) == 2]
 
 @pytest.mark.parametrize("sees, share", [([0.0, 1.0], 1.0), ([1.0, 0.0], 0.5), ([2.0, 0.0], 0.0)])
 def test_clip_is_right_blind_or_misled(sees, share, monkeypatch, tmp_path):
-    monkeypatch.setattr(evaluate, "load_clip", lambda folder: FakeClip(sees))
+    monkeypatch.setattr(evaluate, "load_clip", lambda *where: FakeClip(sees))
     file = tmp_path / "clip.json"
     assert evaluate.main(["clip", "--weights", ".", "-n", "60", "--json", str(file)]) == 0
     table = json.loads(file.read_text())
@@ -138,7 +138,7 @@ def test_clip_is_right_blind_or_misled(sees, share, monkeypatch, tmp_path):
 
 def test_a_linear_probe_reads_an_embedding_that_says_what_is_shown(monkeypatch, tmp_path):
     """In training all is said as it is; of the 60 that it is asked about, a third is mixed up."""
-    monkeypatch.setattr(evaluate, "load_clip", lambda folder: FakeClip([1.0, 0.0]))
+    monkeypatch.setattr(evaluate, "load_clip", lambda *where: FakeClip([1.0, 0.0]))
 
     def look(clip, data):
         emb = pairs_shown(data)

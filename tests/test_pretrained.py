@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
+import evaluate
 import sample
 import train
 from clip_model import load_open_clip
@@ -100,6 +101,9 @@ def test_the_whole_path_runs_with_a_vit_b_32(weights_file, micro_run, tmp_path, 
     assert sample.main([*command, f"ViT-B-32:{moved}"]) == 0
     assert sample.main([*command, f"ViT-B-32-quickgelu:{moved}"]) == 2
     assert Image.open(tmp_path / "out" / "a-photo-of-a-cat_0.png").size == (16, 16)
+    # What CLIP itself can tell apart is asked of that CLIP, which the stages name.
+    assert evaluate.main(["clip", "--weights", str(run), "-n", "1"]) == 0
+    assert evaluate.main(["clip", "--weights", str(root), "-n", "1"]) == 2  # nothing trained there
     # A CLIP of another embedding size beside these checkpoints is one line, not a traceback.
     capsys.readouterr()
     other = f"RN50:{weights_file('RN50')}"

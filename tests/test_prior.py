@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
+import prior as prior_module
 from prior import (
     Block,
     DiffusionPrior,
@@ -463,3 +464,12 @@ def test_captions_padded_to_less_than_clips_length_give_the_same_prefix():
     x_t, t = torch.randn(2, D), torch.tensor([3, 30])
     long = model(x_t, t, text_emb, text_enc, text_mask)
     assert_close(model(x_t, t, text_emb, text_enc[:, :4], text_mask[:, :4]), long)
+
+
+def test_attention_on_a_cpu_is_the_fused_one_of_gpus():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 9, 8), torch.randn(2, 3, 9, 8)
+    mask = torch.rand(2, 1, 5, 9) < 0.5
+    mask[..., 0] = True  # no query without a key
+    fused = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    assert_close(prior_module.attention(q, k, v, mask), fused)

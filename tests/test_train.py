@@ -163,6 +163,15 @@ def test_decoder_runs_its_first_steps_at_half_the_side():
     assert [batches[s]["image"].shape[-1] for s in (0, 3, 4, 9)] == [8, 8, 16, 16]
 
 
+def test_a_training_made_longer_does_not_go_back_to_half_the_size(micro_run, tmp_path):
+    shutil.copy(micro_run / "clip.pt", tmp_path)
+    run = ["decoder", "--preset", "micro", "--out", str(tmp_path), "--workers", "0"]
+    assert train.main([*run, "--steps", "5"]) == 0  # at half size until 0.4 of them: 2 steps
+    assert train.main([*run, "--resume", "--steps", "10"]) == 0
+    settings = checkpoints.load_checkpoint(tmp_path / "decoder.pt")["run"]
+    assert settings["half_size_until"] * settings["steps"] == pytest.approx(2)
+
+
 def test_an_exported_run_draws_the_same_and_is_much_smaller(micro_run, tmp_path, capsys):
     assert train.main(["export", "--out", str(micro_run), "--to", str(tmp_path / "small")]) == 0
     for stage in train.ORDER:
@@ -638,6 +647,7 @@ def test_one_process_and_two_follow_the_same_loss_curve(micro_run, tmp_path):
         (["clip", "--device", "abacus"], "abacus"),
         (["clip", "--lr", "-1"], "--lr"),
         (["clip", "--seed", "-1"], "--seed"),
+        (["clip", "--seed", str(2**29)], "below 2^29"),
         (["clip", "--workers", "-1"], "--workers"),
         (["clip", "--wat"], "--wat"),
         (["prior", "--condition", "caption"], "decoder alone"),
