@@ -332,9 +332,10 @@ class GaussianDiffusion(nn.Module):
         (1 - mean of noise_pred^2), the same number, but the small difference of two large ones.)
         """
         ts = self.timesteps(min(levels, self.T))[::-1]  # upwards
-        # More than that is not left open even by pure noise. A network that predicts noise errs by
-        # far more there, as its x_0 is divided by sqrt(alpha_bar).
-        most = x_0.double().var(dim=0, correction=0).mean().item()
+        # Even pure noise leaves no more open than the data's own variance. But where noise is
+        # predicted, x_0 is divided by sqrt(alpha_bar), and a small error becomes a huge one.
+        data_variance = x_0.double().var(dim=0, correction=0).mean().item()
+        most = data_variance if self.predict == "noise" else math.inf
         noise = torch.Generator(device="cpu").manual_seed(0)
         errors = []
         for level in ts:
