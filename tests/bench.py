@@ -29,12 +29,14 @@ from optimizer import make_optimizers
 from presets import PRESETS, recipe
 from prior import DiffusionPrior, PriorConfig
 from sample import default_weights
-from train import Batches, Loss, compile_loss, make_compilable, make_model, training_step
+from train import Batches, Loss, compile_loss, make_compilable, make_model, peak_memory
+from train import training_step
 
 PARTS = ("prior", "decoder", "upsampler1", "upsampler2", "sampling")
 
-# CLIP's embedding and token features; a caption's tokens, and the most there may be.
-SMALL, PRETRAINED = (128, 128, 20, 32), (512, 512, 77, 77)  # the latter with the preset `large`
+# CLIP's embedding and token features; a caption's tokens, and the most there may be. The latter are
+# ViT-L-14's, with the preset `large`, and captions of the greatest length.
+SMALL, PRETRAINED = (128, 128, 20, 32), (768, 768, 77, 77)
 
 
 def seconds(work, device, repeats=5):
@@ -106,10 +108,13 @@ def bench_training(stage, args, device, peak):
     if args.compile:
         compile_loss(loss_of)
         make_compilable(batch, model)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     took = seconds(lambda: step(batch), device)
+    memory = f"  {peak_memory(device):.1f} GB" if device.type == "cuda" else ""
     print(f"{stage:11} batch {B:4}: {took * 1000:8.0f} ms a step {B / took:8.0f} examples/s "
           f"{flops / B / 1e9:8.2f} GFLOP an example {flops / took / 1e9:9.0f} GFLOP/s "
-          f"{flops / took / peak:6.1%} of the peak")
+          f"{flops / took / peak:6.1%} of the peak{memory}")
 
 
 def bench_prior_cache(device):
