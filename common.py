@@ -1,4 +1,4 @@
-"""What every command needs and none of it is about unCLIP: device, arguments, pictures, charts.
+"""What every command needs and none of it is about unCLIP: device, processes, arguments, pictures.
 
 A student can skip this file. What is worth knowing: precision is chosen in `autocast`; a user's
 mistake is a UserError, which `exit_code` turns into one line and exit code 2; and charts are drawn
@@ -11,11 +11,13 @@ import functools
 import json
 import math
 import re
+import signal
 import sys
 import textwrap
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 
 from data import UserError
@@ -58,6 +60,72 @@ def cpu_is_fast_in_bf16():
     except OSError:  # not Linux
         intel = True
     return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() and not intel
+
+
+# --- processes --------------------------------------------------------------------------------
+
+
+def rank():
+    """Which of the processes this is: 0 when there is one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def note(text):
+    """Print, once however many processes there are."""
+    if rank() == 0:
+        print(text)
+
+
+def first_alone(make):
+    """make(), by the first process and then by the others, which find what it left on disk."""
+    if rank() > 0:
+        dist.barrier()
+    made = make()
+    if rank() == 0 and world_size() > 1:
+        dist.barrier()
+    return made
+
+
+class Interrupt:
+    """Ctrl-C asks the loop to stop after the step it is in, where everything fits together."""
+
+    def __enter__(self):
+        self.asked, self.agreed = False, False
+        self.before = signal.signal(signal.SIGINT, self.ask)
+        return self
+
+    def ask(self, *_):
+        self.asked = True
+        self.__exit__()  # a second Ctrl-C stops at once
+
+    def agree(self, device):
+        """Of several processes all must stop after the same step, or some would wait for ever.
+        Of several GPUs each waits for its own here, so they are asked at every tenth step only."""
+        self.agreed = self.asked
+        if world_size() > 1:
+            asked = torch.tensor(float(self.asked), device=device)
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+            self.agreed = asked.item() > 0
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self.before)
+
+
+def peak_memory(device):
+    """Most memory this process has held so far, GB: the GPU's, or on a CPU the process's own."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 # --- the command line -------------------------------------------------------------------------

@@ -353,7 +353,7 @@ class Decoder(nn.Module):
             text_enc = torch.zeros(B, self.config.text_len, self.config.text_width, device=device)
             text_mask = torch.ones(B, self.config.text_len, dtype=torch.bool, device=device)
         cond = self.condition(image_emb, text_enc, text_mask, keep_image_emb, keep_caption)
-        uncond = self.condition(image_emb, text_enc, text_mask, no, no)
+        uncond = cond if scale == 1 else self.condition(image_emb, text_enc, text_mask, no, no)
         return guided(self, cond, uncond, scale)
 
     @torch.no_grad()

@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 import checkpoint as checkpoints
 from clip_model import Tokenizer, embed, make_vocab
+from common import Interrupt, first_alone, note, peak_memory, rank, world_size
 from common import Parser, autocast, choose_device, draw_grid, exit_code, plot_runs, save_picture
 from common import natural, positive, positive_number, seed_number
 from data import UserError, load_data
@@ -463,43 +464,6 @@ def restore(resume, model, ema, optimizers):
             optimizer.param_groups[0]["scale"] = scale  # as this training has it, like its lr
 
 
-def peak_memory(device):
-    """Most memory this process has held so far, GB: the GPU's, or on a CPU the process's own."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource
-    except ImportError:  # Windows
-        return math.nan
-    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in kilobytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-class Interrupt:
-    """Ctrl-C asks the loop to stop after the step it is in, where everything fits together."""
-
-    def __enter__(self):
-        self.asked, self.agreed = False, False
-        self.before = signal.signal(signal.SIGINT, self.ask)
-        return self
-
-    def ask(self, *_):
-        self.asked = True
-        self.__exit__()  # a second Ctrl-C stops at once
-
-    def agree(self, device):
-        """Of several processes all must stop after the same step, or some would wait for ever.
-        Of several GPUs each waits for its own here, so they are asked at every tenth step only."""
-        self.agreed = self.asked
-        if world_size() > 1:
-            asked = torch.tensor(float(self.asked), device=device)
-            dist.all_reduce(asked, dist.ReduceOp.MAX)
-            self.agreed = asked.item() > 0
-
-    def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self.before)
-
-
 # --- the command line ------------------------------------------------------------------------
 
 
@@ -566,32 +530,6 @@ def embed_both(clip, data, val, folder):
     """Embeddings of the training and of the validation pictures."""
     with autocast(clip.mean.device):
         return first_alone(lambda: [embed(clip, d, folder) for d in (data, val)])
-
-
-def first_alone(make):
-    """make(), by the first process and then by the others, which find what it left on disk."""
-    if rank() > 0:
-        dist.barrier()
-    made = make()
-    if rank() == 0 and world_size() > 1:
-        dist.barrier()
-    return made
-
-
-def rank():
-    """Which of the processes this is: 0 when there is one."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size():
-    """How many processes train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def note(text):
-    """Print, once however many processes there are."""
-    if rank() == 0:
-        print(text)
 
 
 def run_stage(stage, args, device):

@@ -23,14 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint as checkpoints
 from clip_model import embed
-from common import Parser, autocast, choose_device, exit_code, positive, positive_number
+from common import Parser, autocast, choose_device, exit_code, peak_memory
+from common import positive, positive_number
 from data import Shapes
 from optimizer import make_optimizers
 from presets import PRESETS, recipe
 from prior import DiffusionPrior, PriorConfig
 from sample import default_weights
-from train import Batches, Loss, compile_loss, make_compilable, make_model, peak_memory
-from train import training_step
+from train import Batches, Loss, compile_loss, make_compilable, make_model, training_step
 
 PARTS = ("prior", "decoder", "upsampler1", "upsampler2", "sampling")
 
