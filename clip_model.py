@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from common import usable_cores
 from data import UserError
 from diffusion import at_least_float32
 
@@ -520,7 +521,7 @@ def embed_images(clip, data, folder, batch_size):
     image_emb = Progress(folder / "image_emb.npy", (len(data), clip.dim))
     rest = range(image_emb.done, len(data))
     rest = torch.utils.data.Subset(Pictures(data, clip), rest)
-    workers = min(len(rest), os.cpu_count() or 1, 8)
+    workers = min(len(rest), usable_cores(), 8)
     loader = torch.utils.data.DataLoader(rest, batch_size, num_workers=workers)
     k = image_emb.done
     for n, images in enumerate(tqdm(loader, "CLIP: images", disable=None)):

@@ -10,6 +10,7 @@ import argparse
 import functools
 import json
 import math
+import os
 import re
 import signal
 import sys
@@ -60,6 +61,14 @@ def cpu_is_fast_in_bf16():
     except OSError:  # not Linux
         intel = True
     return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() and not intel
+
+
+def usable_cores():
+    """Processor cores that this process may use, which `taskset` can make fewer than there are."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        return os.cpu_count() or 1
 
 
 # --- processes --------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ import checkpoint as checkpoints
 from clip_model import Tokenizer, embed, make_vocab
 from common import Interrupt, first_alone, note, peak_memory, rank, world_size
 from common import Parser, autocast, choose_device, draw_grid, exit_code, plot_runs, save_picture
-from common import natural, positive, positive_number, seed_number
+from common import natural, positive, positive_number, seed_number, usable_cores
 from data import UserError, load_data
 from optimizer import make_optimizers
 from presets import BASELINES, ORDER, PRESETS, recipe
@@ -592,7 +592,7 @@ def main(argv=None):
         "training, at most 500)")
     add("--sample-every", type=positive, help="steps between sample grids (default: a fifth of "
         "the training)")
-    add("--workers", type=natural, default=min(8, os.cpu_count() or 1),
+    add("--workers", type=natural, default=min(8, usable_cores()),
         help="processes that prepare batches")
     add("--compile", action="store_true", help="torch.compile the loss: faster steps on a GPU, "
         "after a few minutes")
