@@ -20,6 +20,7 @@ Read next: train.py, which writes them, and sample.py, which reads them.
 import dataclasses
 import os
 import pickle
+import zipfile
 from pathlib import Path
 
 import torch
@@ -72,7 +73,7 @@ def export_checkpoint(path, folder):
     other stages expect.
     Returns the new file's path.
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, Path(path).stem)
     kept = {k: v for k, v in checkpoint.items() if k not in ("model", "optimizer")}
     kept["ema"] = {k: v.half() if v.is_floating_point() else v for k, v in kept["ema"].items()}
     save_checkpoint(Path(folder) / Path(path).name, kept)
@@ -88,6 +89,10 @@ def load_checkpoint(path, stage=None):
         )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise ValueError("a checksum is wrong")  # which torch does not look at
+    except PermissionError:
+        raise  # one line already: see common.exit_code
     except pickle.UnpicklingError as e:
         raise UserError(f"{path} is not a file of plain weights (it may hold code, which is never "
                         "run): delete it and train or copy it again") from e
@@ -95,16 +100,38 @@ def load_checkpoint(path, stage=None):
         raise UserError(
             f"{path} is damaged ({type(e).__name__}): delete it and train or copy it again"
         ) from e
-    needed = {"stage", "config", "ema", "step"}
-    if not isinstance(checkpoint, dict) or not needed <= set(checkpoint):
+    there = set(checkpoint) if isinstance(checkpoint, dict) else set()
+    lacks = {"stage", "config", "ema", "step"} - there
+    if lacks:
         raise UserError(
-            f"{path} is not a checkpoint of this project: it lacks {', '.join(sorted(needed))}"
+            f"{path} is not a checkpoint of this project: it lacks {', '.join(sorted(lacks))}"
         )
+    check_parts(checkpoint, path)
     if stage is not None and checkpoint["stage"] != stage:
         raise UserError(
             f"{path} holds the stage '{checkpoint['stage']}', not '{stage}': check the file's name"
         )
     return checkpoint
+
+
+def check_parts(checkpoint, path):
+    """UserError unless each part of a checkpoint is what it should be."""
+    ema = checkpoint["ema"]
+    run, figures, clip = (checkpoint.get(name) or {} for name in ("run", "figures", "clip"))
+    fine = all(isinstance(x, dict) for x in (checkpoint["config"], ema, run, figures, clip))
+    if fine:
+        counts = [checkpoint["step"], run.get("steps", 0), run.get("batch_size", 0),
+                  figures.get("examples", 0)]
+        names = [clip.get("spec"), clip.get("identity")] if clip else []
+        fine = (all(type(x) is int and x >= 0 for x in counts)
+                and all(isinstance(x, str) for x in names)
+                and all(torch.is_tensor(x) for x in ema.values()))
+    if not fine:
+        raise UserError(f"{path}: its parts are not those of a checkpoint; train this stage again")
+    for name, x in ema.items():
+        if x.is_floating_point() and not x.isfinite().all():
+            raise UserError(f"{path}: its weights are not all numbers (in {name}): they are of a "
+                            "training that went wrong; train this stage again")
 
 
 def build(checkpoint, path="the checkpoint"):
@@ -115,7 +142,8 @@ def build(checkpoint, path="the checkpoint"):
         model = make_model(config)
         # Shipped weights are stored in half precision; load_state_dict turns them into float32.
         model.load_state_dict(checkpoint["ema"])
-    except (TypeError, KeyError, ValueError, AttributeError, RuntimeError, UserError) as e:
+    except (TypeError, LookupError, ValueError, ArithmeticError, AttributeError, RuntimeError,
+            UserError) as e:
         reason = " ".join(str(e).split())[:200]
         raise UserError(f"{path}: weights and configuration do not fit this version ({reason}): "
                         "train this stage again") from e
@@ -125,8 +153,8 @@ def build(checkpoint, path="the checkpoint"):
 def examples_seen(checkpoint):
     """How many examples, counted again each time, the training of a checkpoint has seen."""
     # Where the count was not kept yet, the batch size had better be the same all along.
-    count = checkpoint["step"] * checkpoint.get("run", {}).get("batch_size", 0)
-    return int(checkpoint.get("figures", {}).get("examples", count))
+    count = checkpoint["step"] * (checkpoint.get("run") or {}).get("batch_size", 0)
+    return (checkpoint.get("figures") or {}).get("examples", count)
 
 
 def as_tuple(value):

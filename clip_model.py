@@ -311,7 +311,8 @@ def load_open_clip(spec):
             force_quick_gelu=quick,
         )
     except Exception as e:
-        reason = (str(e) or type(e).__name__).splitlines()[0]
+        # Its first sentence: torch goes on to advise against weights_only, which stays.
+        reason = (str(e) or type(e).__name__).splitlines()[0].split(". ")[0]
         raise UserError(f"--clip {spec}: cannot load these weights ({reason}); where the model hub "
                         "cannot be reached, give a local file: --clip "
                         f"{name}:{tag + '=' if tag else ''}FILE") from e

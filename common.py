@@ -227,8 +227,8 @@ def finite(text):
 
 def positive_number(text):
     value = finite(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text}: must be above 0")
+    if not 0 < value < 1e30:  # beyond, float32 would soon be at its end
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0 and below 1e30")
     return value
 
 
@@ -274,10 +274,18 @@ def draw_grid(pictures, captions=None, columns=4, cell=None):
     return sheet
 
 
+def make_folder(path):
+    """mkdir, with a bad path as a UserError."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot write into {path}: {e.strerror}; give another folder") from e
+
+
 def save_picture(image, path, **options):
     """image.save, with a full disk or a bad path as a UserError."""
+    make_folder(Path(path).parent)
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         image.save(path, **options)
     except (OSError, ValueError) as e:
         raise UserError(f"cannot write {path}: {e}") from e
@@ -382,18 +390,20 @@ def widened(low, high):
 
 
 def read_metrics(run):
-    """A run's metrics.jsonl -> list of dicts. A half-written last line is left out."""
+    """A run's metrics.jsonl -> list of dicts. Broken lines and others are left out."""
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"no metrics at {path}: give the --out folder of a training")
     lines = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
+            x = json.loads(line)
+            losses = [float(x[key]) for key in ("loss", "val_loss") if key in x]
+            fine = isinstance(x["stage"], str) and type(x["step"]) is int and losses
+        except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
             continue
-    lines = [x for x in lines if isinstance(x, dict) and {"stage", "step"} <= set(x)
-             and {"loss", "val_loss"} & set(x)]
+        if fine and all(1e-30 < abs(loss) < 1e30 or loss != loss for loss in losses):
+            lines.append(x)
     if not lines:
         raise UserError(f"{path} is empty: train a little first")
     return lines

@@ -472,7 +472,7 @@ def load_folder(root, split, limit=None):
                     raise TypeError
                 texts = [text.strip() for text in texts if text.strip()]
                 captioned.setdefault(root / row["file_name"], []).extend(texts)
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 start = line[:60].decode(errors="replace")
                 raise UserError(f"{table}, line {number}: {start!r} must be JSON like {EXAMPLE}")
     else:
@@ -514,7 +514,7 @@ def load_coco(root, split, limit=None):
         for value in (*names.values(), *(text for _, text in texts)):
             if not isinstance(value, str):
                 raise TypeError(f"{value!r} is not a string")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", 1)
         raise UserError(f"{table}, line {line}: not JSON ({error}); download it again")
     except (KeyError, TypeError) as error:

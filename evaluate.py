@@ -27,7 +27,7 @@ from tqdm import tqdm
 from checkpoint import STAGES, check_clip, clip_of, load_clip, load_stage
 from clip_model import embed
 from common import Parser, autocast, choose_device, draw_grid, exit_code, save_picture, to_pil
-from common import finite, positive, seed_number
+from common import finite, make_folder, positive, seed_number
 from data import BACKGROUNDS, COLOURS, SHAPES
 from data import Claim, Shapes, UserError, load_data, parse_caption, render, with_article
 from findings import report
@@ -135,8 +135,8 @@ def judge_upsamplers(args):
     pipeline = Pipeline(args.weights, args.device, args.size, prior=None)
     data, low, table = Shapes(args.n, "val", args.seed), pipeline.sizes[0], {}
     if len(pipeline.sizes) == 1:
-        raise UserError(f"{pipeline.folder} has no upsampler to {args.size} pixels: train "
-                        "upsampler1, or give a larger --size")
+        mend = "train upsampler1" if args.size > low else f"give a --size above {low}"
+        raise UserError(f"{pipeline.folder} has no upsampler to {args.size} pixels: {mend}")
     for size in pipeline.sizes[1:]:
         psnrs, scores = {}, {}
         for i in tqdm(range(args.n), f"to {size}", disable=None):
@@ -371,7 +371,8 @@ def judge_clip(args):
     there = [s for s in STAGES if (args.weights / f"{s}.pt").exists()]
     spec = "small"
     if "clip" not in there and any(map(needs_clip, there)):  # a pretrained one, whose name they say
-        spec = next(load_stage(args.weights, s).clip["spec"] for s in there if needs_clip(s))
+        model = next(load_stage(args.weights, s) for s in there if needs_clip(s))
+        spec = model.clip["spec"] if model.clip else "small"
     clip = load_clip(args.weights, spec, args.device)
     data, right = Shapes(args.n, "val", args.seed), {"binding": [], "shape": [], "relation": []}
     scenes = [i for i in range(args.n) if len(data.scene(i).things) == 2]
@@ -383,7 +384,8 @@ def judge_clip(args):
             right[name].append(answer)
     table = {name: {"right": sum(x) / max(1, len(x)), "n": len(x)} for name, x in right.items()}
     for name, row in table.items():
-        print(f"{name:12}{row['right']:8.1%} of {row['n']}, chance 50%")
+        right_ones = f"{row['right']:8.1%}" if row["n"] else f"{'-':>8}"
+        print(f"{name:12}{right_ones} of {row['n']}, chance 50%")
     train = Shapes(40 * args.n, "train", args.seed)
     (emb, labels), (val_emb, val_labels) = ((look(clip, d), pairs_shown(d).to(clip.mean.device))
                                             for d in (train, data))
@@ -503,8 +505,13 @@ def build_parser():
 @exit_code
 def main(argv=None):
     args = build_parser().parse_args(argv)
+    # Now, not after hours of work:
     if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise UserError(f"--json {args.json}: there is no such folder")  # now, not after hours
+        raise UserError(f"--json {args.json}: there is no such folder")
+    if args.json and Path(args.json).is_dir():
+        raise UserError(f"--json {args.json} is a folder: name a file")
+    if getattr(args, "out", None):
+        make_folder(args.out)
     if "weights" in args:
         args.weights = Path(args.weights or default_weights())
     table = args.run(args)

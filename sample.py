@@ -26,7 +26,7 @@ from tqdm import tqdm
 import checkpoint as checkpoints
 import manipulate
 from common import Film, Parser, autocast, choose_device, draw_grid, exit_code, save_picture, to_pil
-from common import finite, fraction, positive, seed_number, two_or_more
+from common import finite, fraction, make_folder, positive, seed_number, two_or_more
 from data import UserError, fit, to_rgb, to_tensor
 from prior import AutoregressivePrior, DiffusionPrior
 
@@ -194,7 +194,7 @@ def slugs(captions):
     names = []
     for caption in captions:
         words = "".join(c if c.isalnum() else " " for c in caption.lower()).split()
-        name = "-".join(words)[:60] or "caption"
+        name = "-".join(words)[:60].encode()[:180].decode(errors="ignore") or "caption"
         number = itertools.count(2)
         unused = name
         while unused in names:
@@ -218,7 +218,10 @@ def load_pipeline(args, **stages):
     """The pipeline of --weights on --device, and the size that --size comes to with it."""
     folder = args.weights or default_weights()
     pipeline = Pipeline(folder, args.device, args.size, clip=args.clip, **stages)
-    return pipeline, reachable_size(pipeline, args.size)
+    size = reachable_size(pipeline, args.size)
+    if getattr(args, "out", None):  # before the work, so that a mistake is found now
+        make_folder(Path(args.out).parent if args.out.endswith(".png") else args.out)
+    return pipeline, size
 
 
 def text_command(args):
@@ -240,6 +243,8 @@ def text_command(args):
     texts = [pipeline.text([caption]) for caption in args.caption]  # all mistakes before any work
     names = slugs(args.caption)
     jobs = [(c, args.seed + k) for c in range(len(names)) for k in range(args.n)]
+    if out.name in {f"{names[c]}_{seed}.png" for c, seed in jobs}:
+        raise UserError(f"--out {out}: one of the pictures has this name; choose another")
     pictures = []
     for c, seed in tqdm(jobs, "pictures", disable=None):
         films = [Film() for _ in range(args.candidates)] if args.film else None

@@ -283,10 +283,13 @@ class Run:
     def __init__(self, stage, path, config, settings, clip, first_process):
         self.stage, self.path, self.settings, self.clip = stage, path, settings, clip
         self.writes, self.figures = first_process, {}  # figures: the last of each kind reported
-        (path.parent / "samples").mkdir(parents=True, exist_ok=True)
+        self.about = {"stage": stage, "config": config, "run": settings, "clip": clip}
+
+    def begin(self):
+        """Make the folder and write the settings: once nothing stands in the training's way."""
+        (self.path.parent / "samples").mkdir(parents=True, exist_ok=True)
         if self.writes:
-            about = {"stage": stage, "config": config, "run": settings, "clip": clip}
-            path.with_suffix(".json").write_text(json.dumps(about, indent=2) + "\n")
+            self.path.with_suffix(".json").write_text(json.dumps(self.about, indent=2) + "\n")
 
     def save(self, step, model, ema, optimizers):
         """Everything that resuming needs; the random numbers need no state (see the top)."""
@@ -380,6 +383,7 @@ def train(run, model, batches, val_batches, device, resume=None):
     if resume:
         restore(resume, model, ema, optimizers)
         examples = checkpoints.examples_seen(resume)
+    run.begin()
     loss_of = Loss(model)
     if settings["compile"]:
         compile_loss(loss_of)
@@ -420,8 +424,10 @@ def train(run, model, batches, val_batches, device, resume=None):
             if done % every_log == 0 or saving or looking:
                 # Where one process waits for its device: figures are read here, not every step.
                 smooth = torch.stack(losses).mean().item()
-                if not math.isfinite(smooth):
-                    raise UserError(f"{run.stage}, step {done}: the loss is {smooth}. The last "
+                if not math.isfinite(smooth) or not all_finite(model):
+                    wrong = "a weight" if math.isfinite(smooth) else "the loss"
+                    value = math.inf if math.isfinite(smooth) else smooth
+                    raise UserError(f"{run.stage}, step {done}: {wrong} is {value}. The last "
                                     "checkpoint is kept: try a smaller --lr, with --resume")
                 elapsed = time.time() - started
                 speed, wait = settings["batch_size"] * len(losses) / elapsed, waited / elapsed
@@ -429,10 +435,12 @@ def train(run, model, batches, val_batches, device, resume=None):
                 seen = examples + (done - first) * settings["batch_size"]
                 run.report(done, {"examples": seen, "loss": smooth, "lr": rate,
                                   "images_per_s": speed, "data_wait": wait})
-                if looking:
-                    run.look(done, ema.model, val_batches, device)
-                if saving:
-                    run.save(done, model, ema, optimizers)
+                try:
+                    if looking:
+                        run.look(done, ema.model, val_batches, device)
+                finally:  # also where there is no room for a picture
+                    if saving:
+                        run.save(done, model, ema, optimizers)
                 waited_in_all += waited
                 losses, started, waited = [], time.time(), 0.0
             if pause.agreed:
@@ -446,6 +454,11 @@ def train(run, model, batches, val_batches, device, resume=None):
               f"waiting for data {waited_in_all / elapsed:.1%}, {peak_memory(device):.1f} GB")
 
 
+def all_finite(model):
+    """Is every weight a number? Waits for the device."""
+    return bool(torch.stack([p.isfinite().all() for p in model.parameters()]).all())
+
+
 def restore(resume, model, ema, optimizers):
     """Put a checkpoint's state back into all of them, to go on where it was written.
 
@@ -455,13 +468,19 @@ def restore(resume, model, ema, optimizers):
     if "optimizer" in resume:  # else an exported copy, and the averaged weights are all there is
         states = resume["optimizer"]
         if not isinstance(states, list) or len(states) != len(optimizers):
-            raise UserError("--resume: the checkpoint was trained by another optimizer: set "
-                            "\"muon\" in presets.py as it was, or go on from an exported copy")
-        model.load_state_dict(resume["model"])
-        for optimizer, state in zip(optimizers, states, strict=True):
-            scale = optimizer.param_groups[0]["scale"]
-            optimizer.load_state_dict(state)
-            optimizer.param_groups[0]["scale"] = scale  # as this training has it, like its lr
+            raise UserError("--resume: the checkpoint was trained by another optimizer: give its "
+                            "--preset, set \"muon\" in presets.py as it was, or go on from an "
+                            "exported copy")
+        try:
+            model.load_state_dict(resume["model"])
+            for optimizer, state in zip(optimizers, states, strict=True):
+                scale = optimizer.param_groups[0]["scale"]
+                optimizer.load_state_dict(state)
+                optimizer.param_groups[0]["scale"] = scale  # as this training has it, like its lr
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+            reason = " ".join(str(e).split())[:200]
+            raise UserError(f"--resume: the checkpoint's weights and optimizer do not fit ({reason}"
+                            "): train this stage again, or go on from an exported copy") from e
 
 
 # --- the command line ------------------------------------------------------------------------
@@ -484,6 +503,9 @@ def prepare(stage, args, clip):
     if settings["batch_size"] % world_size():
         raise UserError(f"--batch-size {settings['batch_size']}: not a multiple of the "
                         f"{world_size()} processes")
+    if stage == "clip" and settings["batch_size"] < 2 * world_size():
+        raise UserError(f"--batch-size {settings['batch_size']}: CLIP tells pictures from each "
+                        "other, so each process needs two or more")
 
     limit = args.limit or (PRESETS[args.preset]["data"] if args.data == "shapes" else None)
     val_limit = 512 if args.data == "shapes" else args.limit
@@ -501,14 +523,16 @@ def prepare(stage, args, clip):
         model.clip = resume.get("clip")
         if clip is not None:
             checkpoints.check_clip(model, clip, path)
-        before = resume.get("run", {})
+        before = resume.get("run") or {}
         if before.get("steps", settings["steps"]) != settings["steps"]:
             # A training that is made longer does not go back to small pictures.
             settings["half_size_until"] *= before["steps"] / settings["steps"]
-        for key in ("batch_size", "lr", "muon", "focus", "seed", "steps", "decay", "fingerprint",
-                    "world"):
+        for key in ("preset", "batch_size", "lr", "muon", "focus", "seed", "steps", "decay",
+                    "fingerprint", "world"):
             if before.get(key) != settings[key]:
                 note(f"note: {path}: {key} was {before.get(key)}, is {settings[key]} now")
+    elif args.resume:
+        note(f"note: no {path} to resume: {stage} starts afresh")
     elif path.exists():
         raise UserError(f"{path} is there: --resume continues it, another --out starts afresh")
     embeddings = [None, None]
@@ -560,6 +584,11 @@ def export(run, folder):
                         "--resume needs; give another folder")
     if not paths:
         raise UserError(f"{run} has no trained stage to export: give --out the folder of a run")
+    for path in paths:
+        there = Path(folder) / path.name
+        if there.is_file() and "optimizer" in checkpoints.load_checkpoint(there):
+            raise UserError(f"--to {folder}: {there} is a training's own checkpoint, which a copy "
+                            "would replace; give another folder")
     for path in paths:
         copy = checkpoints.export_checkpoint(path, folder)
         print(f"{copy}: {copy.stat().st_size / 2**20:.1f} MiB")
@@ -635,7 +664,7 @@ def main(argv=None):
     try:
         for stage in ORDER if args.stage == "all" else [args.stage]:
             if stage == "clip" and args.clip != "small":
-                note(f"clip: {args.clip} is trained already")
+                note(f"clip: nothing to train, {args.clip} is a pretrained one")
                 continue
             run_stage(stage, args, device)
     finally:

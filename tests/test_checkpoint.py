@@ -1,6 +1,7 @@
 """Claims about checkpoints: rebuilt alone, written whole or not at all, read without running."""
 
 import errno
+import math
 import os
 from pathlib import Path
 
@@ -311,3 +312,34 @@ def test_every_stage_can_be_rebuilt():
 def test_the_shipped_weights_fit_the_code_as_it_is(stage):
     model = checkpoints.load_stage(ROOT / "weights/shapes", stage)
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("broken", [
+    {"step": "1"}, {"step": -1}, {"step": 1.5}, {"config": []}, {"ema": {"x": 1}}, {"run": [1]},
+    {"run": {"steps": "2"}}, {"figures": {"examples": "many"}}, {"clip": "small"},
+    {"clip": {"spec": "small"}}, {"clip": {"spec": 5, "identity": "x"}},
+], ids=str)
+def test_parts_of_the_wrong_kind_are_one_line(broken, micro_run, tmp_path):
+    saved = load_checkpoint(micro_run / "prior.pt")
+    save_checkpoint(tmp_path / "prior.pt", saved | broken)
+    with fails_with("prior.pt", "parts are not those of a checkpoint"):
+        load_checkpoint(tmp_path / "prior.pt")
+
+
+def test_weights_that_are_no_numbers_are_refused(micro_run, tmp_path):
+    saved = load_checkpoint(micro_run / "prior.pt")
+    name = next(iter(saved["ema"]))
+    saved["ema"][name] = saved["ema"][name] * math.nan
+    save_checkpoint(tmp_path / "prior.pt", saved)
+    with fails_with("prior.pt", name):
+        load_checkpoint(tmp_path / "prior.pt")
+
+
+def test_a_flipped_bit_in_the_weights_is_noticed(micro_run, tmp_path):
+    data = bytearray((micro_run / "prior.pt").read_bytes())
+    weight = load_checkpoint(micro_run / "prior.pt")["ema"]["query"].numpy().tobytes()
+    assert data.count(weight) >= 1
+    data[data.index(weight)] ^= 1
+    (tmp_path / "prior.pt").write_bytes(data)
+    with fails_with("prior.pt", "damaged"):
+        load_checkpoint(tmp_path / "prior.pt")

@@ -11,6 +11,7 @@ from PIL import ImageColor, ImageDraw
 
 import train
 from common import CURVES, chart, choose_device, exit_code, log_ticks, plot_runs, ticks
+from common import read_metrics, usable_cores
 from conftest import ROOT
 from data import UserError
 
@@ -29,6 +30,21 @@ def test_any_other_failure_keeps_its_traceback(where):
 
     with pytest.raises(RuntimeError, match="mat1"):
         main([])
+
+
+def test_cores_that_taskset_takes_away_are_not_counted(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {3}, raising=False)
+    assert usable_cores() == 1
+
+
+def test_metrics_that_are_none_are_left_out(tmp_path):
+    good = {"stage": "prior", "step": 1, "loss": 0.5}
+    bad = [good | change for change in (
+        {"step": None}, {"step": "2"}, {"stage": 3}, {"loss": None}, {"loss": 1e308},
+        {"loss": 10**400}, {"loss": "low"})]
+    lines = [json.dumps(x).encode() for x in (good, *bad)] + [b"\xff", b"[" * 100_000, b"[]", b"{"]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    assert read_metrics(tmp_path) == [good]
 
 
 def test_an_installed_copy_has_every_file():

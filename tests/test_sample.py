@@ -245,3 +245,9 @@ def test_missing_truncated_and_foreign_weights_are_named(micro_run, tmp_path, ca
     saved["ema"]["model.text_projection"] += 1  # another CLIP than the stages were trained for
     torch.save(saved, copy / "clip.pt")
     assert sample.main(run) == 2 and "do not mix" in capsys.readouterr().err
+
+
+def test_a_grid_does_not_take_the_place_of_a_picture(micro_run, tmp_path, capsys):
+    out = tmp_path / "a-red-circle_0.png"
+    run = ["text", "a red circle", "-n", "1", "--weights", str(micro_run), "--out", str(out)]
+    assert sample.main(run) == 2 and "choose another" in capsys.readouterr().err

@@ -172,6 +172,48 @@ def test_a_training_made_longer_does_not_go_back_to_half_the_size(micro_run, tmp
     assert settings["half_size_until"] * settings["steps"] == pytest.approx(2)
 
 
+def test_weights_that_are_no_numbers_do_not_replace_a_checkpoint(tmp_path, capsys, monkeypatch):
+    """The loss of a step is of the weights before it: a step that spoils them has a finite one."""
+    run = [*UPSAMPLER, "--out", str(tmp_path)]
+    assert train.main([*run, "--steps", "2"]) == 0
+    before = (tmp_path / "upsampler1.pt").read_bytes()
+    monkeypatch.setattr(train, "learning_rate", lambda step, settings: math.inf)
+    assert train.main([*run, "--resume", "--steps", "4", "--save-every", "1"]) == 2
+    assert "The last checkpoint is kept" in capsys.readouterr().err
+    assert (tmp_path / "upsampler1.pt").read_bytes() == before
+
+
+def test_a_refused_training_leaves_the_settings_as_they_were(tmp_path, capsys):
+    run = [*UPSAMPLER, "--out", str(tmp_path)]
+    assert train.main([*run, "--steps", "2"]) == 0
+    before = (tmp_path / "upsampler1.json").read_text()
+    saved = checkpoints.load_checkpoint(tmp_path / "upsampler1.pt")
+    for broken in ({"optimizer": {}}, {"model": {}}, {"optimizer": [{}, {}]}):
+        checkpoints.save_checkpoint(tmp_path / "upsampler1.pt", saved | broken)
+        assert train.main([*run, "--resume", "--steps", "4"]) == 2
+        assert "--resume: the checkpoint" in capsys.readouterr().err
+        assert (tmp_path / "upsampler1.json").read_text() == before
+
+
+def test_a_checkpoint_is_saved_though_its_pictures_cannot_be(tmp_path, monkeypatch):
+    def full(image, path, **options):
+        raise UserError("cannot write: no room")
+
+    monkeypatch.setattr(train, "save_picture", full)
+    assert train.main([*UPSAMPLER, "--out", str(tmp_path), "--steps", "2"]) == 2
+    assert checkpoints.load_checkpoint(tmp_path / "upsampler1.pt")["step"] == 2
+
+
+def test_an_export_does_not_replace_the_checkpoints_of_another_training(micro_run, tmp_path):
+    shutil.copy(micro_run / "upsampler2.pt", tmp_path)
+    before = (tmp_path / "upsampler2.pt").read_bytes()
+    assert train.main(["export", "--out", str(micro_run), "--to", str(tmp_path)]) == 2
+    assert (tmp_path / "upsampler2.pt").read_bytes() == before
+    assert not (tmp_path / "clip.pt").exists()  # nothing is written at all
+    for _ in range(2):  # but an earlier copy may be replaced
+        assert train.main(["export", "--out", str(micro_run), "--to", str(tmp_path / "x")]) == 0
+
+
 def test_an_exported_run_draws_the_same_and_is_much_smaller(micro_run, tmp_path, capsys):
     assert train.main(["export", "--out", str(micro_run), "--to", str(tmp_path / "small")]) == 0
     for stage in train.ORDER:
@@ -647,6 +689,8 @@ def test_one_process_and_two_follow_the_same_loss_curve(micro_run, tmp_path):
         (["clip", "--device", "abacus"], "abacus"),
         (["clip", "--lr", "-1"], "--lr"),
         (["clip", "--seed", "-1"], "--seed"),
+        (["clip", "--batch-size", "1"], "two or more"),
+        (["clip", "--lr", "1e300"], "below 1e30"),
         (["clip", "--seed", str(2**29)], "below 2^29"),
         (["clip", "--workers", "-1"], "--workers"),
         (["clip", "--wat"], "--wat"),
