@@ -274,18 +274,21 @@ def draw_grid(pictures, captions=None, columns=4, cell=None):
     return sheet
 
 
-def make_folder(path):
-    """mkdir, with a bad path as a UserError."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"cannot write into {path}: {e.strerror}; give another folder") from e
+def check_folder(path):
+    """UserError where nothing can be written into `path`: to be asked before the work. It is not
+    made yet, as other mistakes should leave nothing behind."""
+    there = Path(path).absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"cannot write into {path}: {there} is not a folder, or not open to you; "
+                        "give another --out")
 
 
 def save_picture(image, path, **options):
     """image.save, with a full disk or a bad path as a UserError."""
-    make_folder(Path(path).parent)
     try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         image.save(path, **options)
     except (OSError, ValueError) as e:
         raise UserError(f"cannot write {path}: {e}") from e

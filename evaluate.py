@@ -27,7 +27,7 @@ from tqdm import tqdm
 from checkpoint import STAGES, check_clip, clip_of, load_clip, load_stage
 from clip_model import embed
 from common import Parser, autocast, choose_device, draw_grid, exit_code, save_picture, to_pil
-from common import finite, make_folder, positive, seed_number
+from common import check_folder, finite, positive, seed_number
 from data import BACKGROUNDS, COLOURS, SHAPES
 from data import Claim, Shapes, UserError, load_data, parse_caption, render, with_article
 from findings import report
@@ -511,7 +511,7 @@ def main(argv=None):
     if args.json and Path(args.json).is_dir():
         raise UserError(f"--json {args.json} is a folder: name a file")
     if getattr(args, "out", None):
-        make_folder(args.out)
+        check_folder(args.out)
     if "weights" in args:
         args.weights = Path(args.weights or default_weights())
     table = args.run(args)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 import checkpoint as checkpoints
 import manipulate
 from common import Film, Parser, autocast, choose_device, draw_grid, exit_code, save_picture, to_pil
-from common import finite, fraction, make_folder, positive, seed_number, two_or_more
+from common import check_folder, finite, fraction, positive, seed_number, two_or_more
 from data import UserError, fit, to_rgb, to_tensor
 from prior import AutoregressivePrior, DiffusionPrior
 
@@ -220,7 +220,7 @@ def load_pipeline(args, **stages):
     pipeline = Pipeline(folder, args.device, args.size, clip=args.clip, **stages)
     size = reachable_size(pipeline, args.size)
     if getattr(args, "out", None):  # before the work, so that a mistake is found now
-        make_folder(Path(args.out).parent if args.out.endswith(".png") else args.out)
+        check_folder(Path(args.out).parent if args.out.endswith(".png") else args.out)
     return pipeline, size
 
 

@@ -11,7 +11,7 @@ from PIL import ImageColor, ImageDraw
 
 import train
 from common import CURVES, chart, choose_device, exit_code, log_ticks, plot_runs, ticks
-from common import read_metrics, usable_cores
+from common import check_folder, read_metrics, usable_cores
 from conftest import ROOT
 from data import UserError
 
@@ -166,3 +166,12 @@ def test_a_curve_that_ends_where_it_begins_gets_both_marks_in_one(monkeypatch):
     there_and_back = [(0, 0), (1, 1), (0, 0.001)]
     chart({"a": there_and_back, "b": [(0, 1), (1, 0)]}, "t", "x", "y", ends=("from", "to"))
     assert "from, to" in written and written.count("from") == written.count("to") == 1
+
+
+def test_where_nothing_can_be_written_is_said_and_nothing_is_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    check_folder(tmp_path / "new" / "newer")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    for path in (tmp_path / "file", tmp_path / "file" / "inside"):
+        with pytest.raises(UserError, match="cannot write into"):
+            check_folder(path)
