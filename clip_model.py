@@ -347,12 +347,17 @@ class Embeddings:
 
     def check(self):
         """Raise ValueError where the arrays do not fit together or hold rows that are no units."""
+        counts = self.starts, self.caption_ids, self.caption_starts
         fits = (
-            len(self.caption_starts) == len(self.image_emb) + 1
+            all(array.ndim == 1 and array.dtype.kind == "i" for array in counts)
+            and self.image_emb.shape[1:] == self.text_emb.shape[1:]
+            and self.text_enc.shape[1:] == (self.text_width,)
+            and len(self.caption_starts) == len(self.image_emb) + 1
             and self.caption_starts[-1] == len(self.caption_ids)
             and len(self.starts) == len(self.text_emb) + 1
             and self.starts[-1] == len(self.text_enc)
-            and self.caption_ids.max() < len(self.text_emb)
+            and 0 <= self.caption_ids.min() <= self.caption_ids.max() < len(self.text_emb)
+            and np.all(np.diff(self.starts) > 0) and np.all(np.diff(self.caption_starts) >= 0)
         )
         if not fits:
             raise ValueError("its arrays do not fit together")

@@ -654,8 +654,18 @@ def empty(folder):
     (folder / "image_emb.npy").write_bytes(b"")
 
 
-@pytest.mark.parametrize("damage", [cut_short, fewer_rows, zeros, zero_features, missing,
-                                    empty])
+def changed(name, change):
+    def damage(folder):
+        np.save(folder / f"{name}.npy", change(np.load(folder / f"{name}.npy")))
+    return damage
+
+
+@pytest.mark.parametrize("damage", [
+    cut_short, fewer_rows, zeros, zero_features, missing, empty,
+    changed("caption_ids", lambda x: x - 1), changed("starts", lambda x: x.astype(float)),
+    changed("starts", lambda x: x[[0, *range(len(x) - 2, 0, -1), -1]]),
+    changed("starts", lambda x: x[0]), changed("text_emb", lambda x: np.eye(len(x), 2 * D)),
+])
 def test_damaged_embeddings_are_noticed_and_computed_again(damage, small, tmp_path, passes, capsys):
     wanted = embed(small, Data(), tmp_path)
     wanted = {name: np.array(getattr(wanted, name)) for name in Embeddings.ARRAYS}
