@@ -89,8 +89,10 @@ def load_checkpoint(path, stage=None):
         )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-            raise ValueError("a checksum is wrong")  # which torch does not look at
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():  # checksums, which torch does not look at
+                    raise ValueError("a checksum is wrong")
     except PermissionError:
         raise  # one line already: see common.exit_code
     except pickle.UnpicklingError as e:

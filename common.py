@@ -393,7 +393,8 @@ def widened(low, high):
 
 
 def read_metrics(run):
-    """A run's metrics.jsonl -> list of dicts. Broken lines and others are left out."""
+    """A run's metrics.jsonl -> list of dicts. Lines that are broken, or without a loss that has a
+    place on a logarithmic axis, are left out."""
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"no metrics at {path}: give the --out folder of a training")

@@ -369,11 +369,11 @@ def judge_clip(args):
     scenes, must name just the pairs of colour and shape that a scene of two objects shows.
     """
     there = [s for s in STAGES if (args.weights / f"{s}.pt").exists()]
-    spec = "small"
-    if "clip" not in there and any(map(needs_clip, there)):  # a pretrained one, whose name they say
-        model = next(load_stage(args.weights, s) for s in there if needs_clip(s))
-        spec = model.clip["spec"] if model.clip else "small"
-    clip = load_clip(args.weights, spec, args.device)
+    stage = next(filter(needs_clip, there), None)
+    if stage and "clip" not in there:  # a pretrained one, whose name the stage says
+        clip = clip_of(load_stage(args.weights, stage), args.weights, stage, args.device)
+    else:
+        clip = load_clip(args.weights, "small", args.device)
     data, right = Shapes(args.n, "val", args.seed), {"binding": [], "shape": [], "relation": []}
     scenes = [i for i in range(args.n) if len(data.scene(i).things) == 2]
     for i in tqdm(scenes, "comparing", disable=None):

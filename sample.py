@@ -194,6 +194,7 @@ def slugs(captions):
     names = []
     for caption in captions:
         words = "".join(c if c.isalnum() else " " for c in caption.lower()).split()
+        # Not above 180 bytes either: a file's name may have 255, with what is put around it.
         name = "-".join(words)[:60].encode()[:180].decode(errors="ignore") or "caption"
         number = itertools.count(2)
         unused = name

@@ -373,7 +373,8 @@ def make_compilable(batch, model):
 def train(run, model, batches, val_batches, device, resume=None):
     """Train one stage to run.settings["steps"]; resume: the checkpoint to continue from, or None.
 
-    Raises UserError where the loss is not finite, KeyboardInterrupt (after saving) on Ctrl-C.
+    Raises UserError where the loss or a weight is not finite, KeyboardInterrupt (after saving) on
+    Ctrl-C.
     """
     settings, steps = run.settings, run.settings["steps"]
     first = resume["step"] if resume else 0
@@ -424,11 +425,7 @@ def train(run, model, batches, val_batches, device, resume=None):
             if done % every_log == 0 or saving or looking:
                 # Where one process waits for its device: figures are read here, not every step.
                 smooth = torch.stack(losses).mean().item()
-                if not math.isfinite(smooth) or not all_finite(model):
-                    wrong = "a weight" if math.isfinite(smooth) else "the loss"
-                    value = math.inf if math.isfinite(smooth) else smooth
-                    raise UserError(f"{run.stage}, step {done}: {wrong} is {value}. The last "
-                                    "checkpoint is kept: try a smaller --lr, with --resume")
+                check_finite(f"{run.stage}, step {done}", smooth, model)
                 elapsed = time.time() - started
                 speed, wait = settings["batch_size"] * len(losses) / elapsed, waited / elapsed
                 bar.set_postfix(loss=f"{smooth:.4f}", images_per_s=f"{speed:.0f}")
@@ -454,9 +451,16 @@ def train(run, model, batches, val_batches, device, resume=None):
               f"waiting for data {waited_in_all / elapsed:.1%}, {peak_memory(device):.1f} GB")
 
 
-def all_finite(model):
-    """Is every weight a number? Waits for the device."""
-    return bool(torch.stack([p.isfinite().all() for p in model.parameters()]).all())
+def check_finite(where, loss, model):
+    """Raise UserError rather than save spoilt weights. The loss of a step is of the weights before
+    it, so it may be finite where they no longer are."""
+    wrong = f"the loss is {loss}"
+    if math.isfinite(loss):
+        if torch.stack([p.isfinite().all() for p in model.parameters()]).all():
+            return
+        wrong = "a weight is no longer finite"
+    raise UserError(f"{where}: {wrong}. The last checkpoint is kept: try a smaller --lr, with "
+                    "--resume")
 
 
 def restore(resume, model, ema, optimizers):
@@ -524,9 +528,10 @@ def prepare(stage, args, clip):
         if clip is not None:
             checkpoints.check_clip(model, clip, path)
         before = resume.get("run") or {}
-        if before.get("steps", settings["steps"]) != settings["steps"]:
-            # A training that is made longer does not go back to small pictures.
-            settings["half_size_until"] *= before["steps"] / settings["steps"]
+        if "half_size_until" in before:
+            # At the same step as before: a longer training does not go back to small pictures.
+            share = before["half_size_until"]
+            settings["half_size_until"] = share * (before["steps"] / settings["steps"])
         for key in ("preset", "batch_size", "lr", "muon", "focus", "seed", "steps", "decay",
                     "fingerprint", "world"):
             if before.get(key) != settings[key]:

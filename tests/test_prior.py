@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-import prior as prior_module
 from prior import (
     Block,
     DiffusionPrior,
     PriorConfig,
+    attention,
     causal_mask,
     embedding_scale,
     rerank,
@@ -472,4 +472,4 @@ def test_attention_on_a_cpu_is_the_fused_one_of_gpus():
     mask = torch.rand(2, 1, 5, 9) < 0.5
     mask[..., 0] = True  # no query without a key
     fused = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    assert_close(prior_module.attention(q, k, v, mask), fused)
+    assert_close(attention(q, k, v, mask), fused)

@@ -251,3 +251,7 @@ def test_a_grid_does_not_take_the_place_of_a_picture(micro_run, tmp_path, capsys
     out = tmp_path / "a-red-circle_0.png"
     run = ["text", "a red circle", "-n", "1", "--weights", str(micro_run), "--out", str(out)]
     assert sample.main(run) == 2 and "choose another" in capsys.readouterr().err
+
+
+def test_names_of_files_are_short_enough_in_bytes():
+    assert all(len(name.encode()) <= 180 for name in sample.slugs(["\U0001d49c" * 100]))
