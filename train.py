@@ -195,29 +195,35 @@ def preview(stage, model, batches, step, device):
     Returns (figures: dict of floats, pictures: (n, 3, H, W) or None, captions or None).
     """
     indices = range(min(16, len(batches.data)))
-    # Always the same pictures with the same noise: what changes from grid to grid is the model.
+    # Always the same pictures with the same noise: what changes from grid to grid is the model. The
+    # batch is made outside of autocast: corrupting and resizing pictures is float32 work.
     batch = batches.make(step, indices, np.random.default_rng(0))
     batch = {k: v.to(device) for k, v in batch.items()}
     generators = [torch.Generator().manual_seed(i) for i in indices]
     if stage == "clip":  # can it tell which of 16 captions belongs to a picture? Chance: 0.06
-        image_emb, text_emb, _ = model.model(batch["image"], batch["tokens"])
+        with autocast(device):
+            image_emb, text_emb, _ = model.model(batch["image"], batch["tokens"])
         right = (image_emb @ text_emb.T).argmax(dim=1).cpu() == torch.tensor(indices)
         return {"match_of_16": right.float().mean().item()}, None, None
     if stage in ("prior", "ar_prior"):  # closer to the truth than to anything else?
         text_emb, true = batch["text_emb"], batch["image_emb"]
-        drawn = model.sample(text_emb, batch["text_enc"], batch["text_mask"], generators=generators)
+        text = text_emb, batch["text_enc"], batch["text_mask"]
+        with autocast(device):
+            drawn = model.sample(*text, generators=generators)
         others = {"cos_true": true, "cos_text": text_emb, "cos_unrelated": true.roll(1, 0)}
         return {k: (drawn * x).sum(dim=1).mean().item() for k, x in others.items()}, None, None
     if stage.startswith("decoder"):
         size = batch["image"].shape[-1]  # half the side in the first part of some trainings
         text = batch["text_enc"], batch["text_mask"]
-        drawn = model.sample(model.embedding_of(batch), *text, scale=2.0, generators=generators,
-                             size=size)
+        with autocast(device):
+            drawn = model.sample(model.embedding_of(batch), *text, scale=2.0,
+                                 generators=generators, size=size)
         # The captions that were read: of each picture's, the one that the batch drew by this rng.
         which = batches.embeddings.which_captions(indices, np.random.default_rng(0))
         captions = [batches.data.captions(i)[k] for i, k in zip(indices, which, strict=True)]
         return {}, drawn, captions
-    drawn = model.sample(batch["low"], generators=generators)
+    with autocast(device):
+        drawn = model.sample(batch["low"], generators=generators)
     # Pixels span a range of 2, so PSNR = 10 log10(2^2 / mse).
     mse = (drawn - batch["image"]).square().mean().item()
     low = nn.functional.interpolate(batch["low"], drawn.shape[-2:], mode="nearest")
@@ -312,8 +318,7 @@ class Run:
         """Draw and measure with the averaged model, for the folder and the screen."""
         if not self.writes:
             return
-        with autocast(device):
-            figures, pictures, captions = preview(self.stage, averaged, val_batches, step, device)
+        figures, pictures, captions = preview(self.stage, averaged, val_batches, step, device)
         figures |= validate(self.stage, averaged, val_batches, step, device)
         if pictures is not None:
             grid = draw_grid(pictures, captions, columns=6 if len(pictures) > 16 else 4)

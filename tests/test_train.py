@@ -16,6 +16,9 @@ from PIL import Image
 from torch import nn
 
 import checkpoint as checkpoints
+import common
+import evaluate
+import sample
 import train
 from clip_model import embed
 from conftest import MICRO, ROOT
@@ -598,6 +601,26 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch, capsys
     assert train.main([*run, "--steps", "8"]) == 2
     assert "No space left" in capsys.readouterr().err
     assert checkpoints.load_checkpoint(tmp_path / "upsampler1.pt")["step"] == 2
+
+
+# --- bfloat16 --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_every_stage_trains_and_draws_with_autocast_on_and_off(monkeypatch, tmp_path, fast):
+    """Whatever this CPU multiplies fast: on another one the other path runs."""
+    monkeypatch.setattr(common, "cpu_is_fast_in_bf16", lambda: fast)
+    run = ["--preset", "micro", "--out", str(tmp_path), "--workers", "0", "--sample-every", "1"]
+    for stage in ["all"], ["ar_prior"], ["decoder", "--condition", "caption"]:
+        assert train.main([*stage, *run, "--steps", "2"]) == 0
+    options = ["--weights", str(tmp_path), "--size", "64", "--out", str(tmp_path)]
+    assert sample.main(["text", "a red circle", "-n", "1", *options]) == 0
+    picture = str(tmp_path / "a-red-circle_0.png")
+    mask, inversion = str(ROOT / "pictures/mask.png"), ["--steps", "3", *options]
+    assert sample.main(["vary", picture, "-n", "1", *inversion]) == 0
+    assert sample.main(["edit", picture, "--to", "a blue star", "--frames", "2", *inversion]) == 0
+    assert sample.main(["inpaint", picture, mask, "a red circle", "--steps", "3", *options]) == 0
+    assert evaluate.main(["losses", "-n", "8", "--weights", str(tmp_path)]) == 0
 
 
 # --- several processes -----------------------------------------------------------------------
