@@ -16,6 +16,7 @@ one step below, and is written t = -1 (alpha_bar = 1).
 
 Read next: prior.py (diffusion of CLIP embeddings), decoder.py (of images).
 """
+
 import functools
 import math
 import warnings
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from data import UserError
+from support.tools import UserError
 
 # --- schedules and small helpers ----------------------------------------------------------------
 def cosine_betas(T):
@@ -46,21 +47,6 @@ def linear_betas(T):
     """
     scale = 1000 / T
     return torch.linspace(1e-4 * scale, 0.02 * scale, T, dtype=torch.float64).clamp(max=0.999)
-
-
-def timestep_embedding(t, dim, max_period=10000):
-    """Tell a network the time: sines and cosines of t at dim / 2 frequencies (DDPM app. B).
-
-    t: (B,), dim: even. Returns (B, dim) whose squared norm is dim / 2, as sin^2 + cos^2 = 1.
-    Fast frequencies (1) tell neighbours apart, slow ones (nearly 1 / max_period) early from late.
-    """
-    if dim % 2:
-        raise ValueError(f"timestep_embedding: dim is {dim}, it must be even")
-    t = t if t.is_floating_point() else t.float()
-    powers = torch.arange(dim // 2, dtype=t.dtype, device=t.device) / (dim // 2)
-    angles = t[:, None] * torch.exp(-math.log(max_period) * powers)  # (B, dim / 2)
-    return torch.cat([angles.cos(), angles.sin()], dim=1)            # (B, dim)
-
 
 def at_least_float32(x):
     """x, or a float32 copy of half precision: bf16 is for networks, not for this arithmetic."""

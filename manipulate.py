@@ -24,8 +24,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from common import autocast
-from data import UserError
+from support.tools import UserError, autocast
 
 INVERSION_STEPS = 50  # there and back; each step up looks at the network four times
 INVERSIONS, REPRODUCED = 4, 30.0  # tries at a picture, until it comes back with so many dB

@@ -23,12 +23,16 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import checkpoint as checkpoints
 import manipulate
-from common import Film, Parser, autocast, choose_device, draw_grid, exit_code, save_picture, to_pil
-from common import check_folder, finite, fraction, positive, seed_number, two_or_more
-from data import UserError, fit, to_rgb, to_tensor
-from prior import AutoregressivePrior, DiffusionPrior
+from ar_prior import AutoregressivePrior
+from prior import DiffusionPrior
+from stages import check_clip, clip_of, load_stage
+from support.pictures import fit, to_rgb
+from support.sheets import Film, check_folder, draw_grid, save_picture, to_pil, to_tensor
+from support.tools import (
+    Parser, UserError, autocast, choose_device, exit_code,
+    finite, fraction, positive, seed_number, two_or_more,
+)
 
 STAGE_SEEDS = {"prior": 1, "decoder": 2, "upsampler1": 3, "upsampler2": 4}
 SIZES = (64, 256, 1024)  # of the paper's three stages
@@ -77,9 +81,9 @@ class Pipeline:
         self.prior = prior and self.load(prior)
         self.decoder = self.load(decoder)
         # Embeddings of another CLIP would be numbers without meaning to these stages.
-        self.clip = checkpoints.clip_of(self.decoder, self.folder, decoder, device, clip)
+        self.clip = clip_of(self.decoder, self.folder, decoder, device, clip)
         if prior:
-            checkpoints.check_clip(self.prior, self.clip, self.folder / f"{prior}.pt")
+            check_clip(self.prior, self.clip, self.folder / f"{prior}.pt")
         # The chain of sizes, as far as it is wanted and unbroken; 64, 256, 1024 for base.
         self.sizes, self.upsamplers = [self.decoder.config.size], {}
         for stage in ("upsampler1", "upsampler2"):
@@ -93,7 +97,7 @@ class Pipeline:
             self.sizes.append(model.config.size)
 
     def load(self, stage):
-        return checkpoints.load_stage(self.folder, stage, self.device)
+        return load_stage(self.folder, stage, self.device)
 
     def text(self, captions):
         """Captions -> text_emb (B, D), text_enc (B, L, W), text_mask (B, L)."""

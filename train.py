@@ -35,16 +35,25 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-import checkpoint as checkpoints
-from clip_model import Tokenizer, embed, make_vocab
-from common import Interrupt, first_alone, note, peak_memory, rank, world_size
-from common import Parser, autocast, choose_device, draw_grid, exit_code, plot_runs, save_picture
-from common import natural, positive, positive_number, seed_number, usable_cores
-from data import UserError, load_data
-from optimizer import make_optimizers
-from presets import BASELINES, ORDER, PRESETS, recipe
-from prior import AutoregressivePrior, AutoregressivePriorConfig
-from prior import fewest_components, principal_components, quantisation_errors
+from ar_prior import (
+    AutoregressivePrior, AutoregressivePriorConfig,
+    fewest_components, principal_components, quantisation_errors,
+)
+from lab.plots import plot_runs
+from stages import (
+    BASELINES, ORDER, PRESETS, STAGES, build,
+    check_clip, config_dict, load_clip, needs_clip, recipe,
+)
+from support.cache import embed
+from support.checkpoint import examples_seen, export_checkpoint, load_checkpoint, save_checkpoint
+from support.muon import make_optimizers
+from support.pictures import load_data
+from support.sheets import draw_grid, save_picture
+from support.tokenizer import Tokenizer, make_vocab
+from support.tools import (
+    Interrupt, Parser, UserError, autocast, choose_device, exit_code, first_alone, natural,
+    note, peak_memory, positive, positive_number, rank, seed_number, usable_cores, world_size,
+)
 from upsampler import training_pair
 
 EMA_DECAY = 0.9995  # Paper: .9999 (AR prior .999), for 600K steps and more. We: shorter runs.
@@ -61,7 +70,7 @@ def make_model(stage, preset, data, clip, embeddings=None):
         fields["vocab"] = make_vocab(c for i in range(len(data)) for c in data.captions(i))
     if needs_clip(stage):
         fields |= {"dim": clip.dim, "text_width": clip.text_width, "text_len": clip.text_len}
-    make, make_config = checkpoints.STAGES[stage]
+    make, make_config = STAGES[stage]
     if stage == "ar_prior":
         return make_ar_prior(fields, embeddings)
     return make(make_config(**fields))
@@ -84,9 +93,7 @@ def make_ar_prior(fields, embeddings):
     return model
 
 
-def needs_clip(stage):
-    """The priors and decoders work on CLIP's embeddings; CLIP and upsamplers see pixels alone."""
-    return "prior" in stage or stage.startswith("decoder")
+
 
 
 # --- what a batch is -------------------------------------------------------------------------
@@ -300,8 +307,8 @@ class Run:
     def save(self, step, model, ema, optimizers):
         """Everything that resuming needs; the random numbers need no state (see the top)."""
         if self.writes:
-            checkpoints.save_checkpoint(self.path, {
-                "stage": self.stage, "config": checkpoints.config_dict(model), "step": step,
+            save_checkpoint(self.path, {
+                "stage": self.stage, "config": config_dict(model), "step": step,
                 "ema": ema.model.state_dict(), "clip": self.clip, "run": self.settings,
                 "figures": self.figures,
                 "model": model.state_dict(), "optimizer": [o.state_dict() for o in optimizers],
@@ -388,7 +395,7 @@ def train(run, model, batches, val_batches, device, resume=None):
     examples = 0  # seen before this training began; another batch size may have been in force
     if resume:
         restore(resume, model, ema, optimizers)
-        examples = checkpoints.examples_seen(resume)
+        examples = examples_seen(resume)
     run.begin()
     loss_of = Loss(model)
     if settings["compile"]:
@@ -525,13 +532,13 @@ def prepare(stage, args, clip):
 
     path, resume = Path(args.out) / f"{stage}.pt", None
     if path.exists() and args.resume:
-        resume = checkpoints.load_checkpoint(path, stage)
+        resume = load_checkpoint(path, stage)
         if "optimizer" not in resume and resume["step"] < settings["steps"]:
             note(f"note: {path} has only averaged weights: the optimizer starts anew from them")
-        model = checkpoints.build(resume, path)
+        model = build(resume, path)
         model.clip = resume.get("clip")
         if clip is not None:
-            checkpoints.check_clip(model, clip, path)
+            check_clip(model, clip, path)
         before = resume.get("run") or {}
         if "half_size_until" in before:
             # At the same step as before: a longer training does not go back to small pictures.
@@ -570,7 +577,7 @@ def run_stage(stage, args, device):
     """Prepare and train one stage, unless --resume finds it finished."""
     clip = None
     if needs_clip(stage):
-        clip = checkpoints.load_clip(args.out, args.clip, device)
+        clip = load_clip(args.out, args.clip, device)
     model, batches, val_batches, settings, resume = prepare(stage, args, clip)
     path = Path(args.out) / f"{stage}.pt"
     if resume and resume["step"] >= settings["steps"]:
@@ -580,7 +587,7 @@ def run_stage(stage, args, device):
     note(f"{stage}: {millions:.1f}M parameters, {settings['steps']} steps of "
          f"{settings['batch_size']} on {device}, to {path}")
     clip = clip and {"spec": args.clip, "identity": clip.identity}
-    config = checkpoints.config_dict(model)
+    config = config_dict(model)
     run = Run(stage, path, config, settings, clip, rank() == 0)
     train(run, model, batches, val_batches, device, resume)
 
@@ -596,11 +603,11 @@ def export(run, folder):
         raise UserError(f"{run} has no trained stage to export: give --out the folder of a run")
     for path in paths:
         there = Path(folder) / path.name
-        if there.is_file() and "optimizer" in checkpoints.load_checkpoint(there):
+        if there.is_file() and "optimizer" in load_checkpoint(there):
             raise UserError(f"--to {folder}: {there} is a training's own checkpoint, which a copy "
                             "would replace; give another folder")
     for path in paths:
-        copy = checkpoints.export_checkpoint(path, folder)
+        copy = export_checkpoint(path, folder)
         print(f"{copy}: {copy.stat().st_size / 2**20:.1f} MiB")
 
 

@@ -51,9 +51,10 @@ def same_numbers_on_one_thread():
 @pytest.fixture(scope="session")
 def micro_run(tmp_path_factory):
     """A folder with every stage trained for three steps: enough to run, not enough to draw."""
+    import stages
     import train
 
-    train.PRESETS["micro"] = MICRO
+    stages.PRESETS["micro"] = MICRO
     folder = tmp_path_factory.mktemp("runs") / "micro"
     settings = ["--preset", "micro", "--out", str(folder), "--workers", "0", "--sample-every", "3"]
     baselines = ["decoder", "--condition", "text_emb"], ["decoder", "--condition", "caption"]

@@ -1,0 +1,125 @@
+"""Checkpoints: a trained stage on disk, written so that nothing is lost, read so that nothing runs.
+
+A checkpoint is a plain dictionary that torch.load(weights_only=True) accepts:
+
+    stage     its name in STAGES
+    config    the fields of the frozen dataclass that built the model
+    ema       the averaged weights, which sampling uses
+    step      training steps done
+    model, optimizer     the rest of what --resume needs (left out of exported copies)
+    clip      which CLIP the stage was trained for: {"spec", "identity"}
+    run       the settings of the training: command, seed, the data's fingerprint, ...
+    figures   the last loss and other figures that the training reported
+
+The one idea of this file: a stage is rebuilt from its checkpoint alone, never from flags that
+must be repeated by hand; and writing goes to a second file that replaces the first in one step,
+so a crash or a full disk in the middle leaves the previous checkpoint as it was.
+Read next: train.py, which writes them, and sample.py, which reads them.
+"""
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+
+from support.tools import UserError
+
+def save_checkpoint(path, checkpoint):
+    """Write all of it or none: to PATH.tmp, flushed to the disk, then renamed over PATH."""
+    path = Path(path)
+    temporary = path.with_suffix(".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
+        if temporary.is_file():  # unlink itself fails where the folder is a file
+            temporary.unlink()
+        kept = "; the previous checkpoint is untouched" if path.exists() else ""
+        raise UserError(
+            f"cannot write {path} ({e}): make room or choose another --out{kept}"
+        ) from e
+
+
+def export_checkpoint(path, folder):
+    """Copy a checkpoint to `folder`: averaged weights in half precision, enough to draw, and to
+    train on from with a new optimizer.
+
+    A sixth (Muon) to an eighth (Adam) of the size: no raw weights, no optimizer, two bytes a
+    number. CLIP's identity is a hash of weights rounded to half precision, so it stays what the
+    other stages expect.
+    Returns the new file's path.
+    """
+    checkpoint = load_checkpoint(path, Path(path).stem)
+    kept = {k: v for k, v in checkpoint.items() if k not in ("model", "optimizer")}
+    kept["ema"] = {k: v.half() if v.is_floating_point() else v for k, v in kept["ema"].items()}
+    save_checkpoint(Path(folder) / Path(path).name, kept)
+    return Path(folder) / Path(path).name
+
+
+def load_checkpoint(path, stage=None):
+    """The dictionary at `path`. UserError where it is missing, broken, unsafe or another's."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(
+            f"no weights at {path}: train this stage with train.py, or give another folder"
+        )
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():  # checksums, which torch does not look at
+                    raise ValueError("a checksum is wrong")
+    except PermissionError:
+        raise  # one line already: see common.exit_code
+    except pickle.UnpicklingError as e:
+        raise UserError(f"{path} is not a file of plain weights (it may hold code, which is never "
+                        "run): delete it and train or copy it again") from e
+    except Exception as e:  # torch has many ways to say that a file is cut short
+        raise UserError(
+            f"{path} is damaged ({type(e).__name__}): delete it and train or copy it again"
+        ) from e
+    there = set(checkpoint) if isinstance(checkpoint, dict) else set()
+    lacks = {"stage", "config", "ema", "step"} - there
+    if lacks:
+        raise UserError(
+            f"{path} is not a checkpoint of this project: it lacks {', '.join(sorted(lacks))}"
+        )
+    check_parts(checkpoint, path)
+    if stage is not None and checkpoint["stage"] != stage:
+        raise UserError(
+            f"{path} holds the stage '{checkpoint['stage']}', not '{stage}': check the file's name"
+        )
+    return checkpoint
+
+
+def check_parts(checkpoint, path):
+    """UserError unless each part of a checkpoint is what it should be."""
+    ema = checkpoint["ema"]
+    run, figures, clip = (checkpoint.get(name) or {} for name in ("run", "figures", "clip"))
+    fine = all(isinstance(x, dict) for x in (checkpoint["config"], ema, run, figures, clip))
+    if fine:
+        counts = [checkpoint["step"], run.get("steps", 0), run.get("batch_size", 0),
+                  figures.get("examples", 0)]
+        names = [clip.get("spec"), clip.get("identity")] if clip else []
+        fine = (all(type(x) is int and x >= 0 for x in counts)
+                and all(isinstance(x, str) for x in names)
+                and all(torch.is_tensor(x) for x in ema.values()))
+    if not fine:
+        raise UserError(f"{path}: its parts are not those of a checkpoint; train this stage again")
+    for name, x in ema.items():
+        if x.is_floating_point() and not x.isfinite().all():
+            raise UserError(f"{path}: its weights are not all numbers (in {name}): they are of a "
+                            "training that went wrong; train this stage again")
+
+
+def examples_seen(checkpoint):
+    """How many examples, counted again each time, the training of a checkpoint has seen."""
+    # Where the count was not kept yet, the batch size had better be the same all along.
+    count = checkpoint["step"] * (checkpoint.get("run") or {}).get("batch_size", 0)
+    return (checkpoint.get("figures") or {}).get("examples", count)

@@ -1,0 +1,73 @@
+"""Captions as numbers: CLIP's byte-pair encoding."""
+
+import sys
+
+import numpy as np
+import open_clip
+import torch
+
+from support.tools import UserError
+
+class Tokenizer:
+    """CLIP's byte-pair encoding: captions -> (B, L) ids, with warnings instead of silence.
+
+    vocab: the ids a small CLIP was trained with, ascending. Paper: all 49408. We: those seen in
+    training, renumbered 2, 3, ... (0 is padding, 1 any other piece). Because: at our sizes the
+    other 49 thousand embeddings would be most of the model, and none of them trained.
+    """
+
+    def __init__(self, context_length, vocab=None):
+        self.bpe = open_clip.tokenizer.SimpleTokenizer(context_length=context_length)
+        self.context_length = context_length
+        self.vocab = None if vocab is None else np.array(vocab)
+
+    def __call__(self, captions):
+        """captions: list of B strings -> (B, L) int64: start, pieces, end, then zeros.
+
+        Raises UserError for an empty caption. Warns where one is cut or has unknown words.
+        """
+        ids = torch.zeros(len(captions), self.context_length, dtype=torch.long)
+        for row, caption in zip(ids, captions, strict=True):
+            if not caption.strip():
+                raise UserError("the caption is empty: write what the picture should show")
+            pieces = self.bpe.encode(caption)
+            room = self.context_length - 2  # for the start and end tokens
+            if len(pieces) > room:
+                dropped = self.bpe.decode(pieces[room:]).strip()
+                warn(
+                    f"the caption is longer than CLIP's {self.context_length} tokens; "
+                    f"dropped: '{dropped}'"
+                )
+            pieces = [self.bpe.sot_token_id, *pieces[:room], self.bpe.eot_token_id]
+            row[: len(pieces)] = torch.tensor(self.renumber(pieces, caption))
+        return ids
+
+    def renumber(self, pieces, caption):
+        """49408 BPE ids -> the small CLIP's own. Ascending, so end-of-text stays the largest."""
+        if self.vocab is None:
+            return pieces
+        places = np.searchsorted(self.vocab, pieces).clip(max=len(self.vocab) - 1)
+        known = self.vocab[places] == pieces
+        if not known.all():
+            unknown = self.bpe.decode(np.array(pieces)[~known].tolist()).strip()
+            warn(
+                f"this CLIP has never seen '{unknown}' (in '{caption}'): it cannot know its meaning"
+            )
+        return np.where(known, places + 2, 1)
+
+
+def make_vocab(captions):
+    """The BPE ids of all captions with start and end of text, ascending: a small CLIP's vocab."""
+    bpe = open_clip.tokenizer.SimpleTokenizer()
+    ids = {bpe.sot_token_id, bpe.eot_token_id}
+    for caption in set(captions):
+        ids.update(bpe.encode(caption))
+    return tuple(sorted(ids))
+
+
+def warn(message, limit=5):
+    """To stderr, and only the first few times: a data set can have thousands of long captions."""
+    warn.count = getattr(warn, "count", 0) + 1
+    if warn.count <= limit:
+        last = " (further warnings are not shown)" if warn.count == limit else ""
+        print(f"warning: {message}{last}", file=sys.stderr)

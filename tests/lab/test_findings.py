@@ -1,0 +1,285 @@
+"""findings.py, probing.py, lab.py: the verdicts, the instruments, and a report from end to end."""
+
+import argparse
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from lab import evaluate, findings, probing
+import lab.scenes as lab_module
+from lab.findings import (
+    FINDINGS, GUIDANCE, attributes, data_entropies, diversity, explained,
+    guesses, open_entropies, slope, spread,
+)
+from lab.judge import S, Seen, judge
+from lab.measures import prefers, wrong_captions
+from lab.probing import kept, read_word, sign_scene, survival
+from lab.scenes import Lab, Result, percent, right, share, sheet
+from prior import DiffusionPrior, embedding_scale
+from support.checkpoint import load_checkpoint
+from support.shapes import COLOURS, Scene, Shapes, Thing, WORDS, render
+from support.sheets import to_tensor
+
+
+@pytest.mark.parametrize("intervals, verdict", [
+    ([(1, 0.5, 2)], "reproduced"),
+    ([(1, 0.5, 2), (1, -0.1, 2)], "can't be decided at this scale"),
+    ([(1, 0.5, 2), (-1, -2, -0.1)], "not reproduced"),
+    ([(0, 0, 0)], "can't be decided at this scale"),
+    ([(1, 1, 1)], "can't be decided at this scale"),  # no width: nothing differed from anything
+    ([], "not measured here"),
+])
+def test_the_verdict_follows_from_the_intervals(intervals, verdict):
+    claims = [(f"claim {k}", interval) for k, interval in enumerate(intervals)]
+    assert Result([], claims=claims).verdict == verdict
+
+
+def test_every_finding_says_its_question_its_setup_and_the_papers_figure():
+    assert list(FINDINGS) == [f"F{k}" for k in range(1, 11)]
+    for finding in FINDINGS.values():
+        question, setup, paper = explained(finding)
+        assert question.endswith("?") and len(setup) > 20 and len(paper) > 10
+
+
+def test_shares_beyond_the_possible_are_cut():
+    assert percent((0.98, 0.9, 1.04)) == "98.0% (90.0 to 100.0)"
+
+
+def test_every_word_is_read_off_a_true_sign_of_any_size_and_place():
+    rng = np.random.default_rng(0)
+    for word in WORDS:
+        r = rng.choice((0.34, 0.37, 0.40))
+        scene = sign_scene(word, rng.uniform(r, 1 - r), rng.uniform(r / 2, 1 - r / 2), r)
+        assert read_word(to_tensor(render(scene, S))) == word
+
+
+@pytest.mark.parametrize("dx, dy", [(2, 0), (-2, 2), (0, -2)])
+def test_a_word_is_read_although_the_sign_is_seen_two_pixels_off(dx, dy, monkeypatch):
+    def misplaced(picture):
+        seen = judge(picture)
+        sign = replace(seen.things[0], x=seen.things[0].x + dx / S, y=seen.things[0].y + dy / S)
+        return Seen(seen.background, (sign,))
+
+    monkeypatch.setattr(probing, "judge", misplaced)
+    for word in WORDS[::4]:
+        assert read_word(to_tensor(render(sign_scene(word), S))) == word
+
+
+def test_no_word_is_read_where_there_is_no_sign():
+    thing = Thing("red", "circle", "large", 0.5, 0.5, 0.22, 0.0, COLOURS["red"])
+    assert read_word(to_tensor(render(Scene((thing,), "gray", (128,) * 3), S))) is None
+
+
+def one_object(n, seed=0):
+    data = Shapes(6 * n, "val", seed)
+    scenes = [data.scene(i) for i in range(len(data))]
+    return [s for s in scenes if len(s.things) == 1 and not s.word][:n]
+
+
+def test_true_scenes_are_as_diverse_as_the_data():
+    names = ("a circle", "a red shape")
+    scenes = one_object(1500)
+    scenes = {"a circle": [s for s in scenes if s.things[0].shape == "circle"],
+              "a red shape": [s for s in scenes if s.things[0].colour == "red"]}
+    captions = np.array([name for name in names for _ in scenes[name]])
+    rows = attributes([to_tensor(render(s, S)) for name in names for s in scenes[name]])
+    assert (rows >= 0).all()
+    # Circles come in all 6 colours and red things in all 5 shapes; 2 sizes and 3 backgrounds.
+    expected = np.log([6, 2, 3, 5, 2, 3])
+    np.testing.assert_allclose(open_entropies(rows, captions), expected, atol=0.05)
+    np.testing.assert_allclose(data_entropies(names), expected, atol=1e-6)
+    assert diversity(rows, captions) == pytest.approx(1, abs=0.03)
+
+
+def test_a_model_that_draws_one_picture_a_caption_has_no_diversity():
+    """Over both captions it draws two colours: that is the captions' diversity, not the model's."""
+    one, other = (to_tensor(render(s, S)) for s in one_object(2))
+    rows, captions = attributes([one] * 5 + [other] * 5), np.repeat(["a circle", "a square"], 5)
+    assert (rows[0] != rows[5]).any()
+    assert diversity(rows, captions) == 0
+    assert spread(np.eye(3)[rows[:, 2]], captions) == 0
+
+
+def test_spread_is_the_mean_distance_within_captions():
+    emb = np.array([[1, 0], [0, 1], [1, 0], [1, 0], [0.6, 0.8]])
+    captions = np.array(["a", "a", "b", "b", "b"])
+    assert spread(emb, captions) == pytest.approx(np.mean([1, 0, 0.4, 0.4]))
+
+
+def test_slope_is_the_change_with_each_doubling_of_guidance():
+    assert slope(3 - 0.25 * np.log2(GUIDANCE)) == pytest.approx(-0.25)
+
+
+def test_the_judge_sees_rotation_and_shade():
+    for scene in one_object(60):
+        thing, seen = scene.things[0], judge(to_tensor(render(scene, S))).things[0]
+        if thing.shape != "circle":
+            assert abs(math.degrees(thing.angle - seen.angle)) < 6
+        assert np.abs(np.subtract(thing.rgb, seen.rgb)).max() < 12
+
+
+def test_everything_survives_in_the_scene_itself_and_nothing_in_another():
+    true = [s.things[0] for s in one_object(120)]
+    same = kept(true, true)
+    assert all(survival(k, np.nanmean(v)) == pytest.approx(1) for k, v in same.items())
+    assert np.isnan(same["rotation"]).sum() == sum(t.shape == "circle" for t in true)
+    other = kept(true[1:] + true[:1], true)
+    assert all(abs(survival(k, np.nanmean(v))) < 0.45 for k, v in other.items())
+    misshapen = kept([replace(t, shape="sign") for t in true], true)
+    assert all(np.isnan(misshapen[k]).all() for k in ("rotation", "shade", "place, down"))
+    assert (misshapen["colour"] == 1).all() and (misshapen["shape"] == 0).all()
+    nothing = kept([None] * len(true), true)
+    assert all(survival(k, np.mean(nothing[k])) < 0 for k in ("colour", "shape", "size"))
+    assert all(np.isnan(nothing[k]).all() for k in ("rotation", "shade", "place, down"))
+
+
+def test_survival_takes_chance_out():
+    assert survival("shape", [0.2, 0.6, 1.0]) == pytest.approx([0, 0.5, 1])
+
+
+@pytest.fixture
+def lab(micro_run):
+    return Lab(argparse.Namespace(weights=str(micro_run), device="cpu", n=6, seed=0))
+
+
+def test_each_picture_has_a_seed_of_its_own(lab, micro_run):
+    """Picture 1 of seed 0 is picture 0 of seed 1, for the same caption."""
+    other = Lab(argparse.Namespace(weights=str(micro_run), device="cpu", n=6, seed=1))
+    here, there = (x.draw(["a red circle"] * 2) for x in (lab, other))
+    torch.testing.assert_close(here[1], there[0], rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(here[0], there[0], atol=1e-2)
+
+
+def test_each_picture_is_drawn_once(lab, monkeypatch):
+    first = lab.draw(lab.captions)
+    monkeypatch.setattr(lab, "pipeline", None)  # a second drawing would fail
+    assert lab.draw(lab.captions) is first
+    assert right(first, lab.captions).shape == (6,)
+
+
+def test_pictures_from_other_conditions_are_kept_apart(lab):
+    drawn = [lab.draw(lab.captions, **way) for way in (
+        {}, {"given": "text_emb"}, {"given": "caption"}, {"say": False}, {"scale": 1.0},
+        {"prior": "ar_prior"}, {"given": lab.true_emb(lab.data)},
+        {"given": "caption", "decoder": "decoder_caption"})]
+    for i, a in enumerate(drawn):
+        assert a.shape == (6, 3, S, S)
+        assert not any(a is b for b in drawn[:i])
+
+
+def test_f7_trains_both_priors_on_the_same_batches(lab, monkeypatch):
+    seen, loss = [], DiffusionPrior.loss
+    monkeypatch.setattr(DiffusionPrior, "loss", lambda self, batch: (
+        seen.append((self.config.predict, batch["image_emb"])) or loss(self, batch)))
+    result = findings.f7(lab, scenes=64, steps=3)
+    assert [predict for predict, _ in seen] == ["x_0"] * 3 + ["noise"] * 3
+    for (_, a), (_, b) in zip(seen[:3], seen[3:], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert [row[0] for row in result.table] == ["x_0", "noise"] and len(result.claims) == 1
+
+
+def test_one_look_sees_the_embedding_where_a_prior_knows_it(lab, monkeypatch):
+    """Oracles of both kinds: the one that answers x_0, and the one that answers the noise."""
+    true = lab.true_emb(lab.data)
+    text = lab.pipeline().clip.encode_text(lab.captions)
+    for predict in ("x_0", "noise"):
+        prior = findings.short_prior(lab, predict, None, 0)
+
+        def oracle(x_t, t, *text, prior=prior, predict=predict):
+            x_0 = true * embedding_scale(true.shape[1])
+            signal, sigma = prior.diffusion.signal_sigma(t, x_t)
+            return x_0 if predict == "x_0" else (x_t - signal * x_0) / sigma
+
+        monkeypatch.setattr(prior, "forward", oracle)
+        for cosine in guesses(prior, true, text, 0).values():
+            torch.testing.assert_close(cosine, torch.ones(6), atol=1e-4, rtol=0)
+        monkeypatch.setattr(prior, "forward", lambda x_t, t, *text: torch.randn_like(x_t))
+        for cosine in guesses(prior, true, text, 0).values():
+            assert cosine.abs().mean() < 0.9
+
+
+def test_the_report_holds_every_finding_asked_for(micro_run, tmp_path, capsys):
+    file = tmp_path / "table.json"
+    code = evaluate.main(["findings", "f2", "F3", "F6", "F10", "-n", "8", "--weights",
+                          str(micro_run), "--out", str(tmp_path), "--json", str(file)])
+    assert code == 0
+    text = (tmp_path / "F2_F3_F6_F10.md").read_text()
+    assert not (tmp_path / "FINDINGS.md").exists()  # a report of some is not that of all
+    assert not (tmp_path / "FINDINGS.part.md").exists()
+    table = json.loads(file.read_text())
+    assert list(table) == ["F2", "F3", "F6", "F10"]
+    for name, found in table.items():
+        assert f"## {name}: {explained(FINDINGS[name])[0]}" in text
+        assert found["verdict"] in text and (name == "F6" or found["claims"])
+        if name != "F6":
+            assert (tmp_path / f"pictures/finding_{name}.png").exists()
+
+
+def test_an_unknown_finding_is_one_line_and_exit_code_2(capsys):
+    assert evaluate.main(["findings", "F11"]) == 2
+    assert "unknown finding 'F11': use F1, F2" in capsys.readouterr().err
+
+
+def test_a_verdict_says_what_it_had_to_do_without():
+    result = Result([], claims=[("claim", (1, 0.5, 2))], lacks="with a stand-in for GLIDE")
+    assert findings.said(result) == "reproduced, with a stand-in for GLIDE"
+    assert findings.said(Result([])) == "not measured here"
+
+
+def test_shares_are_given_with_their_number_and_wilsons_interval():
+    assert share(np.array([1.0, 1.0, np.nan])) == "100.0% (34.2 to 100.0) of 2"
+    assert share(np.array([np.nan])) == "-"
+
+
+def test_a_sheet_has_a_row_a_set_beside_its_name_and_below_its_captions():
+    shades = torch.tensor([-1.0, -0.6, -0.2, 0.2]).view(2, 2, 1, 1, 1).expand(2, 2, 3, S, S)
+    picture = sheet(list(shades), ["one", "two"], ["a b", "c"])
+    assert picture.width == 128 + 2 * (128 + 4) + 4
+    for row, column in np.ndindex(2, 2):
+        x, y = 128 + 4 + 132 * column, 24 + 4 + 132 * row
+        wanted = round((shades[row, column, 0, 0, 0].item() + 1) * 127.5)
+        for dx, dy in ((1, 1), (126, 126)):
+            assert picture.getpixel((x + dx, y + dy)) == (wanted,) * 3
+
+
+def test_glide_says_so_where_another_stands_in_for_it(lab, monkeypatch):
+    assert lab.glide() == ("GLIDE", {"given": "caption", "decoder": "decoder_caption"}, "", "")
+    monkeypatch.setattr(lab, "has", lambda stage: stage != "decoder_caption")
+    name, settings, note, lacks = lab.glide()
+    assert name != "GLIDE" and settings == {"given": "caption"} and "not here" in note
+    assert lacks == "with a stand-in for GLIDE"
+
+
+def test_systems_that_were_not_trained_equally_long_are_not_compared_in_silence(lab, monkeypatch):
+    saved = load_checkpoint(lab.folder / "decoder.pt")
+    assert lab.examples("decoder") == saved["figures"]["examples"] == 3 * saved["run"]["batch_size"]
+    del saved["figures"]["examples"]  # as in checkpoints from before it was counted
+    monkeypatch.setattr(lab_module, "load_checkpoint", lambda path, stage: saved)
+    assert lab.examples("decoder") == 3 * saved["run"]["batch_size"]
+    seen = {"decoder": 2000, "decoder_caption": 1000}
+    monkeypatch.setattr(lab, "examples", seen.get)
+    assert lab.glide()[2:] == (
+        "Not trained equally long: decoder has seen 2,000 pictures, decoder_caption 1,000.",
+        "after unequal trainings",
+    )
+
+
+def test_a_pasted_sign_leaves_the_object_to_be_seen():
+    for scene in one_object(60):
+        attacked = probing.with_sign(scene, "cat")
+        colours = [t.colour for t in judge(to_tensor(render(attacked, S))).things]
+        assert scene.things[0].colour in colours
+
+
+def test_an_embedding_without_a_preference_is_half_right(lab):
+    scenes, captions = probing.pairs_of(lab)
+    clip = lab.pipeline().clip
+    wrong = [wrong_captions(data.scene(i))[1]["relation"] for data, i in scenes]
+    assert (prefers(clip, torch.zeros(len(scenes), clip.dim), captions, wrong) == 0.5).all()
+    own, other = clip.encode_text(captions)[0], clip.encode_text(wrong)[0]
+    assert (prefers(clip, own - other, captions, wrong) >= 0.5).all()
+    assert (prefers(clip, other - own, captions, wrong) <= 0.5).all()

@@ -1,0 +1,244 @@
+"""Claims about the judge: it sees what is drawn, and it scores what is claimed."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from torch.testing import assert_close
+
+from lab import evaluate
+from lab import judge as judging
+from lab.judge import Seen, at_judging_size, connected, judge, score, smooth
+from support.shapes import (
+    BACKGROUNDS, COLOURS, Claim, SHAPES, Scene,
+    Shapes, Thing, parse_caption, render,
+)
+from support.sheets import to_tensor
+from support.tools import UserError
+
+
+def draw(*things, background="black", size=64):
+    """things: (colour, shape, radius, x, y, angle in degrees)"""
+    made = [
+        Thing(colour, shape, None, x, y, radius, math.radians(angle), COLOURS[colour])
+        for colour, shape, radius, x, y, angle in things
+    ]
+    return render(Scene(tuple(made), background, (BACKGROUNDS[background],) * 3), size)
+
+
+# --------------------------------------------------------------------------------------- judging
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("colour", COLOURS)
+def test_every_colour_shape_and_size_is_seen_on_every_background_at_every_angle(colour, shape):
+    for background in BACKGROUNDS:
+        for radius, size in ((0.13, "small"), (0.16, "small"), (0.20, "large"), (0.24, "large")):
+            for angle in (0, 17, 41):
+                picture = draw((colour, shape, radius, 0.4, 0.55, angle), background=background)
+                seen = judge(picture)
+                found = [(thing.colour, thing.shape, thing.size) for thing in seen.things]
+                assert (found, seen.background) == ([(colour, shape, size)], background)
+                assert seen.things[0].radius == pytest.approx(radius, abs=0.01)
+                assert seen.things[0].x == pytest.approx(0.4, abs=0.005)
+                assert seen.things[0].y == pytest.approx(0.55, abs=0.005)
+
+
+def test_touching_objects_of_different_colours_are_told_apart():
+    picture = draw(("red", "square", 0.2, 0.36, 0.5, 0), ("blue", "circle", 0.2, 0.7, 0.5, 0))
+    gap = np.asarray(picture)[32]  # the middle row: the square's right side meets the circle
+    assert (gap[24:44].max(-1) > 60).all()  # no black pixel between
+    found = {(thing.colour, thing.shape) for thing in judge(picture).things}
+    assert found == {("red", "square"), ("blue", "circle")}
+
+
+def test_close_objects_of_the_same_colour_are_told_apart():
+    picture = draw(("red", "circle", 0.24, 0.245, 0.5, 0), ("red", "circle", 0.24, 0.755, 0.5, 0))
+    found = [(thing.colour, thing.shape, thing.size) for thing in judge(picture).things]
+    assert found == [("red", "circle", "large")] * 2
+
+
+def test_specks_are_not_objects():
+    picture = draw(("green", "star", 0.2, 0.6, 0.6, 0))
+    ImageDraw.Draw(picture).ellipse((5, 5, 10, 10), fill=COLOURS["red"])  # 6 pixels wide
+    assert [thing.colour for thing in judge(picture).things] == ["green"]
+
+
+def test_a_blob_has_no_shape():
+    picture = Image.new("RGB", (64, 64))
+    pen = ImageDraw.Draw(picture)
+    pen.rectangle((10, 30, 54, 33), fill=COLOURS["red"])  # a long thin bar
+    assert [(thing.colour, thing.shape) for thing in judge(picture).things] == [("red", None)]
+
+
+def test_signs_are_seen_and_no_other_picture_has_one():
+    shapes = Shapes(400, "val", seed=5)
+    for i in range(400):
+        scene, seen = shapes.scene(i), judge(shapes.image(i, 64))
+        assert ("sign" in [thing.shape for thing in seen.things]) == (scene.word is not None)
+
+
+def test_a_grey_patch_too_small_or_too_tall_is_no_sign():
+    for box in ((20, 20, 40, 32), (2, 30, 62, 36), (20, 4, 50, 60)):
+        picture = Image.new("RGB", (64, 64))
+        ImageDraw.Draw(picture).rectangle(box, fill=(230, 230, 230))
+        assert judge(picture).things == ()
+
+
+def test_an_empty_silhouette_does_not_divide_by_zero():
+    view, area, x, y = judging.standard(np.zeros((64, 64)))
+    assert_close(view, np.zeros(24 * 24, dtype=np.float32))
+    assert np.isfinite([area, x, y]).all()
+
+
+def test_a_coloured_background_is_none_of_the_three():
+    seen = judge(Image.new("RGB", (64, 64), COLOURS["red"]))
+    assert seen == Seen(None, ())
+
+
+@pytest.mark.parametrize("size", [48, 100, 256])
+def test_the_size_of_the_picture_does_not_matter(size):
+    shapes = Shapes(25, "val")
+    for i in range(25):
+        scene = shapes.scene(i)
+        claim = Claim(scene.things, scene.relation, scene.background, scene.word)
+        assert score(judge(shapes.image(i, size)), claim)["all"]
+
+
+def test_a_tensor_and_its_pil_picture_are_judged_alike():
+    picture = render(Shapes(9, "val").scene(4), 64)
+    assert judge(picture) == judge(to_tensor(picture))
+
+
+def test_larger_pictures_are_area_averaged():
+    x = torch.rand(3, 256, 256, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mean = x.view(3, 64, 4, 64, 4).mean((2, 4))
+    expected = ((mean + 1) / 2).permute(1, 2, 0).numpy()
+    assert_close(at_judging_size(x), expected, rtol=0, atol=1e-5)
+
+
+def test_small_or_flat_pictures_are_refused():
+    for shape in ((3, 47, 47), (1, 64, 64), (3, 64, 128), (2, 3, 64, 64)):
+        with pytest.raises(UserError, match="needs"):
+            judge(torch.zeros(shape))
+
+
+def test_pictures_of_pure_noise_or_one_colour_are_judged_without_a_crash():
+    noise = np.random.default_rng(0)
+    for k in range(40):
+        blocks = noise.integers(0, 256, (4 if k % 2 else 64, 4 if k % 2 else 64, 3))
+        picture = Image.fromarray(blocks.astype(np.uint8)).resize((64, 64), Image.Resampling.BOX)
+        for thing in judge(picture).things:
+            assert np.isfinite([thing.x, thing.y, thing.radius]).all()
+
+
+def test_smoothing_keeps_a_plane_and_shrinks_noise_to_three_eighths():
+    noise = np.random.default_rng(0).standard_normal((64, 64, 300))
+    assert smooth(noise)[8:-8, 8:-8].std() == pytest.approx(3 / 8, abs=0.003)
+    plane = np.add.outer(np.arange(64.0), 2 * np.arange(64.0))[:, :, None]
+    assert_close(smooth(plane)[1:-1, 1:-1], plane[1:-1, 1:-1])
+
+
+def test_patches_are_joined_along_edges_not_corners_and_never_across_colours(monkeypatch):
+    monkeypatch.setattr(judging, "SPECK", 1)
+    index = np.full((64, 64), -1)
+    index[0, 0:3] = 2  # touches the frame
+    index[1, 3] = 2  # only a corner in common
+    index[0, 3] = 5  # another colour beside both
+    index[63, :] = 1
+    found = {(value, int(mask.sum())) for value, mask in connected(index)}
+    assert found == {(2, 3), (2, 1), (5, 1), (1, 64)}
+
+
+def test_the_judge_is_right_in_99_percent_of_fresh_drawings(tmp_path, capsys):
+    file = tmp_path / "judge.json"
+    assert evaluate.main(["judge", "-n", "250", "--seed", "9", "--json", str(file)]) == 0
+    table = json.loads(file.read_text())
+    assert list(table) == ["clean", "noise", "blur"]
+    for condition, shares in table.items():
+        assert shares.pop("n") == 250
+        assert set(shares) == set(judging.COLUMNS)
+        assert min(shares.values()) >= 0.99, condition
+    assert "binding" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------- scoring
+
+RED_BALL = Thing("red", "circle", "large", 0.3, 0.2)
+BLUE_BOX = Thing("blue", "square", "small", 0.4, 0.7)
+SEEN = Seen("black", (BLUE_BOX, RED_BALL))  # the red circle is above the blue square
+
+
+@pytest.mark.parametrize(
+    "caption, wrong, silent",
+    [
+        ("a large red circle above a small blue square on black", "", ""),
+        ("a blue square below a red circle", "", "sizes background"),
+        ("a shape and a shape", "", "colours shapes binding sizes relation background"),
+        ("a red shape and a square", "", "binding sizes relation background"),
+        # Colours and shapes are there, but on the wrong things.
+        ("a red square and a blue circle", "binding", "sizes relation background"),
+        ("a red square above a blue circle", "binding relation", "sizes background"),
+        ("a red circle below a blue square", "relation", "sizes background"),
+        # 0.5 below and 0.1 to the right: nobody would say "left of"
+        ("a red circle left of a blue square", "relation", "sizes background"),
+        ("a red circle and a blue square on white", "background", "sizes relation"),
+        ("a green circle and a blue square", "colours binding", "sizes relation background"),
+        ("a red circle and a red circle", "colours shapes binding", "sizes relation background"),
+        ("a blue square and a blue square", "colours shapes binding", "sizes relation background"),
+        ("a red circle", "objects", "sizes relation background"),
+        ("a large circle and a large square", "sizes", "colours binding relation background"),
+        ("a sign that says cat", "objects shapes", "colours binding sizes relation background"),
+    ],
+)
+def test_scores_say_what_is_wrong_and_pass_over_what_the_caption_leaves_open(
+    caption, wrong, silent
+):
+    result = score(SEEN, parse_caption(caption))
+    total = result.pop("all")
+    assert [column for column in result if result[column] is False] == wrong.split()
+    assert [column for column in result if result[column] is None] == silent.split()
+    assert total == (not wrong)
+
+
+def test_sizes_on_the_wrong_objects_fail_only_the_whole():
+    result = score(SEEN, parse_caption("a small red circle and a large blue square"))
+    assert result["sizes"] and result["binding"] and result["objects"]
+    assert not result["all"]
+
+
+def test_the_whole_needs_the_relation_between_the_right_sizes():
+    small = Thing("red", "circle", "small", 0.3, 0.8)
+    result = score(Seen("black", (RED_BALL, small)), parse_caption("a small circle above a circle"))
+    assert result["relation"]  # of some circle above another
+    assert not result["all"]  # but the small one is below
+
+
+def test_each_claimed_object_needs_its_own_seen_object():
+    twins = Seen("black", (RED_BALL, Thing("red", "star", "small", 0.8, 0.8)))
+    assert score(twins, parse_caption("a red star and a red circle"))["binding"]
+    alone = Seen("black", (RED_BALL, BLUE_BOX))
+    assert not score(alone, parse_caption("a red circle and a red shape"))["binding"]
+
+
+def test_an_extra_object_is_wrong_only_in_number():
+    crowd = Seen("black", (BLUE_BOX, RED_BALL, Thing("green", "star", "small", 0.8, 0.2)))
+    result = score(crowd, parse_caption("a red circle above a blue square"))
+    assert result["binding"] and result["relation"] and not result["objects"] and not result["all"]
+
+
+def test_shares_count_only_captions_that_mention_the_thing():
+    captions = ["a red circle above a blue square", "a red circle below a blue square", "a shape"]
+    table = judging.shares([score(SEEN, parse_caption(caption)) for caption in captions])
+    assert table["relation"] == 1 / 2 and table["objects"] == 2 / 3 and table["n"] == 3
+    assert table["background"] is None
+
+
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(capsys, tmp_path):
+    assert evaluate.main(["judge", "-n", "0"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert evaluate.main(["judge", "-n", "1", "--json", str(tmp_path / "no" / "a.json")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
