@@ -1,13 +1,34 @@
-"""The autoregressive prior: an embedding spelt as a sentence of codes (paper sec. 2.2)."""
+"""The autoregressive prior: an image embedding, spelt as a sentence of codes (paper sec. 2.2).
+
+The paper has two priors. The diffusion prior (prior.py) is the one it keeps; this is the other, a
+language model. It first turns the continuous embedding into discrete codes:
+
+    image_emb (D) -> PCA: C components -> each into one of `buckets` -> C codes
+
+and then predicts code after code, each given the caption and the codes before it:
+
+    [caption tokens] [text embedding] [dot product] | [code 1] [code 2] ... -> the next code
+
+Why the largest component first? The first codes then decide the most about the embedding, while
+the caption is all that is known, and later codes only refine what stands already. The dot-product
+token says how well picture and caption fit, image_emb . text_emb, in buckets too: in training it is
+known, and in sampling one asks for a good fit by drawing it from the top half.
+
+Sampling costs C evaluations of one token each, thanks to the same cache of keys and values as in
+the diffusion prior. Letters: B batch, D CLIP embedding, C principal components and codes, L caption
+tokens, W width of CLIP's token features, M width of this transformer, P prefix length, N data.
+"""
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from networks import Block, causal_mask, run_blocks
-from prior import CaptionPrefix
+from prior import CaptionPrefix, cosines
+
 
 @dataclass(frozen=True)
 class AutoregressivePriorConfig:
@@ -17,9 +38,7 @@ class AutoregressivePriorConfig:
     components: int  # C, principal components kept: see fewest_components. Paper: 319 of 1024
     buckets: int = 128  # values that each component may take. Paper: 1024
     dot_buckets: int = 16  # values of the dot-product token. Paper: not stated
-    # M. Paper: 1664, 24 blocks, 26 heads, and a text transformer of its own. We: small, on CLIP's
-    # token features. Because: one machine, little data.
-    width: int = 192
+    width: int = 192  # M. Paper: 1664, 24 blocks, 26 heads, and a text transformer of its own
     depth: int = 4
     heads: int = 4
     drop_text: float = 0.1  # share of examples trained without their caption
@@ -41,30 +60,25 @@ def principal_components(image_emb):
 def fewest_components(variances, error=0.01):
     """How many principal components leave less than `error` of the variance out (paper sec. 2.2).
 
-    Leaving components out costs a squared error of just their eigenvalues' sum.
+    Leaving components out costs a squared error of exactly the sum of their eigenvalues.
     """
     left_out = 1 - variances.cumsum(0) / variances.sum()
     return int((left_out >= error).sum()) + 1
 
 
 class AutoregressivePrior(nn.Module):
-    """Predicts an image embedding as a sentence of discrete codes (paper sec. 2.2, table 3).
+    """Predicts an image embedding code by code (paper sec. 2.2, table 3).
 
-        [caption tokens] [text embedding] [dot product] | [code 1] [code 2] ... -> the next code
-
-    An embedding becomes C codes by PCA and quantisation: code i says in which of the buckets its
-    i-th principal component lies, the component with the largest variance first. The token before
-    them says how well picture and caption fit, image_emb . text_emb, so that sampling can ask for
-    a good fit. `fit` has to be called once, with the training data, before anything else.
+    `fit` finds the components and buckets of the training data, once, before anything else.
     """
 
-    usual_scale = 1.0  # 4 binds worse than none here: the dot product already asks for a fit
+    usual_scale = 1.0  # guidance off: the dot product already asks for a good fit
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         D, C, M = config.dim, config.components, config.width
-        # Measured by `fit` and kept in the checkpoint. All D components: sample.py probe uses them.
+        # Measured by `fit` and kept in the checkpoint. All D components: manipulate.py uses them.
         self.register_buffer("mean", torch.zeros(D))
         self.register_buffer("basis", torch.eye(D))  # a row a component
         self.register_buffer("edges", torch.zeros(C, config.buckets - 1))  # between the buckets
@@ -79,16 +93,31 @@ class AutoregressivePrior(nn.Module):
         self.norm = nn.LayerNorm(M)
         self.out = nn.Linear(M, config.buckets)
 
+    @classmethod
+    def fresh(cls, fields, data, clip, embeddings):
+        """A prior fitted to training embeddings (at most 100,000 of them), before any training."""
+        some = range(min(len(embeddings), 100_000))
+        image_emb, text_emb = embeddings.pairs(some, np.random.default_rng(0))
+        _, _, variances = principal_components(image_emb)
+        prior = cls(AutoregressivePriorConfig(components=fewest_components(variances), **fields))
+        prior.fit(image_emb, text_emb)
+        rounded = prior.dequantise(prior.quantise(image_emb))
+        kept, C = prior.reconstruct(prior.project(image_emb)), prior.config.components
+        total = variances.sum().item()
+        left_out, rounding = ((a - b).square().sum(1).mean().item() / total
+                              for a, b in ((image_emb, kept), (kept, rounded)))
+        print(f"ar_prior: {C} of {prior.config.dim} principal components leave out {left_out:.2%} "
+              f"of the variance; {prior.config.buckets} buckets each cost another {rounding:.2%}")
+        return prior
+
     # --- embeddings as codes, and back ---
 
     @torch.no_grad()
     def fit(self, image_emb, text_emb):
         """Find components and buckets of training data: (N, D) and a caption each, (N, D).
 
-        Paper: the buckets' edges are not stated. We: equal mass, each bucket holds as many training
-        embeddings. Because: every code then occurs equally often. Equal width gives a smaller
-        error, but that of either is small beside what the left-out components cost, and it spends
-        most codes on rare tails; quantisation_errors measures both.
+        The paper does not state the buckets' edges. Here each bucket holds equally many training
+        embeddings, so that every code occurs equally often and none is spent on rare tails.
         """
         mean, basis, _ = principal_components(image_emb)
         self.mean.copy_(mean)
@@ -96,8 +125,8 @@ class AutoregressivePrior(nn.Module):
         components = self.project(image_emb).T.contiguous()  # (C, N)
         self.edges.copy_(equal_mass_edges(components, self.config.buckets))
         codes = torch.searchsorted(self.edges, components)
-        # A bucket stands for the mean of what is in it: the least squared error. Empty ones (data
-        # with ties) stand for their edge.
+        # A bucket stands for the mean of what is in it, which has the least squared error; an empty
+        # one (in data with ties) for its edge.
         mean, count = bucket_means(components, codes, self.config.buckets)
         edge = torch.cat([self.edges, self.edges[:, -1:]], dim=1)
         self.values.copy_(torch.where(count > 0, mean, edge))
@@ -143,8 +172,13 @@ class AutoregressivePrior(nn.Module):
         x, _ = run_blocks(self.blocks, torch.cat([tokens, later], dim=1), causal_mask(key_mask))
         return self.out(self.norm(x[:, P - 1:]))
 
-    def loss(self, batch):
-        """Cross-entropy of the codes, nats a code. batch: as the diffusion prior's."""
+    @staticmethod
+    def batch(config, data, embeddings, indices, rng):
+        """As the diffusion prior's: image_emb, text_emb, text_enc, text_mask."""
+        return embeddings.batch(indices, rng)
+
+    def loss(self, batch, t=None):
+        """Cross-entropy of the codes, nats a code. (t is the diffusion stages': not used here.)"""
         image_emb, text_emb = batch["image_emb"], batch["text_emb"]
         codes = self.quantise(image_emb)
         dot = torch.searchsorted(self.dot_edges, (image_emb * text_emb).sum(dim=1))
@@ -152,24 +186,23 @@ class AutoregressivePrior(nn.Module):
         logits = self(codes, text_emb, batch["text_enc"], batch["text_mask"], dot, keep)
         return F.cross_entropy(logits.float().flatten(0, 1), codes.flatten())
 
+    def preview(self, batches):
+        return cosines(self, batches)
+
     # --- sampling ---
 
     @torch.no_grad()
-    def sample(self, text_emb, text_enc, text_mask, scale=1.0, generators=None):
-        """Draw image embeddings for captions: C evaluations: the prefix, then one code each.
+    def sample(self, text_emb, text_enc, text_mask, scale=1.0, noise=None):
+        """Draw an image embedding (B, D) of unit norm for each of B captions, code by code.
 
         text_emb (B, D), text_enc (B, L, W), text_mask (B, L): from the frozen CLIP.
         scale: guidance of the logits, uncond + scale * (cond - uncond); off at 1.
-        generators: one CPU torch.Generator an example. Returns image_emb (B, D), unit norm.
+        noise: a SeededNoise, or None.
         """
         B, device = len(text_emb), text_emb.device
-        # One uniform number a decision, so that an example depends on its own generator alone.
-        count = 1 + self.config.components
-        if generators is None:
-            uniform = torch.rand(B, count)
-        else:
-            uniform = torch.stack([torch.rand(count, generator=g) for g in generators])
-        uniform = uniform.to(device)
+        # One uniform number a decision, drawn in advance.
+        shape = (B, 1 + self.config.components)
+        uniform = (noise.uniform(shape) if noise else torch.rand(shape)).to(device)
         # Ask for a good fit: a bucket from the top half of the dot products (paper sec. 2.2). The
         # buckets have equal mass, so the top half of the buckets is the top half of the pictures.
         n = self.config.dot_buckets
@@ -207,30 +240,9 @@ def equal_mass_edges(values, buckets):
     return (ascending[:, (at - 1).clamp(min=0)] + ascending[:, at]) / 2
 
 
-def equal_width_edges(values, buckets):
-    """Edges (C, buckets - 1) between buckets of equal width from each row's least to its most."""
-    low, high = values.amin(dim=1, keepdim=True), values.amax(dim=1, keepdim=True)
-    return low + (high - low) * torch.arange(1, buckets) / buckets
-
-
 def bucket_means(values, codes, buckets):
-    """Of values (C, N) with bucket numbers codes (C, N): the mean of each bucket, 0 where it is
-    empty, and how many are in it, both (C, buckets)."""
+    """The mean of values (C, N) in each bucket, 0 where it is empty, and how many values are in it,
+    both (C, buckets). codes (C, N): their bucket numbers."""
     zeros = torch.zeros(len(values), buckets, dtype=values.dtype, device=values.device)
     count = zeros.scatter_add(1, codes, torch.ones_like(values))
     return zeros.scatter_add(1, codes, values) / count.clamp(min=1), count
-
-
-def quantisation_errors(components, buckets):
-    """Mean squared error of components (C, N) after quantising, over their variance, two ways.
-
-    Returns {"equal mass": ..., "equal width": ...}; every bucket stands for the mean of its values.
-    """
-    errors = {}
-    for name, edges_of in (("equal mass", equal_mass_edges), ("equal width", equal_width_edges)):
-        codes = torch.searchsorted(edges_of(components, buckets), components)
-        mean, _ = bucket_means(components, codes, buckets)
-        error = (components - mean.gather(1, codes)).square().sum()
-        spread = (components - components.mean(1, keepdim=True)).square().sum()
-        errors[name] = (error / spread).item()
-    return errors

@@ -1,24 +1,28 @@
 """The decoder: from a CLIP image embedding (and the caption) to a 64x64 picture (paper sec. 2.1).
 
-A GLIDE-style diffusion model. Its U-Net removes noise from a picture; what the picture should
-show comes in by two pathways:
+A GLIDE-style diffusion model. Its U-Net removes noise from a picture; what the picture should show
+comes in by two pathways:
 
     image_emb -+-> linear ------------------------> + timestep embedding -> every residual block
                +-> linear -> 4 tokens --+
     caption ---> text transformer ------+-> context -> every attention layer
 
-(In the base preset the embedding passes a hidden layer before it goes both ways.)
+Why two? The timestep embedding scales and shifts every residual block at every resolution, the same
+for all pixels: it is everywhere, but it cannot say *where*. The context lets each pixel pick by
+attention what concerns it, but only where the U-Net attends. Why four tokens and not one? The paper
+does not say; a query can tell four keys apart, and each may come to carry another part of the
+embedding.
 
-The one idea of this file: the embedding fixes *what* is in the picture (its semantics), the
-noise decides everything that the embedding leaves open. In training the embedding is dropped
-10% of the time and the caption 50%, so one network serves with both, either, or neither, and
-"either minus neither" is what guidance amplifies.
+The one idea: the embedding fixes *what* is in the picture (its semantics), the noise decides
+everything that the embedding leaves open. In training the embedding is dropped 10% of the time and
+the caption 50%, so one network serves with both, either, or neither, and "either minus neither" is
+what guidance amplifies.
 
-Letters: B batch, C channels, H, W picture sides, D CLIP embedding, L caption tokens,
-E timestep embedding, X context width, N tokens of a context or a feature map, T steps.
-Read next: upsampler.py, which uses the same U-Net without its attention.
+Letters: B batch, C channels, H, W picture sides, D CLIP embedding, L caption tokens, E timestep
+embedding, X context width, T noise levels. Read next: upsampler.py.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -26,8 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffusion import GaussianDiffusion, evaluating, guided
-from networks import Block, TimeEmbedding, UNet
+from diffusion import GaussianDiffusion, SeededNoise, guided
+from networks import Block, TimeEmbedding, UNet, evaluating
+
 
 @dataclass(frozen=True)
 class DecoderConfig:
@@ -35,15 +40,11 @@ class DecoderConfig:
     text_width: int  # width of CLIP's token features
     text_len: int  # L, CLIP's context length
     size: int = 64  # side of the pictures, pixels
-    channels: int = 32  # Paper: 512, 3 blocks, 3.5B parameters. We: small. Because: one machine.
+    channels: int = 32  # Paper: 512, with 3 blocks a level: 3.5B parameters
     multiples: tuple = (1, 2, 3, 4)
     blocks: int = 1
-    attention_levels: tuple = (2, 3)  # 16x16 and 8x8. Paper: 32, 16 and 8.
+    attention_levels: tuple = (2, 3)  # 16x16 and 8x8. Paper: 32, 16 and 8
     head_channels: int = 32  # Paper: 64
-    emb_width: int | None = None  # E; None: 4 * channels, as in ADM
-    # Paper: the embedding is projected. We: may give it a hidden layer of so many units first.
-    # Because: a trial was a little ahead with it, by less than two trainings can differ by chance.
-    image_hidden: int | None = None
     context_width: int = 128  # X
     text_depth: int = 2  # blocks of the text transformer. Paper: 24
     dropout: float = 0.0  # Paper: 0.1, for 800K iterations
@@ -52,12 +53,15 @@ class DecoderConfig:
     condition: str = "image_emb"
     drop_image_emb: float = 0.1  # share of examples that see the learned null embedding instead
     drop_caption: float = 0.5  # share of examples trained without their caption
-    predict: str = "v"  # Paper: "noise". We: v. Because: flat pictures stay grainy for long.
-    weight_cap: float | None = None  # of the loss: see GaussianDiffusion.loss_weight
+    predict: str = "v"  # Paper: "noise", with which flat pictures stay grainy for long
     variance: str = "learned"  # or "fixed_small", "fixed_large"
     diffusion_steps: int = 1000  # T
-    stem: int = 1  # fold so many by so many pixels into channels first; see UNet. Paper: 1.
-    sample_steps: int = 32  # Paper: 250. We: 32. Because: seconds, not minutes, on a CPU.
+    sample_steps: int = 32  # Paper: 250. Here seconds, not minutes, on a CPU
+    # Only the shipped weights need these four; the design that replaces them will not.
+    emb_width: int | None = None  # E; None: 4 * channels, as in ADM
+    image_hidden: int | None = None  # a hidden layer of this width on the embedding
+    weight_cap: float | None = None  # of the loss: see GaussianDiffusion.loss_weight
+    stem: int = 1  # fold stem x stem pixels into channels first; see UNet. Paper: 1
 
 
 IMAGE_TOKENS = 4  # context tokens made of the image embedding (paper sec. 2.1)
@@ -79,8 +83,8 @@ class Decoder(nn.Module):
             self.image_in = nn.Sequential(nn.Linear(config.dim, width), nn.SiLU())
         self.image_to_time = nn.Linear(width, E)
         self.image_to_tokens = nn.Linear(width, IMAGE_TOKENS * X)
-        # The caption: GLIDE trains its own text transformer and adds its last token to the
-        # timestep embedding. Ours starts from CLIP's token features. Because: little data.
+        # The caption: GLIDE trains a text transformer of its own on the words and adds its last
+        # token to the timestep embedding. Ours starts from CLIP's token features: little data.
         self.text_in = nn.Linear(config.text_width, X)
         self.text_position = nn.Parameter(0.02 * torch.randn(config.text_len, X))
         self.text_blocks = nn.ModuleList(Block(X, heads=X // 32) for _ in range(config.text_depth))
@@ -141,9 +145,16 @@ class Decoder(nn.Module):
         """One look at the noised pictures x_t (B, 3, H, W) at t (B,) -> (B, 3 or 6, H, W)."""
         return self.unet(x_t, self.time(t) + cond_emb, context, context_mask)
 
-    def loss(self, batch):
-        """batch: image (B, 3, H, W) in [-1, 1], image_emb (B, D), text_enc (B, L, W), text_mask;
-        and text_emb (B, D) for the baseline that is trained on it."""
+    # --- training ---
+
+    @staticmethod
+    def batch(config, data, embeddings, indices, rng):
+        """image (B, 3, size, size) in [-1, 1]; image_emb, text_emb, text_enc, text_mask."""
+        images = torch.stack([data.image(i, config.size) for i in indices])
+        return {"image": images} | embeddings.batch(indices, rng)
+
+    def loss(self, batch, t=None):
+        """Mean diffusion loss of a batch, a scalar. t (B,): noise levels, by default drawn."""
         B, device = len(batch["image"]), batch["image"].device
         # Two independent coins an example: 5% see a caption but no embedding (paper fig. 8).
         keep_image_emb = torch.rand(B, device=device) >= self.config.drop_image_emb
@@ -153,8 +164,20 @@ class Decoder(nn.Module):
             emb, keep_image_emb = batch["image_emb"], torch.zeros_like(keep_image_emb)
         text = batch["text_enc"], batch["text_mask"]
         cond = self.condition(emb, *text, keep_image_emb, keep_caption)
-        losses = self.diffusion.training_loss(lambda x_t, t: self(x_t, t, **cond), batch["image"])
-        return losses.mean()
+        network = functools.partial(self, **cond)
+        return self.diffusion.training_loss(network, batch["image"], t).mean()
+
+    def preview(self, batches):
+        """Pictures of 16 validation captions and their true embeddings, always with the same noise:
+        (no figures, pictures, captions)."""
+        batch, captions = batches.look()
+        drawn = self.sample(
+            self.embedding_of(batch), batch["text_enc"], batch["text_mask"], scale=2.0,
+            noise=SeededNoise(range(len(captions))),
+        )
+        return {}, drawn, captions
+
+    # --- sampling ---
 
     @torch.no_grad()
     def network(self, image_emb, text_enc, text_mask, scale=1.0):
@@ -166,11 +189,8 @@ class Decoder(nn.Module):
         """
         B = len(text_enc if image_emb is None else image_emb)
         device = self.null_image_emb.device
-        yes, no = (
-            torch.ones(B, dtype=torch.bool, device=device),
-            torch.zeros(B, dtype=torch.bool, device=device),
-        )
-        keep_image_emb, keep_caption = (no if x is None else yes for x in (image_emb, text_enc))
+        no = torch.zeros(B, dtype=torch.bool, device=device)
+        keep_image_emb, keep_caption = (no if x is None else ~no for x in (image_emb, text_enc))
         if image_emb is None:
             image_emb = self.null_image_emb.expand(B, -1)
         if text_enc is None:
@@ -183,18 +203,17 @@ class Decoder(nn.Module):
     @torch.no_grad()
     @evaluating
     def sample(self, image_emb=None, text_enc=None, text_mask=None, scale=1.0, steps=None, eta=None,
-               size=None, generators=None, x_T=None, on_step=None):
+               noise=None, x_T=None, on_step=None):
         """Draw pictures (B, 3, size, size) in [-1, 1]; see network() for the conditions and scale.
 
-        steps: of the T diffusion steps. eta: None for ancestral sampling with the config's
-        variance (paper: learned), a number for DDIM (0 is deterministic given x_T).
-        generators: one torch.Generator a picture. x_T: (B, 3, size, size) starting noise.
+        steps: of the T noise levels (default: the config's). eta: None for ancestral sampling with
+        the config's variance (paper: learned), a number for DDIM (0 is deterministic given x_T).
+        noise, x_T (B, 3, size, size), on_step: see diffusion.py.
         """
         network = self.network(image_emb, text_enc, text_mask, scale)
-        B = len(text_enc if image_emb is None else image_emb)
-        size = size or self.config.size
-        steps = self.config.sample_steps if steps is None else steps
-        settings = {"steps": steps, "generators": generators, "x_T": x_T, "on_step": on_step}
+        B, size = len(text_enc if image_emb is None else image_emb), self.config.size
+        settings = {"steps": steps or self.config.sample_steps, "noise": noise, "x_T": x_T,
+                    "on_step": on_step}
         if eta is None:
             return self.diffusion.sample(network, (B, 3, size, size), **settings)
         return self.diffusion.ddim_sample(network, (B, 3, size, size), eta=eta, **settings)

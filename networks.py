@@ -1,5 +1,19 @@
-"""The networks' building blocks: attention and its transformer, and the U-Net."""
+"""What the stages' networks are built of: a transformer for the priors, a U-Net for pictures.
 
+The transformer (GPT-2's block) hands out the keys and values of its tokens and takes those of
+earlier tokens back in: the *cache*. That is all it needs to run a sequence in pieces, with the same
+result as in one go, as long as its mask is causal. Both priors live on this.
+
+The U-Net (DDPM app. B, ADM, GLIDE) goes down to a small picture with many channels, where it is
+cheap to see everything at once, and up again to full detail; skips carry the detail across. Two
+things enter it from outside: an embedding, which scales and shifts every residual block, the same
+for all pixels; and context tokens, among which each pixel may choose by attention.
+
+Letters: B batch, N tokens, M transformer width, P cached tokens, C channels, H, W picture sides,
+E timestep embedding, X context width. Read next: prior.py.
+"""
+
+import functools
 import math
 
 import torch
@@ -8,18 +22,32 @@ from torch import nn
 
 from diffusion import at_least_float32
 
+
 def timestep_embedding(t, dim, max_period=10000):
     """Tell a network the time: sines and cosines of t at dim / 2 frequencies (DDPM app. B).
 
     t: (B,), dim: even. Returns (B, dim) whose squared norm is dim / 2, as sin^2 + cos^2 = 1.
     Fast frequencies (1) tell neighbours apart, slow ones (nearly 1 / max_period) early from late.
     """
-    if dim % 2:
-        raise ValueError(f"timestep_embedding: dim is {dim}, it must be even")
+    assert dim % 2 == 0
     t = t if t.is_floating_point() else t.float()
     powers = torch.arange(dim // 2, dtype=t.dtype, device=t.device) / (dim // 2)
     angles = t[:, None] * torch.exp(-math.log(max_period) * powers)  # (B, dim / 2)
     return torch.cat([angles.cos(), angles.sin()], dim=1)            # (B, dim)
+
+
+def evaluating(sample):
+    """Decorates a model's sample(): it draws in eval mode, without dropout, and the model is then
+    back in the mode that it was in, even after an error or Ctrl-C."""
+    @functools.wraps(sample)
+    def wrapped(self, *args, **settings):
+        was_training = self.training
+        self.eval()
+        try:
+            return sample(self, *args, **settings)
+        finally:
+            self.train(was_training)
+    return wrapped
 
 
 # --- the transformer ------------------------------------------------------------------------
@@ -251,8 +279,7 @@ class UNet(nn.Module):
         Returns (B, out_channels, H, W). H and W: multiples of stem * 2^(levels - 1).
         """
         x = F.pixel_unshuffle(x, self.stem) if self.stem > 1 else x
-        # Channels last in memory: what convolutions on CPUs and tensor cores like best. (Group
-        # norm on CUDA copies to channels first and back; not timed, as no GPU was there.)
+        # Channels last in memory: what convolutions on CPUs and tensor cores like best.
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         skips = [x]
         for layer in self.down:

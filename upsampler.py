@@ -3,21 +3,21 @@
 The decoder draws a 64x64 picture. Two more diffusion models enlarge it by 4 each. They see the
 small picture and nothing else: no CLIP embedding, no caption, no guidance.
 
-The one idea of this file: **a network without attention runs at any picture size.** A convolution
-does the same thing everywhere, so the network is trained on random crops of a quarter of the side
-(1/16 of the pixels) and still runs at the full size. One attention layer would break this: it would
-compare 16 times as many places with each other as it was trained for, at 256 times the cost. (What
-still sees the whole picture is group norm; a mean over more pixels is much the same mean.)
+The one idea: **a network without attention runs at any picture size.** A convolution does the same
+thing everywhere, so the network is trained on random crops of a quarter of the side (1/16 of the
+pixels) and still runs at the full size. One attention layer would break this: it would compare 16
+times as many places with each other as it was trained for, at 256 times the cost. (What still sees
+the whole picture is group norm; a mean over more pixels is much the same mean.)
 
-The other half is about data: in training the small picture is a real one shrunk perfectly, in
-sampling it is a drawing, with small faults of its own. So the small picture is corrupted a little
-in training, and the upsampler learns not to trust its every pixel (paper sec. 2.1).
+The other half is about data. In training the small picture is a real one, shrunk perfectly; in
+sampling it is a drawing with small faults of its own. So the small picture is corrupted a little in
+training (support/degradations.py), and the upsampler learns not to trust its every pixel.
 
-Letters: B batch; H, W target height and width; h, w low-resolution height and width; f = H / h the
-factor; T diffusion steps; E timestep embedding. "low" is short for low-resolution picture.
-Read next: train.py.
+Letters: B batch; H, W target sides; h, w low-resolution sides; f = H / h the factor; T noise
+levels; E timestep embedding. "low" is short for low-resolution picture. Read next: train.py.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -25,27 +25,27 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffusion import GaussianDiffusion, evaluating
-from networks import TimeEmbedding, UNet
+from diffusion import GaussianDiffusion, SeededNoise
+from networks import TimeEmbedding, UNet, evaluating
 from support.degradations import DEGRADATIONS, MARGINS
-from support.tools import UserError
+
 
 @dataclass(frozen=True)
 class UpsamplerConfig:
     # Paper (table 3), first | second: channels 320 | 192, multiples 1,2,3,4 | 1,1,2,2,4,4, blocks
-    # 3 | 2, dropout 0.1 | none: 700M | 300M parameters. We: small. Because: one machine.
+    # 3 | 2, dropout 0.1 | none: 700M | 300M parameters.
     low_size: int = 64  # side of the pictures that come in, pixels
     size: int = 256  # side of the pictures that go out, pixels
     crop: int = 64  # side of the training crops, pixels of the target: a quarter of `size`
     channels: int = 32  # of the U-Net's finest level
     multiples: tuple = (1, 2, 3, 4)  # of `channels`, a level; each next level halves the sides
     blocks: int = 1  # residual blocks a level
-    stem: int = 1  # k: the U-Net works on patches of k x k pixels as if they were one (faster)
+    stem: int = 1  # the U-Net works on patches of stem x stem pixels as if they were one (faster)
     dropout: float = 0.0
     degradation: str = "blur"  # of the low pictures: one of DEGRADATIONS
     schedule: str = "cosine"  # "cosine" (first), "linear" (second)
-    # Paper: the noise. We: x_0, as the enlarged low picture plus a correction. Because: training
-    # starts from a plain enlargement, not from grain; "v" and "noise" are grainy for very long.
+    # Paper: noise. Here x_0, as the enlarged low picture plus a correction: training then starts
+    # from a plain enlargement instead of grain, which stays for long.
     predict: str = "x_0"
     diffusion_steps: int = 1000  # T
     sample_steps: int = 27  # of DDIM: 27 (first), 15 (second)
@@ -61,20 +61,10 @@ class UpsamplerConfig:
         return self.stem * 2 ** (len(self.multiples) - 1)
 
     def __post_init__(self):
-        if self.low_size < 1 or self.size % self.low_size or self.factor < 2:
-            raise UserError(
-                f"size {self.size} is not a multiple of low_size {self.low_size}: "
-                f"choose a size of 2, 3, 4, ... times low_size"
-            )
         step = math.lcm(self.factor, self.divisor)
-        if not 0 < self.crop <= self.size or self.crop % step:
-            raise UserError(
-                f"crop {self.crop} does not fit: choose a multiple of {step} up to size {self.size}"
-            )
-        if self.degradation not in DEGRADATIONS:
-            raise UserError(
-                f"unknown degradation {self.degradation!r}: choose from {', '.join(DEGRADATIONS)}"
-            )
+        assert self.size % self.low_size == 0 and self.factor >= 2, "size: 2, 3, ... times low_size"
+        assert 0 < self.crop <= self.size and self.crop % step == 0, f"crop: a multiple of {step}"
+        assert self.degradation in DEGRADATIONS
 
 
 # --- training pairs --------------------------------------------------------------------------
@@ -96,8 +86,7 @@ def training_pair(dataset, i, config, rng):
 
     The degradation comes *before* the crop. The other way round, the crop's edge would be blurred
     into an invented border, on every training example, and the network would learn that border.
-    (One invented border remains: loss() enlarges the crop alone, so that at its edges a bicubic
-    lacks neighbours, as do the network's convolutions.)
+    (One invented border remains: condition() enlarges the crop alone, without its neighbours.)
 
     dataset: has image(i, size, crop=(top, left, side)) -> (3, side, side) in [-1, 1]
     rng:     numpy Generator; the same state gives the same pair
@@ -151,18 +140,12 @@ class Upsampler(nn.Module):
         )
 
     def condition(self, low):
-        """Enlarge the low picture to the target's size, bicubic: (B, 3, h, w) -> (B, 3, H, W).
+        """Enlarge the low picture to the target's size: (B, 3, h, w) -> (B, 3, H, W).
 
-        This blurry enlargement is already most of the answer; the network adds the fine detail.
+        Bicubic (ADM and GLIDE: bilinear). This blurry enlargement is already most of the answer;
+        the network adds the fine detail. H and W must be multiples of the config's divisor.
         """
-        f = self.config.factor
-        h, w = low.shape[-2:]
-        if h * f % self.config.divisor or w * f % self.config.divisor:
-            raise UserError(
-                f"a low-resolution picture of {h}x{w} becomes {h * f}x{w * f}: both must be "
-                f"multiples of {self.config.divisor}; resize or crop the picture"
-            )
-        return F.interpolate(low.float(), scale_factor=f, mode="bicubic")
+        return F.interpolate(low.float(), scale_factor=self.config.factor, mode="bicubic")
 
     def forward(self, x_t, t, cond):
         """The network's output for x_t (B, 3, H, W) at noise levels t (B,) and condition(low)."""
@@ -170,38 +153,45 @@ class Upsampler(nn.Module):
         out = self.unet(x, self.time(t))  # (B, 3, H, W)
         return cond + out if self.config.predict == "x_0" else out
 
-    def loss(self, batch):
-        """Mean diffusion loss of a batch of training pairs, a scalar.
+    # --- training ---
 
-        batch: "image" (B, 3, crop, crop) target crops and "low" (B, 3, crop / f, crop / f) their
-               degraded low-resolution versions, in [-1, 1]: what training_pair returns, stacked
-        """
-        image, cond = batch["image"], self.condition(batch["low"])
-        if image.shape != cond.shape:
-            raise UserError(
-                f"images {tuple(image.shape)} and low {tuple(batch['low'].shape)} do not fit: "
-                f"the images must be {self.config.factor} times as large; see training_pair"
-            )
-        losses = self.diffusion.training_loss(lambda x_t, t: self(x_t, t, cond), image)
-        return losses.mean()
+    @staticmethod
+    def batch(config, data, embeddings, indices, rng):
+        """image (B, 3, crop, crop) and low (B, 3, crop / f, crop / f): training pairs, stacked."""
+        pairs = [training_pair(data, i, config, rng) for i in indices]
+        image, low = zip(*pairs, strict=True)
+        return {"image": torch.stack(image), "low": torch.stack(low)}
+
+    def loss(self, batch, t=None):
+        """Mean diffusion loss of a batch of training pairs, a scalar. t (B,): by default drawn."""
+        network = functools.partial(self, cond=self.condition(batch["low"]))
+        return self.diffusion.training_loss(network, batch["image"], t).mean()
+
+    def preview(self, batches):
+        """16 validation crops: (PSNR in dB, [input, drawn, target] of each, their names)."""
+        batch, _ = batches.look()
+        drawn = self.sample(batch["low"], noise=SeededNoise(range(len(batch["low"]))))
+        # Pixels span a range of 2, so PSNR = 10 log10(2^2 / mse).
+        mse = (drawn - batch["image"]).square().mean().item()
+        low = F.interpolate(batch["low"], drawn.shape[-2:], mode="nearest")
+        rows = torch.stack([low, drawn, batch["image"]], dim=1).flatten(0, 1)
+        return {"psnr": 10 * math.log10(4 / mse)}, rows, ["input", "drawn", "target"] * len(low)
+
+    # --- sampling ---
 
     @torch.no_grad()
     @evaluating
-    def sample(self, low, steps=None, generators=None, on_step=None):
-        """Enlarge pictures by the factor f with DDIM, eta 0 (paper table 3, "sampling variance
-        method": DDIM).
+    def sample(self, low, steps=None, noise=None, on_step=None):
+        """Enlarge pictures by the factor f with DDIM, eta 0 (paper table 3).
 
-        low:        (B, 3, h, w) in [-1, 1] on the model's device, from the decoder or the stage
-                    before; any h, w, not only low_size. Not degraded here: only in training
-        steps:      DDIM steps, 1 .. T; None for the configuration's (paper: 27 and 15)
-        generators: one CPU torch.Generator a picture, so that a picture depends on its seed only
-        on_step:    called as on_step(k, t, x_t, pred_x_0) after each step
-        Returns (B, 3, f * h, f * w) in [-1, 1]. The model stays in the mode (train/eval) it was in.
+        low:   (B, 3, h, w) in [-1, 1], from the decoder or the upsampler before; any h, w, not only
+               low_size. Not corrupted here: only in training
+        steps: DDIM steps, evenly spread; None for the config's (paper: 27 and 15, tuned by hand)
+        noise, on_step: see diffusion.py
+        Returns (B, 3, f * h, f * w) in [-1, 1].
         """
-        # Made once, outside the loop. Each step then holds x_t, this, and the network's own memory.
         cond = self.condition(low)
-        steps = self.config.sample_steps if steps is None else steps
         return self.diffusion.ddim_sample(
-            lambda x_t, t: self(x_t, t, cond), cond.shape, steps,
-            generators=generators, on_step=on_step,
+            functools.partial(self, cond=cond), cond.shape, steps or self.config.sample_steps,
+            noise=noise, on_step=on_step,
         )
