@@ -1,15 +1,13 @@
-"""How large each model is, and how long it trains: the numbers that a student changes first.
+"""The table of stages: what each one is, how large, and how long it trains.
 
     tiny    minutes on two CPU cores: draws at 32 pixels, enlarges to 64 and 256
     base    half an hour a stage on one or two cores, the decoder two hours: 64, 256, 1024 pixels
     large   for one GPU, real pictures and a pretrained CLIP
 
-The one idea: a preset is a table of differences from the dataclasses' own defaults, nothing more;
-`--steps`, `--batch-size` and `--lr` of train.py override it.
-Read next: train.py.
+A preset is a table of differences from the dataclasses' own defaults, nothing more: the numbers
+that a student changes first. `--steps`, `--batch-size` and `--lr` of train.py override it.
 """
 
-import dataclasses
 from pathlib import Path
 
 from ar_prior import AutoregressivePrior, AutoregressivePriorConfig
@@ -20,26 +18,25 @@ from support.checkpoint import load_checkpoint
 from support.tools import UserError
 from upsampler import Upsampler, UpsamplerConfig
 
+ORDER = ("clip", "prior", "decoder", "upsampler1", "upsampler2")
+# What the paper compares them with. Not part of `all`: drawing a picture needs none of them.
+BASELINES = ("ar_prior", "decoder_text_emb", "decoder_caption")
 STAGES = {
     "clip": (SmallClip, SmallClipConfig),
     "prior": (DiffusionPrior, PriorConfig),
     "decoder": (Decoder, DecoderConfig),
     "upsampler1": (Upsampler, UpsamplerConfig),
     "upsampler2": (Upsampler, UpsamplerConfig),
-    # What the paper compares with: another prior, and the decoder trained on something else.
     "ar_prior": (AutoregressivePrior, AutoregressivePriorConfig),
     "decoder_text_emb": (Decoder, DecoderConfig),
     "decoder_caption": (Decoder, DecoderConfig),
 }
-ORDER = ("clip", "prior", "decoder", "upsampler1", "upsampler2")
-# What the paper compares them with. Not part of `all`: drawing a picture needs none of them.
-BASELINES = ("ar_prior", "decoder_text_emb", "decoder_caption")
 
 # Per stage: fields of the model's config that differ from its defaults, then of the training.
-# "muon": Muon's learning rate, as a multiple of "lr" (optimizer.py); without it, Adam alone.
+# "muon": Muon's learning rate, as a multiple of "lr" (support/muon.py); without it, Adam alone.
 # "focus": a band of noise levels; half of the levels are drawn from it, half from all.
-# Paper (table 3): 0.8 million steps of 2048 pictures for the decoder alone. We: what one machine
-# can do in minutes (tiny) or hours (base). Because: the findings show long before the beauty does.
+# Paper (table 3): 0.8 million steps of 2048 pictures for the decoder alone. Here what one machine
+# can do in minutes (tiny) or hours (base): the findings show long before the beauty does.
 PRESETS = {
     "tiny": {
         "data": 20_000,  # scenes of the shapes data
@@ -53,8 +50,8 @@ PRESETS = {
             {"steps": 2500, "batch_size": 32, "lr": 1e-3},
         ),
         "upsampler1": (
-            # Paper: crops of a quarter of the side, blur. We: half of these small pictures, BSR.
-            # Because: a barely trained decoder leaves grain, and blur alone teaches to trust it.
+            # Paper: crops of a quarter of the side, blur. Here half of these small pictures, and
+            # BSR: a barely trained decoder leaves grain, and blur alone teaches to trust it.
             {"low_size": 32, "size": 64, "crop": 32, "channels": 24, "multiples": (1, 2),
              "degradation": "bsr"},
             {"steps": 600, "batch_size": 32, "lr": 1e-3},
@@ -71,9 +68,8 @@ PRESETS = {
         "prior": ({"width": 192, "depth": 4}, {"steps": 2500, "batch_size": 128, "lr": 1e-3}),
         "decoder": (
             # The U-Net works on patches of 2 x 2 pixels, with most of its channels at 16 x 16 and
-            # 8 x 8. It predicts x_0, which was chosen for patches of 4 x 4, whose 48 numbers of
-            # noise do not fit through so few channels; v was not tried with 2 x 2. With x_0 the
-            # variances are fixed: a learned one's loss drowns the others at low noise.
+            # 8 x 8. It predicts x_0, with fixed variances: a learned variance's loss would drown
+            # everything else at low noise.
             {"channels": 32, "multiples": (1, 3, 3), "attention_levels": (2,), "stem": 2,
              "emb_width": 384, "image_hidden": 256,
              "predict": "x_0", "weight_cap": 5.0, "variance": "fixed_small"},
@@ -100,7 +96,7 @@ PRESETS = {
         "decoder": (
             {"channels": 128, "blocks": 2, "attention_levels": (1, 2, 3), "head_channels": 64,
              "context_width": 512, "text_depth": 4, "dropout": 0.1, "sample_steps": 50},
-            {"steps": 150_000, "batch_size": 128, "lr": 2e-4, "half_size_until": 0.5},
+            {"steps": 150_000, "batch_size": 128, "lr": 2e-4},
         ),
         "upsampler1": (
             {"channels": 96, "multiples": (1, 2, 3), "blocks": 2, "dropout": 0.1},
@@ -137,33 +133,35 @@ def needs_clip(stage):
     return "prior" in stage or stage.startswith("decoder")
 
 
+def fresh_model(stage, preset, data, clip, embeddings):
+    """A new model of the preset's size, fitted to the CLIP and the data it will be trained with."""
+    fields = dict(recipe(preset, stage)[0])
+    if needs_clip(stage):
+        fields |= {"dim": clip.dim, "text_width": clip.text_width, "text_len": clip.text_len}
+    make, make_config = STAGES[stage]
+    if hasattr(make, "fresh"):
+        return make.fresh(fields, data, clip, embeddings)
+    return make(make_config(**fields))
+
+
 def build(checkpoint, path="the checkpoint"):
     """The model that `checkpoint` describes, with its averaged weights, in eval mode."""
     try:
-        make_model, make_config = STAGES[checkpoint["stage"]]
-        config = make_config(**{k: as_tuple(v) for k, v in checkpoint["config"].items()})
-        model = make_model(config)
+        make, make_config = STAGES[checkpoint["stage"]]
+        fields = {k: tuple(v) if isinstance(v, list) else v
+                  for k, v in checkpoint["config"].items()}
+        model = make(make_config(**fields))
         # Shipped weights are stored in half precision; load_state_dict turns them into float32.
         model.load_state_dict(checkpoint["ema"])
-    except (TypeError, LookupError, ValueError, ArithmeticError, AttributeError, RuntimeError,
-            UserError) as e:
+    except Exception as e:  # a spoilt configuration can raise nearly anything
         reason = " ".join(str(e).split())[:200]
         raise UserError(f"{path}: weights and configuration do not fit this version ({reason}): "
                         "train this stage again") from e
     return model.eval()
 
 
-def as_tuple(value):
-    return tuple(value) if isinstance(value, list) else value
-
-
-def config_dict(model):
-    """The model's frozen dataclass as a plain dictionary, for a checkpoint."""
-    return dataclasses.asdict(model.config)
-
-
 def load_stage(folder, stage, device="cpu"):
-    """The trained stage from `folder`/`stage`.pt; remembers which CLIP it was trained for."""
+    """The trained stage from `folder`/`stage`.pt; model.clip says which CLIP it was trained for."""
     path = Path(folder) / f"{stage}.pt"
     checkpoint = load_checkpoint(path, stage)
     model = build(checkpoint, path).to(device)
@@ -182,15 +180,15 @@ def load_clip(folder, spec="small", device="cpu"):
 
 def clip_of(model, folder, stage, device="cpu", spec=None):
     """The CLIP that a trained stage of `folder` needs: its checkpoint says which. spec: where it
-    is, if not where it was in training (load_open_clip)."""
+    is, if not where it was in training."""
     spec = spec or (model.clip["spec"] if model.clip else "small")
     clip = load_clip(folder, spec, device)
-    check_clip(model, clip, Path(folder) / f"{stage}.pt")
+    check_clip(model.clip, clip, Path(folder) / f"{stage}.pt")
     return clip
 
 
-def check_clip(model, clip, path):
-    """Raise UserError where a stage meets another CLIP than the one it was trained for."""
-    if model.clip and model.clip["identity"] != clip.identity:
-        raise UserError(f"{path} was trained for the CLIP {model.clip['identity']}, not "
+def check_clip(trained_for, clip, path):
+    """UserError where a stage meets another CLIP than the one it was trained for (if any)."""
+    if trained_for and trained_for["identity"] != clip.identity:
+        raise UserError(f"{path} was trained for the CLIP {trained_for['identity']}, not "
                         f"{clip.identity}: embeddings of two CLIPs do not mix; train it again")

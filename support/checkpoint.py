@@ -17,6 +17,7 @@ so a crash or a full disk in the middle leaves the previous checkpoint as it was
 Read next: train.py, which writes them, and sample.py, which reads them.
 """
 
+import dataclasses
 import os
 import pickle
 import zipfile
@@ -46,20 +47,31 @@ def save_checkpoint(path, checkpoint):
         ) from e
 
 
-def export_checkpoint(path, folder):
-    """Copy a checkpoint to `folder`: averaged weights in half precision, enough to draw, and to
-    train on from with a new optimizer.
+def export_checkpoints(run, folder, stages):
+    """Small copies of every stage of a run: averaged weights in half precision, enough to draw and
+    to continue training from with a new optimizer.
 
     A sixth (Muon) to an eighth (Adam) of the size: no raw weights, no optimizer, two bytes a
     number. CLIP's identity is a hash of weights rounded to half precision, so it stays what the
     other stages expect.
-    Returns the new file's path.
     """
-    checkpoint = load_checkpoint(path, Path(path).stem)
-    kept = {k: v for k, v in checkpoint.items() if k not in ("model", "optimizer")}
-    kept["ema"] = {k: v.half() if v.is_floating_point() else v for k, v in kept["ema"].items()}
-    save_checkpoint(Path(folder) / Path(path).name, kept)
-    return Path(folder) / Path(path).name
+    paths = [p for p in (Path(run) / f"{stage}.pt" for stage in stages) if p.exists()]
+    if not folder or Path(run).resolve() == Path(folder).resolve():
+        raise UserError("export: give --to, another folder than the run's, for the copies")
+    if not paths:
+        raise UserError(f"{run} has no trained stage to export: give --out the folder of a run")
+    for path in paths:
+        there = Path(folder) / path.name
+        if there.is_file() and "optimizer" in load_checkpoint(there):
+            raise UserError(f"--to {folder}: {there} is a training's own checkpoint, which a copy "
+                            "would replace; give another folder")
+    for path in paths:
+        kept = load_checkpoint(path, path.stem)
+        kept = {k: v for k, v in kept.items() if k not in ("model", "optimizer")}
+        kept["ema"] = {k: v.half() if v.is_floating_point() else v for k, v in kept["ema"].items()}
+        copy = Path(folder) / path.name
+        save_checkpoint(copy, kept)
+        print(f"{copy}: {copy.stat().st_size / 2**20:.1f} MiB")
 
 
 def load_checkpoint(path, stage=None):
@@ -76,7 +88,7 @@ def load_checkpoint(path, stage=None):
                 if archive.testzip():  # checksums, which torch does not look at
                     raise ValueError("a checksum is wrong")
     except PermissionError:
-        raise  # one line already: see common.exit_code
+        raise  # one line already: see tools.user_errors
     except pickle.UnpicklingError as e:
         raise UserError(f"{path} is not a file of plain weights (it may hold code, which is never "
                         "run): delete it and train or copy it again") from e
@@ -118,8 +130,27 @@ def check_parts(checkpoint, path):
                             "training that went wrong; train this stage again")
 
 
-def examples_seen(checkpoint):
-    """How many examples, counted again each time, the training of a checkpoint has seen."""
-    # Where the count was not kept yet, the batch size had better be the same all along.
-    count = checkpoint["step"] * (checkpoint.get("run") or {}).get("batch_size", 0)
-    return (checkpoint.get("figures") or {}).get("examples", count)
+def config_dict(model):
+    """The model's frozen dataclass as a plain dictionary, for a checkpoint."""
+    return dataclasses.asdict(model.config)
+
+
+def restore(checkpoint, model, optimizers):
+    """Put a checkpoint's raw weights and optimizer states back, to continue where it was written.
+
+    An exported copy has neither: its averaged weights, which `model` has already, start afresh.
+    """
+    if "optimizer" not in checkpoint:
+        print("note: the checkpoint has only averaged weights: the optimizer starts anew from them")
+        return
+    try:
+        model.load_state_dict(checkpoint["model"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
+            optimizer.load_state_dict(state)
+            for p, values in optimizer.state.items():  # fused steps trust these shapes blindly
+                if any(v.numel() > 1 and v.shape != p.shape for v in values.values()):
+                    raise ValueError("its optimizer belongs to another model")
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+        reason = " ".join(str(e).split())[:200]
+        raise UserError(f"--resume: the checkpoint's weights and optimizer do not fit ({reason}): "
+                        "train this stage again, or continue from an exported copy") from e

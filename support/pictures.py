@@ -241,6 +241,9 @@ class Cifar:
         return digest([self.name, self.split, list(self.labels), pixels, words])
 
 
+DATA = ("shapes", "cifar10", "cifar100", "coco", "folder")
+
+
 def load_data(name, root=None, split="train", limit=None, seed=0):
     """Build a data set: shapes, cifar10, cifar100, coco or folder.
 
@@ -251,7 +254,7 @@ def load_data(name, root=None, split="train", limit=None, seed=0):
     if name == "shapes":
         n = limit if limit is not None else 100_000 if split == "train" else 2_000
         return Shapes(n, split, seed)
-    if name not in ("cifar10", "cifar100", "coco", "folder"):
+    if name not in DATA:
         raise UserError(f"data {name!r}: use shapes, cifar10, cifar100, coco or folder")
     if split not in ("train", "val"):
         raise UserError(f"split {split!r} of {name}: use train or val")

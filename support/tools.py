@@ -1,9 +1,7 @@
-"""What every command needs and none of it is about unCLIP: device, processes, arguments, pictures.
+"""What every command needs and none of it is about unCLIP: device, precision, signals, arguments.
 
-A student can skip this file. What is worth knowing: precision is chosen in `autocast`; a user's
-mistake is a UserError, which `exit_code` turns into one line and exit code 2; and charts are drawn
-with Pillow alone, since a chart is only a map from data to pixels.
-Read next: sample.py, which puts the stages together.
+A student can skip this file. What is worth knowing: precision is chosen in `autocast`, and a user's
+mistake is a UserError, which `user_errors` turns into one line and exit code 2.
 """
 
 import argparse
@@ -13,13 +11,15 @@ import os
 import re
 import signal
 import sys
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
+
 
 class UserError(Exception):
-    """A user's mistake in one line: the value, the rule, the fix. main() prints it and exits 2."""
+    """A user's mistake in one line: the value, the rule, the fix."""
 
 
 # --- the machine -----------------------------------------------------------------------------
@@ -70,60 +70,6 @@ def usable_cores():
         return os.cpu_count() or 1
 
 
-# --- processes --------------------------------------------------------------------------------
-
-
-def rank():
-    """Which of the processes this is: 0 when there is one."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size():
-    """How many processes train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def note(text):
-    """Print, once however many processes there are."""
-    if rank() == 0:
-        print(text)
-
-
-def first_alone(make):
-    """make(), by the first process and then by the others, which find what it left on disk."""
-    if rank() > 0:
-        dist.barrier()
-    made = make()
-    if rank() == 0 and world_size() > 1:
-        dist.barrier()
-    return made
-
-
-class Interrupt:
-    """Ctrl-C asks the loop to stop after the step it is in, where everything fits together."""
-
-    def __enter__(self):
-        self.asked, self.agreed = False, False
-        self.before = signal.signal(signal.SIGINT, self.ask)
-        return self
-
-    def ask(self, *_):
-        self.asked = True
-        self.__exit__()  # a second Ctrl-C stops at once
-
-    def agree(self, device):
-        """Of several processes all must stop after the same step, or some would wait for ever.
-        Of several GPUs each waits for its own here, so they are asked at every tenth step only."""
-        self.agreed = self.asked
-        if world_size() > 1:
-            asked = torch.tensor(float(self.asked), device=device)
-            dist.all_reduce(asked, dist.ReduceOp.MAX)
-            self.agreed = asked.item() > 0
-
-    def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self.before)
-
-
 def peak_memory(device):
     """Most memory this process has held so far, GB: the GPU's, or on a CPU the process's own."""
     if device.type == "cuda":
@@ -134,6 +80,43 @@ def peak_memory(device):
         return math.nan
     unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+# --- stopping --------------------------------------------------------------------------------
+
+
+@contextmanager
+def stop_signals(listen=True):
+    """Ctrl-C, SIGTERM (a cluster's preemption) and SIGHUP (a closed terminal) ask a loop to stop.
+
+    Yields a list that is empty until then. A second Ctrl-C stops at once. listen=False: ignore
+    them, as another process decides. In a thread there are no signals to listen to.
+    """
+    asked = []
+
+    def ask(number, frame):
+        if listen and asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.extend([number] if listen else [])
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = {number: signal.signal(number, ask) for number in SIGNALS}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+
+
+def ignore_signals(worker):
+    """For a DataLoader's worker processes: the main process decides when to stop."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 # --- the command line -------------------------------------------------------------------------
@@ -169,7 +152,7 @@ def known_failure(e):
     return None
 
 
-def exit_code(main):
+def user_errors(main):
     """Make main(argv=None) return 0, or 2 after a user's mistake: one line on stderr."""
 
     @functools.wraps(main)
@@ -179,22 +162,20 @@ def exit_code(main):
         except UserError as e:
             # One raised in a worker process arrives as a whole traceback, the message last.
             message = str(e).strip().splitlines()[-1].removeprefix("support.tools.UserError: ")
-            print(f"error: {message}", file=sys.stderr)
-            return 2
         except OSError as e:  # a full disk, a folder that is a file, no permission, ...
             where = f"{e.filename}: " if e.filename else ""
-            print(f"error: {where}{e.strerror or e}; check the path and the room", file=sys.stderr)
-            return 2
+            message = f"{where}{e.strerror or e}; check the path and the room"
         except (MemoryError, RuntimeError) as e:
             message = known_failure(e)
             if message is None:
                 raise
-            print(f"error: {message}", file=sys.stderr)
-            return 2
         except KeyboardInterrupt as e:
             print(f"stopped. {e}", file=sys.stderr)
             return 130  # what a shell reports after Ctrl-C
-        return 0
+        else:
+            return 0
+        print(f"error: {message}", file=sys.stderr)
+        return 2
 
     return wrapped
 
@@ -213,7 +194,7 @@ def at_least(least, bits=48):
 
 
 natural, positive, two_or_more = at_least(0), at_least(1), at_least(2)
-# sample.generators multiplies seeds by 8, and PyTorch's CPU generator uses 32 bits of the result.
+# sample.noise_for multiplies seeds by 8, and PyTorch's CPU generator uses 32 bits of the result.
 seed_number = at_least(0, bits=29)
 
 

@@ -1,0 +1,97 @@
+"""What a training leaves behind in its folder, and says while it works.
+
+    STAGE.pt        the checkpoint: see checkpoint.py
+    STAGE.json      its settings, to read
+    metrics.jsonl   a line of figures now and then, for eyes, grep and `python -m lab.plots RUN`
+    samples/        pictures drawn while it trained
+"""
+
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+
+from support.checkpoint import config_dict, save_checkpoint
+from support.tools import UserError, peak_memory
+
+
+class Run:
+    """The folder of a training, and its figures since the last line of metrics.jsonl.
+
+    Losses stay on the device until they are written: reading one makes the CPU wait for the GPU.
+    """
+
+    def __init__(self, stage, folder, model, settings, clip, checkpoint):
+        self.stage, self.folder, self.settings = stage, Path(folder), settings
+        self.path, self.figures = self.folder / f"{stage}.pt", {}
+        self.about = {"stage": stage, "config": config_dict(model), "clip": clip, "run": settings}
+        self.first = checkpoint["step"] if checkpoint else 0
+        self.examples = examples_seen(checkpoint) if checkpoint else 0
+        self.losses, self.waited, self.waited_in_all = [], 0.0, 0.0
+
+    def begin(self):
+        (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+        self.path.with_suffix(".json").write_text(json.dumps(self.about, indent=2) + "\n")
+
+    def timed(self, loader):
+        """The loader's batches; notes how long each was waited for."""
+        self.begun = self.started = time.time()
+        batches = iter(loader)
+        while True:
+            asked = time.time()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.waited += time.time() - asked
+            yield batch
+
+    def add(self, loss, norm):
+        # A gradient that is NaN ruins the weights, so treat it like such a loss.
+        self.losses.append(torch.where(norm.isfinite(), loss.detach(), norm))
+
+    def report(self, step, figures):
+        self.figures |= figures
+        with open(self.folder / "metrics.jsonl", "a") as f:
+            f.write(json.dumps({"stage": self.stage, "step": step} | figures) + "\n")
+
+    def write(self, step, model, rate):
+        """Check and report the steps since the last time. Raises UserError rather than let weights
+        that are not finite be saved: the loss of a step is that of the weights before it."""
+        loss = torch.stack(self.losses).mean().item()
+        finite = torch.stack([p.isfinite().all() for p in model.parameters()]).all()
+        if not (math.isfinite(loss) and finite):
+            wrong = "a weight is no longer finite" if math.isfinite(loss) else f"the loss is {loss}"
+            raise UserError(f"{self.stage}, step {step}: {wrong}. The last checkpoint is kept: try "
+                            "a smaller --lr, with --resume")
+        count, seconds = self.settings["batch_size"] * len(self.losses), time.time() - self.started
+        self.examples += count
+        self.report(step, {"examples": self.examples, "loss": loss, "lr": rate,
+                           "images_per_s": count / seconds, "data_wait": self.waited / seconds})
+        self.waited_in_all += self.waited
+        self.losses, self.waited, self.started = [], 0.0, time.time()
+        return {"loss": f"{loss:.4f}", "images_per_s": f"{count / seconds:.0f}"}
+
+    def save(self, step, model, ema, optimizers):
+        """Everything that resuming needs; the random numbers need no state (see train.py)."""
+        save_checkpoint(self.path, self.about | {
+            "step": step, "figures": self.figures, "ema": ema.model.state_dict(),
+            "model": model.state_dict(), "optimizer": [o.state_dict() for o in optimizers],
+        })
+
+    def summary(self, device):
+        seconds, steps = time.time() - self.begun, self.settings["steps"] - self.first
+        print(f"{self.stage}: steps {self.first} to {self.settings['steps']}, "
+              f"{seconds / 60:.1f} minutes, loss {self.figures['loss']:.4f}, "
+              f"{steps * self.settings['batch_size'] / seconds:.0f} images/s, "
+              f"waiting for data {self.waited_in_all / seconds:.1%}, "
+              f"{peak_memory(device):.1f} GB")
+
+
+def examples_seen(checkpoint):
+    """How many examples, repeats counted, the training of a checkpoint has seen."""
+    # Old checkpoints have no count; their batch size did not change.
+    count = checkpoint["step"] * (checkpoint.get("run") or {}).get("batch_size", 0)
+    return (checkpoint.get("figures") or {}).get("examples", count)
