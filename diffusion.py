@@ -8,7 +8,7 @@ DDIM (2010.02502): deterministic sampling. unCLIP uses all of them (paper table 
 The one idea: alpha_bar, a table of T numbers, says how much of the data is left at each noise
 level. Everything below is arithmetic with that table and knows nothing of CLIP, captions or U-Nets:
 a `network` is any function (x_t, t) -> out. (It knows two things about images: their range, for
-clipping, and their 256 grey levels, on which a learned variance is trained.)
+clipping, and their 256 levels, for learned variances.)
 
 Letters: B batch, C, H, W image, D embedding, T noise levels, S sampling steps; `...` stands for
 (C, H, W) or (D,). t is in [0, T-1], and t = 0 already carries a little noise; the clean data is one
@@ -85,8 +85,8 @@ class SeededNoise:
 def discretized_log_likelihood(x_0, mean, log_variance):
     """Log-probability of 8-bit pixels under a gaussian, per dimension, in nats (DDPM eq. 13).
 
-    A pixel k / 127.5 - 1 owns the bin +- 1/255 around it; the darkest and the brightest also own
-    everything beyond, so the probabilities of the 256 values sum to one.
+    A pixel k / 127.5 - 1 owns the bin +- 1/255 around it, the darkest and the brightest also all
+    beyond: the probabilities of the 256 values sum to one.
     """
     cdf, inv_std = torch.special.ndtr, torch.exp(-0.5 * log_variance)
     upper = cdf((x_0 + 1 / 255 - mean) * inv_std).masked_fill(x_0 > 0.999, 1)
@@ -185,8 +185,7 @@ class GaussianDiffusion(nn.Module):
         return {"noise": noise, "x_0": x_0, "v": signal * noise - sigma * x_0}[self.predict]
 
     def x_0_from_output(self, out, x_t, t):
-        """Solve for x_0, unclipped: (B, ...). With a learned variance the output has 2C channels;
-        the first C are the prediction."""
+        """Solve for x_0, unclipped: (B, ...). A learned variance's channels come after these C."""
         out = at_least_float32(out[:, :x_t.shape[1]])
         if self.predict == "x_0":
             return out
@@ -292,8 +291,7 @@ class GaussianDiffusion(nn.Module):
 
         The best predictor of x_0 errs by exactly that variance, so it is the network's mean squared
         error on data x_0 (B, ...): measured at `levels` of the T noise levels and interpolated.
-        (Their eq. 8 writes it with the score, (1 - alpha_bar) / alpha_bar * (1 - mean of
-        noise_pred^2): the same number, but the small difference of two large ones.)
+        (Their eq. 8 writes it with the score, as the small difference of two large numbers.)
         """
         ts = self.timesteps(min(levels, self.T))[::-1]  # ascending
         # Even pure noise leaves no more open than the data's own variance. But where noise is

@@ -161,7 +161,11 @@ def zero(module):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions and a skip; the embedding scales and shifts a norm (ADM sec. 3.1)."""
+    """Two convolutions and a skip; the embedding scales and shifts a norm (ADM sec. 3.1).
+
+    Why after a norm? It has just removed the features' own mean and size, so what the embedding
+    puts in their place is seen, whatever the features were.
+    """
 
     def __init__(self, c_in, c_out, emb_dim, dropout=0.0):
         super().__init__()
@@ -226,8 +230,9 @@ class UNet(nn.Module):
 
     channels, multiples: level i has channels * multiples[i] channels, its side is H / (stem * 2^i).
     blocks: residual blocks a level going down (one more going up). attention_levels: the levels
-    that attend; () builds no attention at all. stem: pixel_unshuffle by so much first and
+    that attend; () builds no attention at all. stem: pixel_unshuffle by this much first and
     pixel_shuffle last, so that a large picture is worked on as a smaller one with more channels.
+    ADM and GLIDE halve and double inside residual blocks; here a plain convolution does it.
     """
 
     def __init__(self, in_channels, out_channels, channels, multiples, blocks, emb_dim,
@@ -265,8 +270,8 @@ class UNet(nn.Module):
                 )
                 c = width
             if i > 0:
-                # ADM keeps c channels here; ours already narrows to the finer level's. Because:
-                # with one block a level it would cost about as much as all of that level's way up.
+                # ADM keeps c channels here. Narrowing at once to the finer level's saves about as
+                # much as all of that level's way up costs.
                 self.up.append(nn.Conv2d(c, widths[i - 1], 3, padding=1))
                 c = widths[i - 1]
 

@@ -130,6 +130,13 @@ def check_parts(checkpoint, path):
                             "training that went wrong; train this stage again")
 
 
+def examples_seen(checkpoint):
+    """How many examples, repeats counted, the training of a checkpoint has seen."""
+    # Old checkpoints have no count; their batch size did not change.
+    count = checkpoint["step"] * (checkpoint.get("run") or {}).get("batch_size", 0)
+    return (checkpoint.get("figures") or {}).get("examples", count)
+
+
 def config_dict(model):
     """The model's frozen dataclass as a plain dictionary, for a checkpoint."""
     return dataclasses.asdict(model.config)

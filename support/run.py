@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from support.checkpoint import config_dict, save_checkpoint
+from support.checkpoint import config_dict, examples_seen, save_checkpoint
 from support.tools import UserError, peak_memory
 
 
@@ -88,10 +88,3 @@ class Run:
               f"{steps * self.settings['batch_size'] / seconds:.0f} images/s, "
               f"waiting for data {self.waited_in_all / seconds:.1%}, "
               f"{peak_memory(device):.1f} GB")
-
-
-def examples_seen(checkpoint):
-    """How many examples, repeats counted, the training of a checkpoint has seen."""
-    # Old checkpoints have no count; their batch size did not change.
-    count = checkpoint["step"] * (checkpoint.get("run") or {}).get("batch_size", 0)
-    return (checkpoint.get("figures") or {}).get("examples", count)

@@ -1,0 +1,462 @@
+"""Whole trainings: what they leave, how they stop and resume, what they refuse."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+import stages
+import train
+from conftest import MICRO, ROOT
+from support import tools
+from support.cache import embed
+from support.checkpoint import load_checkpoint, save_checkpoint
+from support.muon import make_optimizers
+from support.shapes import Shapes
+from support.tools import UserError
+from train import Batches
+
+UPSAMPLER = ["upsampler1", "--preset", "micro", "--batch-size", "4", "--limit", "16",
+             "--sample-every", "1000", "--workers", "0"]
+# For a process of its own: the micro preset does not exist there, so it is put in first.
+PREFIX = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; "
+PREFIX += "import conftest, stages, train; stages.PRESETS['micro'] = conftest.MICRO; "
+
+
+def run(folder, *options):
+    """Train upsampler1 in `folder`: the exit code."""
+    return train.main([*UPSAMPLER, "--out", str(folder), *map(str, options)])
+
+
+def saved(folder, stage="upsampler1"):
+    return load_checkpoint(folder / f"{stage}.pt")
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- what a run leaves ---------------------------------------------------------------------------
+
+
+def test_all_trains_every_stage_and_leaves_checkpoints_metrics_and_pictures(micro_run):
+    identity = stages.load_clip(micro_run).identity
+    for stage in stages.STAGES:
+        made = saved(micro_run, stage)
+        assert made["step"] == 3 and made["run"]["command"].startswith("python train.py ")
+        assert {"seed", "fingerprint", "preset"} <= set(made["run"])
+        assert 0 <= made["figures"]["data_wait"] < 1
+        if stages.needs_clip(stage):
+            assert made["clip"]["identity"] == identity
+        lines = [m for m in metrics(micro_run) if m["stage"] == stage]
+        assert all(math.isfinite(m["loss"]) for m in lines if "loss" in m)
+        assert "val_loss" in lines[-1]
+        about = json.loads((micro_run / f"{stage}.json").read_text())
+        assert about["config"] == json.loads(json.dumps(made["config"]))
+    for stage, rows in (("decoder", 4), ("upsampler1", 8), ("upsampler2", 8)):
+        grid = Image.open(micro_run / "samples" / f"{stage}_000003.png")
+        assert grid.height >= rows * 128
+    assert {"cos_true", "cos_text", "cos_unrelated"} < {k for m in metrics(micro_run) for k in m}
+
+
+def test_what_is_fitted_rather_than_trained_is_in_the_checkpoints(micro_run):
+    table = stages.load_stage(micro_run, "prior").diffusion.x_0_variance
+    assert (table > 0).all() and table[-1] > table[0]  # the analytic variance
+    prior = stages.load_stage(micro_run, "ar_prior")
+    identity = prior.basis @ prior.basis.T
+    torch.testing.assert_close(identity, torch.eye(len(identity)), rtol=0, atol=1e-4)
+    assert (prior.edges.diff(dim=1) >= 0).all() and prior.values.abs().sum() > 0
+
+
+def test_the_grid_shows_the_captions_that_the_decoder_read(micro_run, tmp_path, monkeypatch):
+    clip, data, seen = stages.load_clip(micro_run), Shapes(24, "val"), {}
+    model = stages.load_stage(micro_run, "decoder_caption")
+
+    def draw(image_emb, text_enc, text_mask, **settings):
+        seen.update(text_enc=text_enc, text_mask=text_mask)
+
+    monkeypatch.setattr(model, "sample", draw)
+    _, _, captions = model.preview(Batches(model, data, embed(clip, data, tmp_path), 16, 0))
+    _, text_enc, text_mask = clip.encode_text(captions)
+    assert len(set(map(len, captions))) > 1
+    torch.testing.assert_close(seen["text_enc"][seen["text_mask"]], text_enc[text_mask],
+                               rtol=1e-2, atol=1e-2)
+
+
+# --- interruptions -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    assert run(folder, "--steps", 30, "--save-every", 5) == 0
+    return folder
+
+
+def interrupted(folder, number, steps_before):
+    """Train in a process of its own, send it a signal, and wait for its end: (exit code, errors)."""
+    options = map(str, (*UPSAMPLER, "--steps", 30, "--save-every", 5, "--out", folder))
+    process = subprocess.Popen([sys.executable, "-c", PREFIX + "sys.exit(train.main())", *options],
+                               cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline, log = time.time() + 100, folder / "metrics.jsonl"
+    while not log.exists() or len(log.read_text().splitlines()) < steps_before:
+        assert time.time() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    process.send_signal(number)
+    errors = process.communicate(timeout=60)[1]
+    return process.returncode, errors
+
+
+def test_kill_9_then_resume_ends_with_the_same_bits(tmp_path, uninterrupted):
+    interrupted(tmp_path, signal.SIGKILL, 9)
+    step = saved(tmp_path)["step"]
+    assert 5 <= step < 30 and step % 5 == 0  # lost no more than the steps since then
+    assert train.main(["upsampler1", "--resume", "--workers", "0", "--out", str(tmp_path)]) == 0
+    for key in ("model", "ema"):
+        assert_same(saved(tmp_path)[key], saved(uninterrupted)[key])
+
+
+def test_sigterm_saves_the_step_it_meets_and_resume_is_exact(tmp_path, uninterrupted):
+    """What a cluster sends before it takes a machine away."""
+    code, errors = interrupted(tmp_path, signal.SIGTERM, 7)
+    assert code == 130 and "--resume" in errors and "Traceback" not in errors
+    step = saved(tmp_path)["step"]
+    assert 7 <= step < 30 and f"step {step}" in errors
+    assert run(tmp_path, "--resume") == 0
+    assert_same(saved(tmp_path)["model"], saved(uninterrupted)["model"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_every_signal_that_asks_to_stop_saves_first(tmp_path, monkeypatch, number, uninterrupted):
+    loss, calls = stages.Upsampler.loss, []
+
+    def interrupted_in_step_7(self, batch, t=None):
+        calls.append(1)
+        if len(calls) == 7:
+            signal.raise_signal(number)
+        return loss(self, batch, t)
+
+    monkeypatch.setattr(stages.Upsampler, "loss", interrupted_in_step_7)
+    before = signal.getsignal(number)
+    assert run(tmp_path, "--steps", 30, "--save-every", 5) == 130
+    assert saved(tmp_path)["step"] == 7 and signal.getsignal(number) == before
+    assert run(tmp_path, "--resume") == 0
+    assert_same(saved(tmp_path)["model"], saved(uninterrupted)["model"])
+
+
+def test_a_training_runs_in_a_thread(tmp_path):
+    """A web demo or a notebook has no signals to listen to there."""
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(run(tmp_path, "--steps", 2)))
+    thread.start()
+    thread.join()
+    assert codes == [0] and saved(tmp_path)["step"] == 2
+
+
+def test_a_finished_stage_is_left_alone(micro_run, tmp_path, capsys, monkeypatch):
+    assert run(tmp_path, "--steps", 2) == 0
+    before = (tmp_path / "upsampler1.pt").read_bytes()
+    assert run(tmp_path, "--steps", 2) == 2  # without --resume nothing is overwritten
+    assert "--resume" in capsys.readouterr().err
+    assert run(tmp_path, "--resume") == 0
+    assert "already trained" in capsys.readouterr().out
+    assert (tmp_path / "upsampler1.pt").read_bytes() == before
+    monkeypatch.setattr(train, "embed", None)  # nor are embeddings computed for it
+    assert train.main(["prior", "--out", str(micro_run), "--resume", "--workers", "0"]) == 0
+
+
+def test_a_run_that_is_resumed_keeps_its_data_and_its_settings(tmp_path):
+    for k in range(6):
+        Image.new("RGB", (40, 30), (40 * k, 0, 0)).save(tmp_path / f"{k}.png")
+        (tmp_path / f"{k}.txt").write_text(f"number {k}")
+    first = ["clip", "--preset", "micro", "--data", "folder", "--root", str(tmp_path), "--steps",
+             "2", "--batch-size", "4", "--workers", "0", "--out", str(tmp_path / "run")]
+    assert train.main(first) == 0
+    again = ["clip", "--resume", "--steps", "4", "--workers", "0", "--out", str(tmp_path / "run")]
+    assert train.main(again) == 0
+    made = saved(tmp_path / "run", "clip")
+    assert made["step"] == 4 and made["run"]["data"] == "folder" and made["run"]["batch_size"] == 4
+    assert train.main([*again, "--data", "shapes"]) == 2  # not on other pictures, silently
+
+
+def test_examples_are_counted_through_another_batch_size(tmp_path):
+    assert run(tmp_path, "--steps", 3) == 0
+    assert saved(tmp_path)["figures"]["examples"] == 3 * 4
+    for steps, size, count in ((5, 8, 3 * 4 + 2 * 8), (6, 4, 3 * 4 + 2 * 8 + 4)):
+        assert run(tmp_path, "--resume", "--steps", steps, "--batch-size", size) == 0
+        assert saved(tmp_path)["figures"]["examples"] == count
+
+
+# --- when something goes wrong -------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsys):
+    loss, calls = stages.Upsampler.loss, []
+
+    def breaks_at_step_5(self, batch, t=None):
+        calls.extend([1] * self.training)  # not those of the validation
+        return loss(self, batch, t) * (math.nan if self.training and len(calls) == 5 else 1)
+
+    monkeypatch.setattr(stages.Upsampler, "loss", breaks_at_step_5)
+    assert run(tmp_path, "--save-every", 2, "--steps", 8) == 2
+    errors = capsys.readouterr().err
+    assert "step 5" in errors and "nan" in errors and "--lr" in errors
+    assert saved(tmp_path)["step"] == 4
+
+
+def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path, capsys, monkeypatch):
+    """The loss of a step is that of the weights before it, so it is finite when they break."""
+    assert run(tmp_path, "--steps", 2) == 0
+    before = (tmp_path / "upsampler1.pt").read_bytes()
+    monkeypatch.setattr(train, "learning_rate", lambda step, settings: math.inf)
+    assert run(tmp_path, "--resume", "--steps", 4, "--save-every", 1) == 2
+    assert "a weight is no longer finite. The last checkpoint is kept" in capsys.readouterr().err
+    assert (tmp_path / "upsampler1.pt").read_bytes() == before
+
+
+def test_an_optimizer_that_does_not_fit_is_refused_before_anything_changes(tmp_path, capsys):
+    assert run(tmp_path, "--steps", 2) == 0
+    before, good = (tmp_path / "upsampler1.json").read_text(), saved(tmp_path)
+    wrong_shapes = [{"state": {k: {n: torch.zeros(7) for n in v} for k, v in o["state"].items()},
+                     "param_groups": o["param_groups"]} for o in good["optimizer"]]
+    for broken in ({"optimizer": {}}, {"model": {}}, {"optimizer": [{}, {}]},
+                   {"optimizer": wrong_shapes}):
+        save_checkpoint(tmp_path / "upsampler1.pt", good | broken)
+        assert run(tmp_path, "--resume", "--steps", 4) == 2
+        assert "--resume: the checkpoint" in capsys.readouterr().err
+        assert (tmp_path / "upsampler1.json").read_text() == before
+
+
+def test_a_checkpoint_is_saved_though_its_pictures_cannot_be(tmp_path, monkeypatch):
+    def full(image, path, **options):
+        raise UserError("cannot write: no room")
+
+    monkeypatch.setattr(train, "save_picture", full)
+    assert run(tmp_path, "--steps", 2) == 2 and saved(tmp_path)["step"] == 2
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch, capsys):
+    save, calls = torch.save, []
+
+    def second_time_full(what, file):
+        calls.append(1)
+        if len(calls) == 2:
+            file.write(b"half of it")
+            raise OSError(28, "No space left on device")
+        save(what, file)
+
+    monkeypatch.setattr(torch, "save", second_time_full)
+    assert run(tmp_path, "--save-every", 2, "--steps", 8) == 2
+    assert "No space left" in capsys.readouterr().err and saved(tmp_path)["step"] == 2
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["painter"], "painter"),
+    (["clip", "--preset", "huge"], "huge"),
+    (["clip", "--batch-size", "0"], "must be 1 or more"),
+    (["clip", "--steps", "many"], "--steps"),
+    (["clip", "--data", "folder"], "--root"),
+    (["clip", "--data", "folder", "--root", "/no/such/folder"], "/no/such/folder"),
+    (["clip", "--data", "imagenet"], "imagenet"),
+    (["prior", "--preset", "micro"], "clip.pt"),
+    (["clip", "--device", "abacus"], "abacus"),
+    (["clip", "--lr", "1e300"], "below 1e30"),
+    (["clip", "--seed", str(2**29)], "below 2^29"),
+    (["clip", "--batch-size", "1"], "2 or more"),
+    (["clip", "--workers", "-1"], "--workers"),
+    (["clip", "--wat"], "--wat"),
+    (["export"], "--to"),
+])
+def test_mistakes_end_in_one_line_and_exit_code_2(arguments, says, capsys, tmp_path):
+    assert train.main([*arguments, "--out", str(tmp_path / "run")]) == 2
+    errors = capsys.readouterr().err.strip()
+    assert errors.startswith("error: ") and says in errors and "\n" not in errors
+
+
+def test_an_out_that_is_a_file_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run(tmp_path / "file") == 2
+    errors = capsys.readouterr().err.strip()
+    assert errors.startswith("error: ") and str(tmp_path / "file") in errors and "\n" not in errors
+
+
+def test_resume_refuses_another_clip(micro_run, tmp_path, capsys):
+    for stage in ("clip", "prior"):
+        shutil.copy(micro_run / f"{stage}.pt", tmp_path)
+    clip = saved(tmp_path, "clip")
+    clip["ema"]["model.text_projection"] += 1
+    save_checkpoint(tmp_path / "clip.pt", clip)
+    assert train.main(["prior", "--steps", "9", "--resume", "--out", str(tmp_path)]) == 2
+    assert "do not mix" in capsys.readouterr().err
+
+
+def test_a_picture_that_breaks_in_training_is_named_in_one_line(tmp_path, capsys):
+    for k in range(6):
+        Image.new("RGB", (40, 30), (40 * k, 0, 0)).save(tmp_path / f"{k}.png")
+        (tmp_path / f"{k}.txt").write_text(f"number {k}")
+    data = train.load_data("folder", str(tmp_path))  # all fine now, and remembered as fine
+    whole = data.items[0][0].read_bytes()
+    data.items[0][0].write_bytes(whole[: len(whole) // 2])
+    options = ["clip", "--data", "folder", "--root", str(tmp_path), "--preset", "micro"]
+    assert train.main([*options, "--workers", "1", "--out", str(tmp_path / "run")]) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert errors[-1].startswith("error: image") and data.items[0][0].name in errors[-1]
+    assert not any("Traceback" in line for line in errors)
+
+
+# --- copies to give away -------------------------------------------------------------------------
+
+
+def test_an_exported_run_draws_the_same_and_is_much_smaller(micro_run, tmp_path, capsys):
+    assert train.main(["export", "--out", str(micro_run), "--to", str(tmp_path)]) == 0
+    for stage in stages.ORDER:
+        whole, small = micro_run / f"{stage}.pt", tmp_path / f"{stage}.pt"
+        assert small.stat().st_size < whole.stat().st_size / 3
+        weights = stages.load_stage(tmp_path, stage).state_dict()
+        for name, value in stages.load_stage(micro_run, stage).state_dict().items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)
+    assert stages.load_clip(micro_run).identity == stages.load_clip(tmp_path).identity
+    # It can be trained on from, with a new optimizer.
+    assert run(tmp_path, "--resume", "--steps", 9) == 0
+    assert "the optimizer starts anew" in capsys.readouterr().out
+    assert all(v.dtype == torch.float32 for v in saved(tmp_path)["ema"].values())
+
+
+def test_an_export_replaces_no_trainings_checkpoint(micro_run, tmp_path):
+    shutil.copy(micro_run / "upsampler2.pt", tmp_path)
+    before = (tmp_path / "upsampler2.pt").read_bytes()
+    assert train.main(["export", "--out", str(micro_run), "--to", str(tmp_path)]) == 2
+    assert (tmp_path / "upsampler2.pt").read_bytes() == before
+    assert not (tmp_path / "clip.pt").exists()  # nothing is written at all
+    assert train.main(["export", "--out", str(micro_run), "--to", f"{micro_run}/../micro"]) == 2
+    for _ in range(2):  # but an earlier copy may be replaced
+        assert train.main(["export", "--out", str(micro_run), "--to", str(tmp_path / "x")]) == 0
+
+
+# --- precision, compiler, processes --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_every_stage_trains_and_draws_with_autocast_on_and_off(monkeypatch, tmp_path, fast):
+    """Whatever this CPU multiplies fast: on another one the other path runs."""
+    import manipulate
+    import sample
+    from lab import evaluate
+
+    monkeypatch.setattr(tools, "cpu_is_fast_in_bf16", lambda: fast)
+    options = ["--preset", "micro", "--out", str(tmp_path), "--workers", "0", "--steps", "2"]
+    for stage in ("all", "ar_prior", "decoder_caption"):
+        assert train.main([stage, *options, "--sample-every", "1"]) == 0
+    options = ["--weights", str(tmp_path), "--size", "64", "--out", str(tmp_path)]
+    assert sample.main(["a red circle", "-n", "1", *options]) == 0
+    picture = str(tmp_path / "a-red-circle_0.png")
+    mask, steps = str(ROOT / "docs/pictures/mask.png"), ["--steps", "3", *options]
+    assert manipulate.main(["vary", picture, "-n", "1", *steps]) == 0
+    assert manipulate.main(["edit", picture, "--to", "a blue star", "--frames", "2", *steps]) == 0
+    assert manipulate.main(["inpaint", picture, mask, "a red circle", *steps]) == 0
+    assert evaluate.main(["losses", "-n", "8", "--weights", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize("stage", stages.STAGES)
+def test_a_compiled_loss_is_one_graph_and_the_same_number(stage, micro_run, tmp_path):
+    """What --compile hands to the compiler, without its code generator, which takes minutes.
+
+    fullgraph: an error where the graph would break, as at a look at a number in a tensor."""
+    model, data, embeddings = stages.load_stage(micro_run, stage).train(), Shapes(24), None
+    if stages.needs_clip(stage):
+        embeddings = embed(stages.load_clip(micro_run, "small"), data, tmp_path)
+    batch = Batches(model, data, embeddings, 8, 0)[0]
+    torch._dynamo.reset()
+    compiled = torch.compile(train.Loss(model), backend="eager", fullgraph=True)
+    numbers = []
+    for loss in (compiled, model.loss):
+        torch.manual_seed(0)
+        numbers.append(loss(batch).item())
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-5)
+
+
+def test_captions_of_many_lengths_share_two_graphs(micro_run, tmp_path):
+    graphs, data = [], Shapes(24)
+    embeddings = embed(stages.load_clip(micro_run), data, tmp_path)
+    model, lengths = stages.load_stage(micro_run, "decoder").train(), set()
+    torch._dynamo.reset()
+    loss_of = train.Loss(model)
+    loss_of.compile(backend=lambda graph, inputs: graphs.append(graph) or graph)
+    for step in range(8):
+        batch = Batches(model, data, embeddings, 3, 0)[step]
+        lengths.add(batch["text_enc"].shape[1])
+        loss_of(batch)
+    assert len(lengths) > 2 and len(graphs) == 2  # one length, then any length
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="generated code needs a C++ compiler")
+def test_a_compiled_training_ends_where_an_uncompiled_one_does(micro_run, tmp_path):
+    """Code is generated here, for this processor, and run. The seeds are the same, and so is the
+    noise; only the rounding of sums differs."""
+    trained = []
+    for name, extra in (("plain", []), ("compiled", ["--compile"])):
+        (tmp_path / name).mkdir()
+        shutil.copy(micro_run / "clip.pt", tmp_path / name)
+        assert train.main(["prior", "--preset", "micro", "--out", str(tmp_path / name),
+                           "--workers", "0", "--steps", "2", *extra]) == 0
+        trained.append(saved(tmp_path / name, "prior")["figures"])
+    for name in ("loss", "val_loss"):
+        assert trained[1][name] == pytest.approx(trained[0][name], rel=1e-3)
+
+
+def torchrun(tmp_path, *arguments):
+    script = tmp_path / "run.py"
+    script.write_text(PREFIX + "\nif __name__ == '__main__': sys.exit(train.main())")
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         str(script), *map(str, arguments)],
+        cwd=ROOT, check=True, capture_output=True, timeout=200,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_two_processes_train_all_stages_in_turn(tmp_path):
+    """CLIP's loss over both processes' rows too; and nobody reads a CLIP that is half trained."""
+    torchrun(tmp_path, "all", "--preset", "micro", "--workers", 0, "--sample-every", 3,
+             "--out", tmp_path / "two")
+    identity = stages.load_clip(tmp_path / "two").identity
+    for stage in stages.ORDER:
+        made = saved(tmp_path / "two", stage)
+        assert made["step"] == 3
+        assert made["clip"] is None or made["clip"]["identity"] == identity
+
+
+def test_two_processes_take_the_step_of_the_averaged_gradient(tmp_path):
+    """torchrun with gloo on this machine, against both halves computed here by hand."""
+    torchrun(tmp_path, *UPSAMPLER, "--steps", 2, "--out", tmp_path / "two")
+    torch.manual_seed(0)
+    model = stages.fresh_model("upsampler1", "micro", None, None, None).train()
+    optimizers, settings = make_optimizers(model, 2.0), {"steps": 2, "lr": 1e-3}
+    for step in range(2):
+        for rank in range(2):
+            batch = Batches(model, Shapes(16), None, 4, 0, "cpu", rank, 2)[step]
+            torch.manual_seed(hash((0, step, rank)) % 2**62)
+            with tools.autocast("cpu"):
+                loss = model.loss(batch) / 2
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), train.MAX_GRADIENT)
+        train.take_step(optimizers, train.learning_rate(step, settings), "cpu")
+        model.zero_grad()
+    expected = model.state_dict()
+    for name, value in saved(tmp_path / "two")["model"].items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
