@@ -67,7 +67,7 @@ class Embeddings:
     def batch(self, indices, rng):
         """Pictures `indices`, each with one of its captions drawn by rng, as float32 tensors."""
         captions, tokens = self.draw_captions(indices, rng), []
-        for shard, k in zip(*divmod(captions, SHARD)):
+        for shard, k in zip(*divmod(captions, SHARD), strict=True):
             start, stop = self.captions[shard]["starts"][k : k + 2].tolist()
             tokens.append(self.captions[shard]["text_enc"][start:stop])
         lengths = torch.tensor([len(x) for x in tokens])
@@ -115,7 +115,7 @@ def embed(clip, data, folder, batch_size=128):
         for k, start in enumerate(range(0, n, SHARD)):
             part = range(start, min(start + SHARD, n))
             keep(folder / f"{kind}-{k:05}.pt", clip, len(part),
-                 lambda: compute(clip, source, part, batch_size))
+                 functools.partial(compute, clip, source, part, batch_size))
     return Embeddings(folder)
 
 
