@@ -69,21 +69,21 @@ class Embeddings:
         captions, tokens = self.draw_captions(indices, rng), []
         for shard, k in zip(*divmod(captions, SHARD), strict=True):
             start, stop = self.captions[shard]["starts"][k : k + 2].tolist()
-            tokens.append(self.captions[shard]["text_enc"][start:stop])
+            tokens.append(self.captions[shard]["text_enc"][start:stop].float())
         lengths = torch.tensor([len(x) for x in tokens])
         # Padded to the longest caption here, not to CLIP's text_len: attention over padding costs
         # as much as over words, and is masked out in the end.
         return {
             "image_emb": rows(self.pictures, "image_emb", indices),
             "text_emb": rows(self.captions, "text_emb", captions),
-            "text_enc": pad_sequence(tokens, batch_first=True).float(),  # (B, longest, W)
+            "text_enc": pad_sequence(tokens, batch_first=True),  # (B, longest, W)
             "text_mask": torch.arange(int(lengths.max())) < lengths[:, None],
         }
 
 
 def rows(shards, name, numbers):
     """Rows `numbers`, counted through all shards, of the arrays `name`, as one float32 tensor."""
-    return torch.stack([shards[u // SHARD][name][u % SHARD] for u in map(int, numbers)]).float()
+    return torch.stack([shards[u // SHARD][name][u % SHARD].float() for u in map(int, numbers)])
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -169,17 +169,17 @@ def embed_captions(clip, listed, part, batch_size):
     text_emb, text_enc = [], []
     for some in tqdm(ids.split(batch_size), f"CLIP: captions from {part.start}", disable=None):
         emb, enc, mask = clip.encode_ids(some.to(clip.mean.device))
-        text_emb.append(emb.cpu().half())
-        text_enc.append(enc[mask].cpu().half())
+        text_emb.append(emb.cpu())
+        text_enc.append(enc[mask].cpu())
     starts = pad((ids.argmax(dim=1) + 1).cumsum(0), (1, 0))  # end of text has the largest id
-    return {"starts": starts, "text_emb": torch.cat(text_emb), "text_enc": torch.cat(text_enc)}
+    text_emb, text_enc = torch.cat(text_emb).half(), torch.cat(text_enc).half()
+    return {"starts": starts, "text_emb": text_emb, "text_enc": text_enc}
 
 
 def embed_pictures(clip, data, part, batch_size):
     """A shard of pictures, which worker processes decode."""
-    loader = torch.utils.data.DataLoader(
-        torch.utils.data.Subset(Pictures(data, clip), part), batch_size,
-        num_workers=min(len(part), usable_cores(), 8))
+    pictures = torch.utils.data.Subset(Pictures(data, clip), part)
+    loader = torch.utils.data.DataLoader(pictures, batch_size, num_workers=min(usable_cores(), 8))
     loader = tqdm(loader, f"CLIP: pictures from {part.start}", disable=None)
-    image_emb = [clip.encode_image(images.to(clip.mean.device)).cpu().half() for images in loader]
-    return {"image_emb": torch.cat(image_emb)}
+    image_emb = [clip.encode_image(images.to(clip.mean.device)).cpu() for images in loader]
+    return {"image_emb": torch.cat(image_emb).half()}

@@ -2,7 +2,8 @@
 
 import multiprocessing
 import pickle
-from types import SimpleNamespace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from support import cache, tokenizer
-from support.cache import Embeddings, embed
+from support.cache import embed
 from support.tokenizer import Tokenizer
 from support.tools import UserError
 
@@ -53,7 +54,7 @@ class Data:
     def __len__(self):
         return len(self.all)
 
-    def image(self, i, size, interpolation):
+    def image(self, i, size, interpolation="bicubic"):
         noise = torch.Generator().manual_seed(100 * self.seed + i)
         return torch.rand(3, size, size, generator=noise)
 
@@ -71,31 +72,22 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(cache, "usable_cores", lambda: 0)
 
 
-def everything(stored):
-    """A batch with every caption in it, and its pairs."""
-    batch = stored.batch([0, 1, 2, 3, 4, 5] * 8, np.random.default_rng(0))
-    assert len(batch["text_emb"].unique(dim=0)) == len(CAPTIONS)
-    return batch
-
-
 def assert_same(a, b):
-    for x, y in zip(everything(a).values(), everything(b).values(), strict=True):
-        assert_close(x, y, rtol=0, atol=0)
+    """All pictures and captions, to the bit."""
+    a, b = (x.batch([0, 1, 2, 3, 4, 5] * 8, np.random.default_rng(0)) for x in (a, b))
+    assert len(a["text_emb"].unique(dim=0)) == len(CAPTIONS)
+    assert_close(a, b, rtol=0, atol=0)
 
 
 def test_embeddings_are_computed_once_for_each_clip_and_data(tmp_path):
-    clip, data = Clip(), Data()
-    first = embed(clip, data, tmp_path)
-    assert clip.counts() == (6, 5)
-    assert_same(embed(clip, data, tmp_path), first)
-    assert clip.counts() == (6, 5)
-    for n, other in enumerate((Data(seed=1), Data("toy 2"), data), start=2):
-        if other is data:
-            data.all = data.all[:5]
-        assert len(embed(clip, other, tmp_path)) == len(other)
-        assert clip.asked["captions"] == 5 * n
-    another = Clip("another")
-    embed(another, Data(), tmp_path)
+    clip = Clip()
+    first = embed(clip, Data(), tmp_path)
+    fewer = Data()
+    fewer.all = fewer.all[:5]
+    for data, counts in ((Data(), (6, 5)), (Data(seed=1), (12, 10)), (Data("toy 2"), (18, 15)),
+                         (fewer, (23, 20)), (Data(), (23, 20))):
+        assert len(embed(clip, data, tmp_path)) == len(data) and clip.counts() == counts
+    embed(another := Clip("another"), Data(), tmp_path)
     assert another.counts() == (6, 5)
     assert_same(embed(clip, Data(), tmp_path), first)  # all of them are kept, side by side
 
@@ -103,10 +95,10 @@ def test_embeddings_are_computed_once_for_each_clip_and_data(tmp_path):
 @pytest.mark.parametrize("shard", [2, 4096])
 def test_a_batch_is_the_clips_own_answer_to_captions_drawn_by_rng(shard, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "SHARD", shard)
-    clip, data, indices = Clip(), Data(), [4, 1, 3, 0, 1, 5]
-    stored, rng, again = embed(clip, data, tmp_path, batch_size=4), *map(
-        np.random.default_rng, (3, 3))
-    drawn = set()
+    clip, data, indices, drawn = Clip(), Data(), [4, 1, 3, 0, 1, 5], set()
+    with torch.autocast("cpu", torch.bfloat16):  # as in training
+        stored = embed(clip, data, tmp_path, batch_size=4)
+    rng, again = np.random.default_rng(3), np.random.default_rng(3)
     for _ in range(20):
         batch = stored.batch(indices, rng)
         which = (again.random(6) * [len(data.all[i]) for i in indices]).astype(int)
@@ -115,7 +107,7 @@ def test_a_batch_is_the_clips_own_answer_to_captions_drawn_by_rng(shard, tmp_pat
         text_emb, text_enc, text_mask = clip.encode_ids(clip.tokenizer(captions))
         longest = text_mask.sum(dim=1).max()  # no padding beyond the longest caption's
         wanted = {
-            "image_emb": clip.encode_image(torch.stack([data.image(i, 8, "") for i in indices])),
+            "image_emb": clip.encode_image(torch.stack([data.image(i, 8) for i in indices])),
             "text_emb": text_emb, "text_mask": text_mask[:, :longest],
             "text_enc": (text_enc * text_mask[..., None])[:, :longest],
         }
@@ -130,17 +122,15 @@ def test_a_batch_is_the_clips_own_answer_to_captions_drawn_by_rng(shard, tmp_pat
 
 @pytest.mark.parametrize("calls", range(6))
 def test_an_interrupted_pass_continues_with_the_first_missing_shard(calls, tmp_path):
-    clip, left = Clip(), iter(range(calls))
+    clip, broken, left = Clip(), Clip(), iter(range(calls))
 
-    def breaks(encode):
-        def encoded(x):
-            if next(left, None) is None:
-                raise KeyboardInterrupt
-            return encode(x)
-        return encoded
+    def breaks(encode, x):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return encode(x)
 
-    broken = Clip()
-    broken.encode_image, broken.encode_ids = breaks(clip.encode_image), breaks(clip.encode_ids)
+    broken.encode_image = partial(breaks, clip.encode_image)
+    broken.encode_ids = partial(breaks, clip.encode_ids)
     with pytest.raises(KeyboardInterrupt):
         embed(broken, Data(), tmp_path / "cut")
     assert_same(embed(clip, Data(), tmp_path / "cut"), embed(Clip(), Data(), tmp_path / "whole"))
@@ -157,8 +147,7 @@ def empty(path):
 
 def changed(change):
     def damage(path):
-        arrays = {name: x.clone() for name, x in torch.load(path).items()}
-        torch.save({name: change(x) for name, x in arrays.items()}, path)
+        torch.save({name: change(x).clone() for name, x in torch.load(path).items()}, path)
     return damage
 
 
@@ -189,35 +178,32 @@ def test_a_clip_that_gives_no_numbers_is_refused_and_nothing_is_kept(tmp_path):
 
 def test_a_full_disk_is_an_os_error_and_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
     def full(path, content):
-        path.open("wb").write(content[:10])
+        path.touch()
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as m, pytest.raises(OSError):
-        m.setattr(type(tmp_path), "write_bytes", full)
+        m.setattr(Path, "write_bytes", full)
         embed(Clip(), Data(), tmp_path)
     assert not list(tmp_path.glob("*/*"))
     assert len(embed(Clip(), Data(), tmp_path)) == 6
 
 
-def test_two_passes_at_once_do_no_harm(tmp_path):
-    """Each is kept from its first shard until both have begun, so both compute all of them."""
-    context = multiprocessing.get_context("fork")
+def test_two_passes_at_once_do_no_harm(tmp_path, monkeypatch):
+    """Neither renames a shard before both have written it."""
+    context, write = multiprocessing.get_context("fork"), Path.write_bytes
     both = context.Barrier(2)
-
-    def one():
-        clip, waits = Clip(), iter([both])
-        clip.encode_image = lambda x: [b.wait(60) for b in waits] and None or Clip().encode_image(x)
-        embed(clip, Data(), tmp_path)
-
-    workers = [context.Process(target=one, daemon=True) for _ in range(2)]
+    monkeypatch.setattr(Path, "write_bytes", lambda *args: (write(*args), both.wait(60)))
+    workers = [context.Process(target=embed, args=(Clip(), Data(), tmp_path), daemon=True)
+               for _ in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(60)
         assert worker.exitcode == 0
+    monkeypatch.undo()
     clip = Clip()
-    assert_same(embed(clip, Data(), tmp_path), embed(Clip(), Data(), tmp_path / "alone"))
-    assert clip.counts() == (0, 0) and not list(tmp_path.glob("*/*.part"))
+    assert_same(embed(clip, Data(), tmp_path, 2), embed(Clip(), Data(), tmp_path / "alone"))
+    assert not list(tmp_path.glob("*/*.part"))
 
 
 def test_worker_processes_decode_and_reopen(tmp_path, monkeypatch):
