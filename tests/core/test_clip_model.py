@@ -1,6 +1,7 @@
 """Claims about the small CLIP, its loss, and what any frozen CLIP hands to the other stages."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,8 +20,7 @@ from support.sheets import to_tensor
 from support.tokenizer import Tokenizer, make_vocab
 
 L, D, W = 12, 16, 32
-CAPTIONS = ["a red circle", "a blue square above a green cross", "a star", "!",
-            "one red star on gray"]
+CAPTIONS = ["a red circle", "a blue square above a green cross", "a star", "!", "one red star"]
 SIZES = dict(dim=D, image_size=32, vision_width=8, text_width=W, text_layers=2, text_heads=2,
              context_length=L)
 pytestmark = pytest.mark.usefixtures("same_numbers_on_one_thread")
@@ -41,8 +41,7 @@ def make_clip(kind):
     if kind == "small":
         clip = freeze_small_clip(make_small())
     else:  # a vision transformer and the full vocabulary, in open_clip's two layouts
-        vision = open_clip.CLIPVisionCfg(layers=1, width=32, head_width=16, patch_size=8,
-                                         image_size=32)
+        vision = open_clip.CLIPVisionCfg(1, 32, head_width=16, patch_size=8, image_size=32)
         text = open_clip.CLIPTextCfg(context_length=L, width=W, heads=2, layers=2)
         clip = FrozenClip(getattr(open_clip, kind)(D, vision, text), Tokenizer(L), kind)
     tower = text_tower(clip.model)
@@ -70,33 +69,19 @@ def batch_of(small):
     return {"image": pictures(5), "tokens": Tokenizer(L, small.config.vocab)(CAPTIONS)[:5]}
 
 
-# --- the contrastive loss -------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("N, scale", [(4, 1.0), (8, 3.0), (8, 100.0)])
-def test_loss_of_orthonormal_matched_pairs(N, scale):
-    rows = torch.eye(N, D, dtype=torch.float64)
-    wanted = torch.tensor(math.log(1 + (N - 1) * math.exp(-scale)), dtype=torch.float64)
-    assert_close(clip_loss(rows, rows, scale), wanted)
-
-
-def test_loss_of_collapsed_embeddings_is_log_N():
-    one = unit(D).expand(6, D)
-    assert_close(clip_loss(one, one, 7.0), torch.tensor(math.log(6)))
+def test_loss_of_orthonormal_pairs_and_of_collapsed_ones(N, scale):
+    rows, one = torch.eye(N, D, dtype=torch.float64), unit(D).double().expand(N, D)
+    apart = torch.tensor(math.log(1 + (N - 1) * math.exp(-scale)), dtype=torch.float64)
+    assert_close(clip_loss(rows, rows, scale), apart)
+    assert_close(clip_loss(one, one, scale).item(), math.log(N))
 
 
 def plain_loss(image_emb, text_emb, scale):
     """CLIP fig. 3, written out."""
     logits = scale * image_emb @ text_emb.T
-    right = logits.diag()
-    by_image, by_text = (logits.logsumexp(dim=1) - right), (logits.logsumexp(dim=0) - right)
-    return (by_image.mean() + by_text.mean()) / 2
-
-
-def test_loss_equals_its_formula_with_pictures_and_captions_swapped_too():
-    a, b = unit(6, D), unit(6, D)
-    assert_close(clip_loss(a, b, 5.0), plain_loss(a, b, 5.0))
-    assert_close(clip_loss(b, a, 5.0), plain_loss(a, b, 5.0))
+    both = logits.logsumexp(dim=1) + logits.logsumexp(dim=0) - 2 * logits.diag()
+    return both.mean() / 2
 
 
 def test_small_clip_normalises_and_exponentiates_its_scale_once():
@@ -109,13 +94,14 @@ def test_small_clip_normalises_and_exponentiates_its_scale_once():
         assert_close(small.loss(batch), wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_logits_are_float32_under_autocast(monkeypatch):
+def test_loss_is_its_formula_both_ways_and_in_float32_under_autocast(monkeypatch):
     """In bfloat16 the loss of this batch would be off by about a hundredth."""
     small, a, b = make_small(), unit(6, D), unit(6, D)
-    monkeypatch.setattr(small.model, "forward", lambda image, tokens: (a, b, torch.tensor(100.0)))
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = small.loss({"image": None, "tokens": None})
-    assert_close(loss, plain_loss(a, b, 100.0))
+    for rows in ((a, b), (b, a)):
+        monkeypatch.setattr(small.model, "forward", lambda *_, rows=rows: (*rows, 100.0))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = small.loss({"image": None, "tokens": None})
+        assert_close(loss, plain_loss(a, b, 100.0))
 
 
 def test_scale_is_clamped_at_100():
@@ -127,16 +113,16 @@ def test_scale_is_clamped_at_100():
 
 
 def gradients(small, batch):
-    """(loss in training, averaged over processes as DistributedDataParallel does: gradients)"""
+    """The training loss, and its gradients averaged over processes, as torch's DDP does it."""
     small.train()
-    small.model.eval()  # batch norm's statistics stay each process's own: here, none are taken
+    small.model.eval()  # without batch norm's statistics, which stay each process's own
     loss = small.loss(batch)
     loss.backward()
-    grads = [p.grad for p in small.parameters()]
-    for grad in grads if dist.is_initialized() else ():
-        dist.all_reduce(grad)
-        grad /= dist.get_world_size()
-    return loss.detach(), grads
+    if dist.is_initialized():
+        for p in small.parameters():
+            dist.all_reduce(p.grad)
+            p.grad /= dist.get_world_size()
+    return loss.detach(), [p.grad for p in small.parameters()]
 
 
 def one_process(rank, world, folder):
@@ -144,8 +130,7 @@ def one_process(rank, world, folder):
     small, batch = make_small(), torch.load(folder / "batch.pt")
     share = {name: x.chunk(world)[rank] for name, x in batch.items()}
     loss, grads = gradients(small, share)
-    # Validation runs in one process alone: it must not wait for the others.
-    alone = small.eval().loss(batch).detach() if rank == 0 else None
+    alone = small.eval().loss(batch).detach()  # validation takes no other process's rows
     torch.save((loss, grads, alone), folder / f"{rank}.pt")
 
 
@@ -154,24 +139,13 @@ def test_processes_together_have_the_loss_and_gradients_of_one(world, tmp_path):
     small = make_small()
     batch = {name: x[:4] for name, x in batch_of(small).items()}
     torch.save(batch, tmp_path / "batch.pt")
-    wanted, wanted_grads = gradients(small, batch)
-    context = torch.multiprocessing.get_context("fork")
-    workers = [context.Process(target=one_process, args=(rank, world, tmp_path), daemon=True)
-               for rank in range(world)]
-    for worker in workers:
-        worker.start()
-    for rank, worker in enumerate(workers):
-        worker.join(60)
-        assert worker.exitcode == 0
-        loss, grads, alone = torch.load(tmp_path / f"{rank}.pt")
-        assert_close(loss, wanted)
-        for grad, wanted_grad in zip(grads, wanted_grads, strict=True):
-            assert_close(grad, wanted_grad, rtol=1e-3, atol=1e-6)
-        if rank == 0:
-            assert_close(alone, wanted)
-
-
-# --- what training asks of every stage -------------------------------------------------------
+    wanted = gradients(small, batch)
+    together = torch.multiprocessing.start_processes
+    together(one_process, (world, tmp_path), world, start_method="fork")
+    for rank in range(world):
+        *found, alone = torch.load(tmp_path / f"{rank}.pt")
+        assert_close(found, list(wanted), rtol=1e-3, atol=1e-6)
+        assert_close(alone, wanted[0])
 
 
 class Data:
@@ -197,51 +171,38 @@ def test_a_batch_draws_all_captions_and_then_all_places():
 
 
 def test_a_fresh_clip_knows_the_words_of_its_data():
-    small = SmallClip.fresh({k: v for k, v in SIZES.items() if k != "vocab"}, Data(), None, None)
-    assert small.config == make_small().config
+    assert SmallClip.fresh(SIZES, Data(), None, None).config == make_small().config
 
 
 def test_preview_counts_how_often_the_right_caption_is_nearest(monkeypatch):
     small, emb = make_small(), torch.eye(5, D)
-    batches = SimpleNamespace(data=Data(), of=lambda indices, rng: SmallClip.batch(
-        small.config, Data(), None, indices, rng))
+    batches = SimpleNamespace(data=Data(), of=partial(SmallClip.batch, small.config, Data(), None))
     for text_emb, right in ((emb, 1.0), (emb[[0, 1, 2, 4, 3]], 0.6)):
-        monkeypatch.setattr(small.model, "forward", lambda i, t, text_emb=text_emb: (
-            emb, text_emb, None))
-        figures, drawn, captions = small.preview(batches)
-        assert figures == {"match_of_16": pytest.approx(right)} and drawn is captions is None
+        monkeypatch.setattr(small.model, "forward", lambda *_, t=text_emb: (emb, t, None))
+        assert small.preview(batches) == ({"match_of_16": pytest.approx(right)}, None, None)
 
 
-# --- the frozen interface -------------------------------------------------------------------
-
-
-def test_what_leaves_a_clip_has_its_declared_sizes_and_unit_norm(clip):
-    image_emb = clip.encode_image(pictures(4))
-    text_emb, text_enc, mask = clip.encode_text(CAPTIONS)
-    assert image_emb.shape == (4, clip.dim) and text_emb.shape == (5, clip.dim)
-    assert text_enc.shape == (5, clip.text_len, clip.text_width) and mask.shape == (5, L)
-    for emb in (image_emb, text_emb):
-        assert_close(emb.norm(dim=1), torch.ones(len(emb)))
-
-
-def test_embeddings_are_those_of_the_model(clip):
+def test_embeddings_are_those_of_the_model_at_unit_norm(clip):
     x, ids = pictures(4), clip.tokenizer(CAPTIONS)
     with torch.no_grad():
-        assert_close(clip.encode_text(CAPTIONS)[0], clip.model.encode_text(ids, normalize=True))
-        wanted = clip.model.encode_image(((x + 1) / 2 - clip.mean) / clip.std, normalize=True)
-    assert_close(clip.encode_image(x), wanted, rtol=0, atol=1e-5)
+        wanted = (clip.model.encode_image(((x + 1) / 2 - clip.mean) / clip.std, normalize=True),
+                  clip.model.encode_text(ids, normalize=True))
+    for emb, theirs in zip((clip.encode_image(x), clip.encode_text(CAPTIONS)[0]), wanted):
+        assert_close(emb, theirs, rtol=0, atol=1e-5)
+        assert_close(emb.norm(dim=1), torch.ones(len(emb)))
+        assert emb.shape[1] == clip.dim
 
 
 def test_text_mask_is_true_up_to_and_including_the_end(clip):
     captions = [*CAPTIONS, "red star " * 20]
-    _, _, text_mask = clip.encode_text(captions)
-    for row, caption in zip(text_mask, captions, strict=True):
+    for row, caption in zip(clip.encode_text(captions)[2], captions, strict=True):
         n = min(len(clip.tokenizer.bpe.encode(caption)) + 2, L)
         assert row.tolist() == [True] * n + [False] * (L - n)
 
 
 def test_text_enc_is_what_the_pooled_embedding_is_made_of(clip):
     text_emb, text_enc, text_mask = clip.encode_text(CAPTIONS)
+    assert text_enc.shape == (len(CAPTIONS), clip.text_len, clip.text_width)
     end = text_enc[torch.arange(len(CAPTIONS)), text_mask.sum(dim=1) - 1]
     pooled = F.normalize(end @ text_tower(clip.model).text_projection, dim=-1)
     assert_close(pooled, text_emb, rtol=0, atol=1e-5)
@@ -263,8 +224,8 @@ def test_the_clip_is_frozen_and_no_hook_stays_behind(clip):
     torch.nn.Sequential(clip).train()
     assert not any(module.training for module in clip.modules())
     assert not any(p.requires_grad for p in clip.parameters())
-    assert not clip.encode_image(pictures(2).requires_grad_()).requires_grad
-    assert not any(y.requires_grad for y in clip.encode_text(CAPTIONS))
+    outputs = clip.encode_image(pictures(2).requires_grad_()), *clip.encode_text(CAPTIONS)
+    assert not any(x.requires_grad for x in outputs)
     assert not text_tower(clip.model).ln_final._forward_hooks
 
 

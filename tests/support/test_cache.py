@@ -11,14 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from support import cache, tokenizer
+from support import cache
 from support.cache import embed
 from support.tokenizer import Tokenizer
 from support.tools import UserError
 
 D, W, L = 4, 6, 12
-CAPTIONS = ["a red circle", "a blue square above a green cross", "a star", "!",
-            "one red star on gray"]
+CAPTIONS = ["a red circle", "a blue square above a green cross", "a star", "!", "one red star"]
 
 
 class Clip:
@@ -122,38 +121,32 @@ def test_a_batch_is_the_clips_own_answer_to_captions_drawn_by_rng(shard, tmp_pat
 
 @pytest.mark.parametrize("calls", range(6))
 def test_an_interrupted_pass_continues_with_the_first_missing_shard(calls, tmp_path):
-    clip, broken, left = Clip(), Clip(), iter(range(calls))
+    clip, left = Clip(), iter(range(calls))
 
     def breaks(encode, x):
         if next(left, None) is None:
             raise KeyboardInterrupt
         return encode(x)
 
-    broken.encode_image = partial(breaks, clip.encode_image)
-    broken.encode_ids = partial(breaks, clip.encode_ids)
-    with pytest.raises(KeyboardInterrupt):
-        embed(broken, Data(), tmp_path / "cut")
+    with pytest.MonkeyPatch.context() as m, pytest.raises(KeyboardInterrupt):
+        for name in ("encode_image", "encode_ids"):
+            m.setattr(clip, name, partial(breaks, getattr(clip, name)))
+        embed(clip, Data(), tmp_path / "cut")
     assert_same(embed(clip, Data(), tmp_path / "cut"), embed(Clip(), Data(), tmp_path / "whole"))
     assert clip.counts() == (6, 5)  # both passes together: nothing was computed twice
 
 
-def cut_short(path):
-    path.write_bytes(path.read_bytes()[:-20])
-
-
-def empty(path):
-    path.write_bytes(b"")
+def cut(length):
+    return lambda path: path.write_bytes(path.read_bytes()[:length])
 
 
 def changed(change):
-    def damage(path):
-        torch.save({name: change(x).clone() for name, x in torch.load(path).items()}, path)
-    return damage
+    return lambda path: torch.save({k: change(x) + 0 for k, x in torch.load(path).items()}, path)
 
 
 @pytest.mark.parametrize("name", ["pictures-00001", "captions-00002", "index"])
 @pytest.mark.parametrize("damage", [
-    cut_short, empty, changed(lambda x: x[:-1]), changed(lambda x: 0 * x),
+    cut(-20), cut(0), changed(lambda x: x[:-1]), changed(lambda x: 0 * x),
     changed(lambda x: x[..., :-1]), changed(lambda x: x / 0 if x.is_floating_point() else x[1:]),
 ])
 def test_a_damaged_shard_is_noticed_and_computed_again(damage, name, tmp_path, capsys):
@@ -190,16 +183,10 @@ def test_a_full_disk_is_an_os_error_and_leaves_nothing_that_looks_finished(tmp_p
 
 def test_two_passes_at_once_do_no_harm(tmp_path, monkeypatch):
     """Neither renames a shard before both have written it."""
-    context, write = multiprocessing.get_context("fork"), Path.write_bytes
-    both = context.Barrier(2)
+    both, write = multiprocessing.get_context("fork").Barrier(2), Path.write_bytes
     monkeypatch.setattr(Path, "write_bytes", lambda *args: (write(*args), both.wait(60)))
-    workers = [context.Process(target=embed, args=(Clip(), Data(), tmp_path), daemon=True)
-               for _ in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-        assert worker.exitcode == 0
+    torch.multiprocessing.start_processes(
+        lambda rank: embed(Clip(), Data(), tmp_path), nprocs=2, start_method="fork")
     monkeypatch.undo()
     clip = Clip()
     assert_same(embed(clip, Data(), tmp_path, 2), embed(Clip(), Data(), tmp_path / "alone"))
@@ -215,11 +202,3 @@ def test_worker_processes_decode_and_reopen(tmp_path, monkeypatch):
     sent = pickle.dumps(stored)
     assert len(sent) < 1000
     assert_same(pickle.loads(sent), stored)
-
-
-def test_a_caption_too_long_is_warned_of_once(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(tokenizer.warn, "count", 0, raising=False)
-    data = Data()
-    data.all = [["red circle " * 40]] * len(data)
-    embed(Clip(), data, tmp_path)
-    assert capsys.readouterr().err.count("warning") == 1
