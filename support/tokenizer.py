@@ -8,12 +8,13 @@ import torch
 
 from support.tools import UserError
 
-class Tokenizer:
-    """CLIP's byte-pair encoding: captions -> (B, L) ids, with warnings instead of silence.
 
-    vocab: the ids a small CLIP was trained with, ascending. Paper: all 49408. We: those seen in
-    training, renumbered 2, 3, ... (0 is padding, 1 any other piece). Because: at our sizes the
-    other 49 thousand embeddings would be most of the model, and none of them trained.
+class Tokenizer:
+    """CLIP's byte-pair encoding: captions -> (B, L) ids, with a warning where words are lost.
+
+    vocab: the ids a small CLIP was trained with, ascending, renumbered here as 2, 3, ... (0 is
+    padding, 1 any other piece). The paper's CLIP has all 49408 pieces; in a small one the
+    embeddings of those that its captions never use would be most of the weights, all untrained.
     """
 
     def __init__(self, context_length, vocab=None):
@@ -24,7 +25,7 @@ class Tokenizer:
     def __call__(self, captions):
         """captions: list of B strings -> (B, L) int64: start, pieces, end, then zeros.
 
-        Raises UserError for an empty caption. Warns where one is cut or has unknown words.
+        Raises UserError for an empty caption.
         """
         ids = torch.zeros(len(captions), self.context_length, dtype=torch.long)
         for row, caption in zip(ids, captions, strict=True):
@@ -34,10 +35,8 @@ class Tokenizer:
             room = self.context_length - 2  # for the start and end tokens
             if len(pieces) > room:
                 dropped = self.bpe.decode(pieces[room:]).strip()
-                warn(
-                    f"the caption is longer than CLIP's {self.context_length} tokens; "
-                    f"dropped: '{dropped}'"
-                )
+                warn(f"the caption is longer than CLIP's {self.context_length} tokens; "
+                     f"dropped: '{dropped}'")
             pieces = [self.bpe.sot_token_id, *pieces[:room], self.bpe.eot_token_id]
             row[: len(pieces)] = torch.tensor(self.renumber(pieces, caption))
         return ids
@@ -50,14 +49,13 @@ class Tokenizer:
         known = self.vocab[places] == pieces
         if not known.all():
             unknown = self.bpe.decode(np.array(pieces)[~known].tolist()).strip()
-            warn(
-                f"this CLIP has never seen '{unknown}' (in '{caption}'): it cannot know its meaning"
-            )
+            warn(f"this CLIP has never seen '{unknown}' (in '{caption}'): it can't know what "
+                 "that means")
         return np.where(known, places + 2, 1)
 
 
 def make_vocab(captions):
-    """The BPE ids of all captions with start and end of text, ascending: a small CLIP's vocab."""
+    """The BPE ids that `captions` use, with start and end of text, ascending."""
     bpe = open_clip.tokenizer.SimpleTokenizer()
     ids = {bpe.sot_token_id, bpe.eot_token_id}
     for caption in set(captions):
@@ -66,7 +64,7 @@ def make_vocab(captions):
 
 
 def warn(message, limit=5):
-    """To stderr, and only the first few times: a data set can have thousands of long captions."""
+    """Print to stderr the first few times only: a data set can have thousands of long captions."""
     warn.count = getattr(warn, "count", 0) + 1
     if warn.count <= limit:
         last = " (further warnings are not shown)" if warn.count == limit else ""
