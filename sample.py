@@ -27,7 +27,7 @@ import manipulate
 from ar_prior import AutoregressivePrior
 from prior import DiffusionPrior
 from stages import check_clip, clip_of, load_stage
-from support.pictures import fit, to_rgb
+from support.pictures import fit, open_picture
 from support.sheets import Film, check_folder, draw_grid, save_picture, to_pil, to_tensor
 from support.tools import (
     Parser, UserError, autocast, choose_device, exit_code,
@@ -206,17 +206,6 @@ def slugs(captions):
             unused = f"{name}-{next(number)}"
         names.append(unused)
     return names
-
-
-def open_picture(path):
-    """The file as an upright PIL RGB picture. UserError where it is missing or not a picture."""
-    if not Path(path).is_file():
-        raise UserError(f"no picture at {path}: check the path")
-    try:
-        with Image.open(path) as picture:
-            return to_rgb(picture)
-    except Exception as e:  # Pillow has many ways to say no
-        raise UserError(f"{path} is not a picture that Pillow can read ({e})") from e
 
 
 def load_pipeline(args, **stages):

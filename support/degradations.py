@@ -1,4 +1,12 @@
-"""How low-resolution training pictures are corrupted: blur, and BSR (paper sec. 2.1)."""
+"""How the upsamplers' low training pictures are corrupted: blur, BSR (paper sec. 2.1, app. C).
+
+In training an upsampler's input is a real picture, shrunk perfectly; in sampling it is a drawing
+with faults of its own, and an upsampler that trusts every pixel would enlarge them. So in training,
+and only there, the input is damaged a little.
+
+Every degradation takes low, a float32 picture (3, h, w) in [-1, 1], and rng, a numpy Generator from
+which all its randomness comes, and returns a picture of the same form.
+"""
 
 import io
 
@@ -7,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+
 def gaussian_blur(low, kernel, sigma):
-    """Blur (3, h, w) by a gaussian of std `sigma` pixels, cut off to `kernel` x `kernel` (odd).
+    """Blur by a gaussian of std `sigma` pixels, cut off to `kernel` x `kernel` pixels (odd).
 
     A 2-D gaussian is the product of two 1-D ones, so rows and columns are blurred one after the
-    other. The picture's edge pixels are repeated outwards, as if it went on in the same colour.
+    other. Beyond the picture's edge its outermost pixels are repeated.
     """
     radius = kernel // 2
     offsets = torch.arange(-radius, radius + 1, dtype=low.dtype, device=low.device)
@@ -23,55 +32,56 @@ def gaussian_blur(low, kernel, sigma):
 
 
 def degrade_none(low, rng):
-    """No corruption, to see what the corruption is good for."""
+    """No corruption: train with it to see what the others are good for."""
     return low
 
 
 def degrade_blur(low, rng=None):
-    """The first upsampler's corruption: kernel 3, sigma 0.6 (paper sec. 2.1). Nothing is random."""
+    """The first upsampler's blur: kernel 3, sigma 0.6 (paper app. C). Nothing is random."""
     return gaussian_blur(low, kernel=3, sigma=0.6)
 
 
 def degrade_some_blur(low, rng):
-    """The same blur, of any strength up to half as much again.
+    """The same blur with a random sigma: 0.1, which does nothing, to 0.9.
 
-    Paper: sigma 0.6, always. We: from 0.1, which is none, to 0.9. Because: from one blur alone the
-    upsampler learns to undo just that, and overdoes it where there is none: white rims.
+    The paper's sigma is always 0.6. But an upsampler trained on one blur learns to undo exactly
+    that one, and draws white rims around things that are sharp already.
     """
     return gaussian_blur(low, kernel=3, sigma=rng.uniform(0.1, 0.9))
 
 
-# The second upsampler's is more varied: the BSR (blind super-resolution) degradation (paper sec.
-# 2.1) of BSRGAN (2103.14006), here blur, resize, noise and JPEG in random order. Paper: parameters
-# not stated. We: the ranges below. Because: they start at almost nothing (in sampling nothing is
-# corrupted) and end at a fault that one sees. Each step keeps (3, h, w) and [-1, 1], so any order
-# works.
+# BSR, the degradation of blind super-resolution (BSRGAN, 2103.14006), is faults in random order.
+# App. C points to the variant published with latent diffusion: two blurs (isotropic, anisotropic),
+# the down-sampling itself as one of the shuffled steps, noise of 2 .. 25 of 255 grey levels, JPEG
+# of quality 30 .. 95 with probability 0.9 and once more at the end. Here the picture is shrunk
+# first, each of four steps runs once, the one blur is isotropic, and the ranges are milder: from
+# almost nothing, as sampling corrupts nothing, to a fault that one can see.
 
 
 def bsr_blur(low, rng):
-    """Blur with a random sigma; 0.2 pixels is no blur at all."""
+    """Blur with a random sigma; 0.2 pixels is as good as none."""
     return gaussian_blur(low, kernel=7, sigma=rng.uniform(0.2, 1.2))
 
 
 def bsr_resize(low, rng):
-    """Shrink to 50 .. 100% of the side and back again: what was finer is lost."""
+    """Shrink to 50 .. 100% of the side and enlarge again: finer detail is lost."""
     h, w = low.shape[-2:]
     scale = rng.uniform(0.5, 1.0)
     small = (max(1, round(h * scale)), max(1, round(w * scale)))
-    # antialias=True averages before it picks pixels, for the reason given in area_average.
+    # antialias=True averages before it picks pixels: fine stripes must not become coarse ones.
     low = F.interpolate(low[None], small, mode="bicubic", antialias=True)
     low = F.interpolate(low, (h, w), mode="bicubic")[0]
     return low.clamp(-1, 1)  # bicubic overshoots beside sharp edges
 
 
 def bsr_noise(low, rng):
-    """Add gaussian noise with a std of up to 0.06: 8 of the 255 grey levels."""
+    """Add gaussian noise with a std of up to 0.06, which is 8 of the 255 grey levels."""
     noise = rng.standard_normal(tuple(low.shape), dtype=np.float32)
     return (low + rng.uniform(0.0, 0.06) * torch.from_numpy(noise)).clamp(-1, 1)
 
 
 def bsr_jpeg(low, rng):
-    """Save as a JPEG of random quality and load it again: 8x8 blocks and ringing edges."""
+    """Save as a JPEG of quality 50 .. 95 and load again: 8x8 blocks, ringing at edges."""
     levels = ((low + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)  # (h, w, 3), 0 .. 255
     file = io.BytesIO()
     Image.fromarray(levels.numpy()).save(file, "JPEG", quality=int(rng.integers(50, 96)))
@@ -83,7 +93,7 @@ BSR_STEPS = (bsr_blur, bsr_resize, bsr_noise, bsr_jpeg)
 
 
 def degrade_bsr(low, rng):
-    """All four BSR steps, each with a random strength, in one of their 24 orders at random."""
+    """All four BSR steps, each with a random strength, in one of their 24 orders."""
     for k in rng.permutation(len(BSR_STEPS)):
         low = BSR_STEPS[k](low, rng)
     return low
@@ -91,8 +101,5 @@ def degrade_bsr(low, rng):
 
 DEGRADATIONS = {"none": degrade_none, "blur": degrade_blur, "some_blur": degrade_some_blur,
                 "bsr": degrade_bsr}
-
-# About how far a degradation looks around a pixel, in low-resolution pixels: the blur's kernel of 3
-# sees one neighbour; BSR's JPEG works on blocks of 8, of 16 for colours (its blur sees 3, its
-# resize a few).
+# How many pixels around a pixel it looks at. BSR's JPEG has blocks of 8 (16 for colour).
 MARGINS = {"none": 0, "blur": 1, "some_blur": 1, "bsr": 8}

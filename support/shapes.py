@@ -1,18 +1,13 @@
-"""Captioned images: `shapes` (drawn here, the default), CIFAR-10/100, COCO captions, any folder.
+"""A toy world of captioned pictures: coloured shapes and signs, drawn here; the default data.
 
-The paper trains on hundreds of millions of captioned photos. They cannot be assumed at hand, so
-the default data set is a toy world with the same structure: a picture holds more than its caption
-says, and there are many ways to say it. Each scene of `shapes` is a pure function of (seed, split,
-i), drawn at any resolution, and its exact content is known, so that a judge (judge.py) can
-*measure* whether a picture shows its caption.
+The paper trains on hundreds of millions of captioned photos. This world has their structure in
+small: a picture shows more than its caption says, and there are many ways to say it. Each scene is
+a pure function of (seed, split, i) and is drawn at any resolution, and since its exact content is
+known, lab/judge.py can measure whether a picture shows its caption.
 
 The one idea: a caption leaves things out. A detailed one fixes colour, shape, size, relation and
-background; a sparse one leaves most of them open; no caption mentions the exact place, the rotation
-or the shade. What is left out must come out *diverse* (paper sec. 3.1, 5.3).
-
-Letters: H = W = size (pixels of a square side). Images are float32 (3, H, W) in [-1, 1].
-Every data set has name, __len__, image(i, size, crop, ...), captions(i) and fingerprint().
-Read next: clip_model.py, which embeds these images and captions.
+background, a sparse one leaves most of them open, and none mentions the exact place, the rotation
+or the shade. What is left out must come out diverse (paper sec. 3.1, 5.3).
 """
 
 import hashlib
@@ -20,7 +15,7 @@ import json
 import math
 import random
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 from PIL import Image, ImageDraw, ImageFont
@@ -28,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from support.sheets import to_tensor
 from support.tools import UserError
 
-# ------------------------------------------------------------------------------------- the world
+# --- the world -------------------------------------------------------------------------------
 
 COLOURS = {
     "red": (230, 30, 30), "orange": (250, 135, 10), "yellow": (245, 230, 25),
@@ -40,18 +35,17 @@ SHAPES = ("circle", "square", "triangle", "star", "cross")
 RELATIONS = ("above", "below", "left of", "right of")
 WORDS = ("cat dog sun sky cow bee fox owl hat cup red blue "
          "moon star tree fish bird milk book door rain snow stop open").split()
-INK = (25, 25, 30)  # of a sign's letters and edge
+INK = (25, 25, 30)  # a sign's letters and edge
 
-# Never in train or val: can a model draw a green cross from green things and crosses? (split
-# "held_out" has at least one of these in every scene)
+# Never in train or val; every scene of the split "held_out" shows at least one. They tell whether
+# a model can draw a green cross when it has seen green things and crosses, but no green cross.
 HELD_OUT = (("green", "cross"), ("purple", "star"), ("yellow", "triangle"), ("orange", "square"))
-PAIRS = tuple((c, s) for c in COLOURS for s in SHAPES)
-TRAIN_PAIRS = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
+TRAIN_PAIRS = tuple((c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT)
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object. A scene knows every field; in a Claim, None is what the caption left out."""
+    """One object. A Scene's things have every field; in a Claim, None is what was not said."""
 
     colour: str | None = None  # a key of COLOURS; None for a sign
     shape: str | None = None  # one of SHAPES, or "sign"
@@ -65,7 +59,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """The ground truth of a picture: things[0] is `relation` things[1]."""
+    """What a picture shows: things[0] is `relation` things[1]."""
 
     things: tuple  # one or two Things
     background: str
@@ -76,7 +70,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Claim:
-    """What a caption says about a picture; None for what it leaves open."""
+    """What a caption says about a picture; None is what it leaves open."""
 
     things: tuple
     relation: str | None = None
@@ -85,7 +79,7 @@ class Claim:
 
 
 def make_scene(rng, held_out=False):
-    """Draw a scene: 42% one object, 50% two, 8% a sign (held_out: one or two, never a sign)."""
+    """Draw a Scene: 42% show one object, 50% two, 8% a sign (held_out: no signs)."""
     background = rng.choice(tuple(BACKGROUNDS))
     level = BACKGROUNDS[background] + rng.randint(-14, 14)
     ground = dict(background=background, background_rgb=(level, level, level))
@@ -95,14 +89,14 @@ def make_scene(rng, held_out=False):
         x, y = rng.uniform(radius, 1 - radius), rng.uniform(0.5 * radius, 1 - 0.5 * radius)
         paper = rng.randint(225, 250)
         sign = Thing(shape="sign", x=x, y=y, radius=radius, rgb=(paper, paper, paper - 10))
-        return Scene(things=(sign,), word=rng.choice(WORDS), **ground)
+        return Scene((sign,), word=rng.choice(WORDS), **ground)
 
     pairs = rng.sample(TRAIN_PAIRS, 2)
     if held_out:
         first = rng.choice(HELD_OUT)
-        pairs = [first, rng.choice([pair for pair in PAIRS if pair != first])]
+        pairs = [first, rng.choice([(c, s) for c in COLOURS for s in SHAPES if (c, s) != first])]
         if kind >= 0.42:
-            rng.shuffle(pairs)  # of one thing, the first pair is used
+            rng.shuffle(pairs)  # a lone object is the first pair, which must be the held-out one
     sizes = [rng.choice(tuple(SIZES)) for _ in pairs]
     radii = [rng.uniform(*SIZES[size]) for size in sizes]
     if kind < 0.42:
@@ -116,40 +110,37 @@ def make_scene(rng, held_out=False):
         rgb = tuple(round(shade * channel) for channel in COLOURS[colour])
         angle = math.radians(rng.uniform(-20, 20))
         things.append(Thing(colour, shape, size, x, y, radius, angle, rgb))
-    return Scene(things=tuple(things), relation=relation, **ground)
+    return Scene(tuple(things), relation=relation, **ground)
 
 
 def place_two(rng, radii, relation, gap=0.03):
-    """Centres (x, y) of two things, inside the picture, apart, and clearly in this relation.
+    """Centres (x, y) of two things inside the picture and clearly in this relation.
 
-    Their circles stay `gap` apart along the relation's axis; across it, the centres differ by at
-    most half of the distance along it, so nobody can read "left of" as "above".
+    Along the relation's axis their circles stay `gap` apart. Across it, the centres differ by at
+    most half as much as along it, so that nobody can read "left of" as "above".
     """
     # On the axis: free space, thing, at least a gap, thing, free space. Large things just fit.
     near, far = (0, 1) if relation in ("above", "left of") else (1, 0)
     slack = 1 - 2 * sum(radii) - gap
     cuts = sorted(rng.uniform(0, slack) for _ in range(2))
-    along = {near: cuts[0] + radii[near]}
-    along[far] = cuts[1] + 2 * radii[near] + gap + radii[far]
+    along = {near: cuts[0] + radii[near], far: cuts[1] + 2 * radii[near] + gap + radii[far]}
     reach = 0.5 * (along[far] - along[near])
     first = rng.uniform(radii[0], 1 - radii[0])
     second = rng.uniform(max(radii[1], first - reach), min(1 - radii[1], first + reach))
-    across = (first, second)
-    if relation in ("above", "below"):
-        return [(across[k], along[k]) for k in range(2)]
-    return [(along[k], across[k]) for k in range(2)]
+    places = [(along[0], first), (along[1], second)]
+    return [(y, x) for x, y in places] if relation in ("above", "below") else places
 
 
-# --------------------------------------------------------------------------------------- drawing
+# --- drawing ---------------------------------------------------------------------------------
 
 
 def corner(r, degrees):
-    """(x, y) at a distance r from the centre; 0 degrees points up, and y grows downwards."""
+    """(x, y) at distance r from the centre; 0 degrees points up, and y grows downwards."""
     return r * math.sin(math.radians(degrees)), -r * math.cos(math.radians(degrees))
 
 
 # Outlines in the unit circle. The star's inner radius (0.45) and the cross's arms (+-20 degrees)
-# are a little fat, so that both can still be told apart when 16 pixels wide.
+# are a little fat, so that the two can be told apart even when 16 pixels wide.
 INNER = math.sqrt(2) * math.sin(math.radians(20))  # where two arms of the cross meet
 OUTLINES = {
     "square": [corner(1, 45 + 90 * k) for k in range(4)],
@@ -159,72 +150,54 @@ OUTLINES = {
     "sign": [(-0.92, -0.39), (0.92, -0.39), (0.92, 0.39), (-0.92, 0.39)],
     "panel": [(-0.86, -0.33), (0.86, -0.33), (0.86, 0.33), (-0.86, 0.33)],
 }
-
-
-@lru_cache(maxsize=64)
-def font(pixels):
-    """Pillow's built-in typeface at a height in pixels."""
-    return ImageFont.load_default(pixels)
-
-
-def layers(scene):
-    """What to paint, back to front: a sign is an edge, a panel and a word; the rest one layer."""
-    for thing in scene.things:
-        if thing.shape == "sign":
-            yield replace(thing, rgb=INK)
-            yield replace(thing, shape="panel")
-            yield replace(thing, shape="word", rgb=INK)
-        else:
-            yield thing
+font = lru_cache(ImageFont.load_default)  # Pillow's own typeface at a height in pixels
 
 
 def render(scene, size, crop=None):
-    """Draw a scene -> PIL RGB image, antialiased.
+    """Draw a scene at size x size pixels -> PIL RGB picture, antialiased.
 
-    size: side of the whole picture in pixels.
-    crop: (top, left, side) in pixels: make only this window of it; equal to cutting it out.
+    crop: (top, left, side) in pixels: draw only this window; the same as cutting it out.
     """
     top, left, side = crop or (0, 0, size)
     # Antialiasing: draw a black-and-white stencil k times larger, then average k x k boxes.
     k = max(4, 512 // size)
     picture = Image.new("RGB", (side, side), scene.background_rgb)
-    for thing in layers(scene):
-        # The stencil covers the thing's own box, on whole pixels.
-        reach = 1.02 * thing.radius
+    for thing in scene.things:
+        reach = 1.02 * thing.radius  # the stencil covers the thing's own box, in whole pixels
         x0, y0 = math.floor((thing.x - reach) * size), math.floor((thing.y - reach) * size)
         x1, y1 = math.ceil((thing.x + reach) * size), math.ceil((thing.y + reach) * size)
         if x1 <= left or x0 >= left + side or y1 <= top or y0 >= top + side:
-            continue  # outside of the window
-        stencil = Image.new("L", ((x1 - x0) * k, (y1 - y0) * k), 0)
-        draw_stencil(ImageDraw.Draw(stencil), thing, scene.word, size * k, x0 * k, y0 * k)
-        picture.paste(thing.rgb, (x0 - left, y0 - top), stencil.reduce(k))
+            continue  # outside the window
+        sign = ("sign", INK), ("panel", thing.rgb), ("word", INK)  # its edge, paper and letters
+        for shape, rgb in sign if thing.shape == "sign" else [(thing.shape, thing.rgb)]:
+            stencil = Image.new("L", ((x1 - x0) * k, (y1 - y0) * k), 0)
+            fill(ImageDraw.Draw(stencil), shape, thing, scene.word, size * k, x0 * k, y0 * k)
+            picture.paste(rgb, (x0 - left, y0 - top), stencil.reduce(k))
     return picture
 
 
-def draw_stencil(draw, thing, word, scale, left, top):
-    """Fill a thing's silhouette with white.
+def fill(draw, shape, thing, word, scale, left, top):
+    """Fill a shape of the thing's place, size and rotation with white.
 
-    scale: stencil pixels per picture side; left, top: where the stencil lies, in these pixels.
-    Rounding comes first, so that a thing looks the same wherever its stencil begins.
+    scale is the picture's side and (left, top) the stencil's corner, in stencil pixels. Rounding
+    comes before the shift to that corner, so a thing looks the same wherever its stencil begins.
     """
     x, y, r = thing.x * scale, thing.y * scale, thing.radius * scale
-    if thing.shape == "circle":
+    if shape == "circle":
         x0, y0, x1, y1 = (round(side) for side in (x - r, y - r, x + r, y + r))
         draw.ellipse((x0 - left, y0 - top, x1 - 1 - left, y1 - 1 - top), fill=255)
-    elif thing.shape == "word":
-        place = (round(x) - left, round(y) - top)
-        draw.text(place, word, fill=255, font=font(round(0.62 * r)), anchor="mm")
+    elif shape == "word":
+        draw.text((round(x) - left, round(y) - top), word, 255, font(round(0.62 * r)), anchor="mm")
     else:
         c, s = r * math.cos(thing.angle), r * math.sin(thing.angle)
-        corners = [(x + c * u - s * v, y + s * u + c * v) for u, v in OUTLINES[thing.shape]]
-        corners = [(math.floor(u) - left, math.floor(v) - top) for u, v in corners]
-        draw.polygon(corners, fill=255)  # each corner in the stencil pixel that contains it
+        corners = [(x + c * u - s * v, y + s * u + c * v) for u, v in OUTLINES[shape]]
+        draw.polygon([(math.floor(u) - left, math.floor(v) - top) for u, v in corners], fill=255)
 
 
-# -------------------------------------------------------------------------------------- captions
+# --- captions --------------------------------------------------------------------------------
 
-# How likely a caption mentions each part. Without a colour or size the word is left out; without
-# its shape, a thing is "a shape"; without a relation, two things are joined by "and".
+# How likely a caption mentions each part. A colour or size not mentioned is left out, a shape not
+# mentioned becomes "shape", a relation not mentioned becomes "and".
 DETAIL = {
     "sparse": dict(size=0.1, colour=0.5, shape=0.88, relation=0.3, background=0.1, word=0.5),
     "middle": dict(size=0.4, colour=0.9, shape=0.88, relation=0.7, background=0.3, word=1.0),
@@ -238,83 +211,66 @@ def with_article(words):
 
 
 def describe(scene, rng, detail):
-    """A caption of a scene; every object is mentioned. detail: a key of DETAIL."""
-
-    def mention(part):
-        return rng.random() < DETAIL[detail][part]
-
+    """A caption of a scene that mentions every object. detail: a key of DETAIL."""
+    chance = DETAIL[detail]
     if scene.word:
-        text = f"a sign that says {scene.word}" if mention("word") else "a sign"
+        text = f"a sign that says {scene.word}" if rng.random() < chance["word"] else "a sign"
     else:
         phrases = []
         for thing in scene.things:
-            words = [thing.size] if mention("size") else []
-            words += [thing.colour] if mention("colour") else []
-            words += [thing.shape if mention("shape") else "shape"]
+            words = [getattr(thing, part) for part in ("size", "colour")
+                     if rng.random() < chance[part]]
+            words.append(thing.shape if rng.random() < chance["shape"] else "shape")
             phrases.append(with_article(" ".join(words)))
-        joint = scene.relation if scene.relation and mention("relation") else "and"
-        text = f" {joint} ".join(phrases)
-    if mention("background"):
-        ground = scene.background
-        text += rng.choice((f" on {ground}", f" on a {ground} background"))
+        related = scene.relation and rng.random() < chance["relation"]
+        text = f" {scene.relation if related else 'and'} ".join(phrases)
+    if rng.random() < chance["background"]:
+        text += rng.choice((" on {}", " on a {} background")).format(scene.background)
     return text
 
 
 THING = rf"an? (?:({'|'.join(SIZES)}) )?(?:({'|'.join(COLOURS)}) )?({'|'.join(SHAPES)}|shape)"
-GROUND = "|".join(BACKGROUNDS)
 GRAMMAR = re.compile(
     rf"(?:a sign(?: that says (?P<word>[a-z]+))?"
     rf"|{THING}(?: (?P<joint>and|above|below|(?:to the )?(?:left|right) of) {THING})?)"
-    rf"(?: on (?:(?P<on>{GROUND})|an? (?P<on_a>{GROUND}) background))?"
+    rf"(?: on (?:an? )?(?P<ground>{'|'.join(BACKGROUNDS)})(?: background)?)?"
 )
 
 
 def parse_caption(text):
     """The inverse of `describe`: a caption -> Claim. UserError for a sentence outside the grammar.
 
-    Capitals, extra spaces, a final full stop, "grey" and "to the left of" are fine.
+    Capitals, extra spaces, a full stop at the end, "grey" and "to the left of" are understood.
     """
     words = " ".join(text.lower().rstrip(" .\n").split()).replace("grey", "gray")
     found = GRAMMAR.fullmatch(words)
     if not found:
-        raise UserError(
-            f"caption {text!r} is outside of the shapes grammar: say for example 'a large red "
-            "circle above a small blue square on black' or 'a sign that says cat'"
-        )
-    things = tuple(
-        Thing(colour or None, None if shape == "shape" else shape, size or None)
-        for size, colour, shape in re.findall(THING, words)
-    )
-    joint = (found["joint"] or "and").removeprefix("to the ")
-    relation = None if joint == "and" else joint
-    things = things or (Thing(shape="sign"),)
-    return Claim(things, relation, found["on"] or found["on_a"], found["word"])
+        raise UserError(f"caption {text!r} is outside the shapes grammar: say for example 'a large "
+                        "red circle above a small blue square on black' or 'a sign that says cat'")
+    things = [Thing(colour or None, None if shape == "shape" else shape, size or None)
+              for size, colour, shape in re.findall(THING, words)]
+    joint = found["joint"]
+    relation = None if joint in (None, "and") else joint.removeprefix("to the ")
+    return Claim(tuple(things or [Thing(shape="sign")]), relation, found["ground"], found["word"])
 
 
 class Shapes:
     """n scenes of a split: "train", "val" or "held_out" (colour-shape pairs unseen in training)."""
 
     name = "shapes"
-    version = 1  # of the generator: changes the fingerprint, and so every cached embedding
+    version = 1  # of the generator: a new number makes a new fingerprint
 
     def __init__(self, n, split="train", seed=0):
-        if split not in ("train", "val", "held_out"):
-            raise UserError(f"split {split!r} of shapes: use train, val or held_out")
-        if n < 1:
-            raise UserError(f"n = {n} scenes: a data set needs at least 1")
+        assert split in ("train", "val", "held_out")
         self.n, self.split, self.seed = n, split, seed
 
     def __len__(self):
         return self.n
 
-    def rng(self, i, purpose):
-        if not 0 <= i < self.n:
-            raise IndexError(f"scene {i} of {self.n}")
-        return random.Random(f"{purpose} {self.seed} {self.split} {int(i)}")
-
     def scene(self, i):
         """The ground truth of picture i."""
-        return make_scene(self.rng(i, "scene"), held_out=self.split == "held_out")
+        rng = random.Random(f"scene {self.seed} {self.split} {i}")
+        return make_scene(rng, held_out=self.split == "held_out")
 
     def image(self, i, size, crop=None, place=0.5, interpolation="bicubic"):
         """Picture i -> (3, size, size) in [-1, 1], or its window crop = (top, left, side)."""
@@ -322,7 +278,7 @@ class Shapes:
 
     def captions(self, i):
         """Three captions of picture i: sparse, middle, full."""
-        scene, rng = self.scene(i), self.rng(i, "captions")
+        scene, rng = self.scene(i), random.Random(f"captions {self.seed} {self.split} {i}")
         return [describe(scene, rng, detail) for detail in DETAIL]
 
     def fingerprint(self):

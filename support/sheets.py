@@ -1,4 +1,15 @@
-"""Pictures as tensors, as files and as sheets."""
+"""Pictures as tensors, as sheets with captions, as files and as films.
+
+Inside the program a picture is a float32 tensor (3, H, W) in [-1, 1]; outside it is a Pillow image
+with whole numbers from 0 to 255. `to_tensor` and `to_pil` are the only bridges between the two, and
+both use fixed limits: a picture's own minimum and maximum play no part, so a pale drawing stays
+pale.
+
+Every picture file is written by `save_picture`: under another name beside its place and then
+renamed, so that a full disk or Ctrl-C never leaves half a picture behind.
+
+Letters: H, W a picture's sides in pixels; a cell is one picture's square on a sheet.
+"""
 
 import os
 import textwrap
@@ -10,37 +21,43 @@ from PIL import Image, ImageDraw, ImageFont
 
 from support.tools import UserError
 
+# --- a picture -------------------------------------------------------------------------------
+
+
 def to_tensor(picture):
-    """PIL RGB image -> float32 (3, H, W) in [-1, 1]: 0 becomes -1, 255 becomes 1."""
+    """PIL RGB picture -> float32 (3, H, W) in [-1, 1]: 0 becomes -1, 255 becomes 1."""
     pixels = torch.from_numpy(np.array(picture))  # (H, W, 3) uint8
     return pixels.permute(2, 0, 1).float().div_(127.5).sub_(1)
 
 
 def to_pil(picture):
-    """(3, H, W) in [-1, 1] -> PIL RGB. Fixed limits, never a picture's own minimum and maximum."""
+    """(3, H, W) in [-1, 1] -> PIL RGB picture; what lies outside of the range is clipped."""
     picture = ((picture.float().clamp(-1, 1) + 1) * 127.5).round().byte()
     return Image.fromarray(picture.permute(1, 2, 0).cpu().numpy())
 
 
-def draw_grid(pictures, captions=None, columns=4, cell=None):
-    """Pictures (n, 3, H, W), or n of (3, H, W), in rows with their captions under -> PIL image.
+# --- a sheet ---------------------------------------------------------------------------------
 
-    cell: side of a picture in the grid, pixels (default: at least 128, so that small ones show).
+
+def draw_grid(pictures, captions=None, columns=4, cell=None):
+    """n pictures (3, H, W) in rows, each with its caption below -> PIL picture.
+
+    cell: side of a picture on the sheet in pixels (default: at least 128, for small ones to show)
     """
     cell = cell or max(128, *(p.shape[-1] for p in pictures))
     font = ImageFont.load_default(max(13, cell // 12))
-    # Captions are wrapped to the cell's width; the longest decides the height of every row.
+    # Captions are wrapped to the cell's width; the longest one sets the height of all rows.
     captions = captions or [""] * len(pictures)
     lines = [textwrap.wrap(c, width=max(8, int(cell / font.getlength("e")))) for c in captions]
     line = int(font.size * 1.25)
     under = 6 + line * max(len(x) for x in lines) if any(captions) else 0
     columns = min(columns, len(pictures))
-    rows = -(-len(pictures) // columns)
+    rows = -(-len(pictures) // columns)  # rounded up
     sheet = Image.new("RGB", (columns * (cell + 4) + 4, rows * (cell + under + 4) + 4), "white")
     pen = ImageDraw.Draw(sheet)
     for k, picture in enumerate(pictures):
         x, y = 4 + k % columns * (cell + 4), 4 + k // columns * (cell + under + 4)
-        whole = cell % picture.shape[-1] == 0  # each pixel becomes a square, or is resampled
+        whole = cell % picture.shape[-1] == 0  # then each pixel becomes a square
         resample = Image.Resampling.NEAREST if whole else Image.Resampling.BICUBIC
         sheet.paste(to_pil(picture).resize((cell, cell), resample), (x, y))
         for i, words in enumerate(lines[k]):
@@ -48,40 +65,50 @@ def draw_grid(pictures, captions=None, columns=4, cell=None):
     return sheet
 
 
+# --- files -----------------------------------------------------------------------------------
+
+
 def check_folder(path):
-    """UserError where nothing can be written into `path`: to be asked before the work. It is not
-    made yet, as other mistakes should leave nothing behind."""
+    """UserError if nothing can be written into `path`. Called before the work starts, so it does
+    not make the folder: a command that fails for another reason should leave nothing behind."""
     there = Path(path).absolute()
     while not there.exists():
         there = there.parent
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"cannot write into {path}: {there} is not a folder, or not open to you; "
+        raise UserError(f"cannot write into {path}: {there} is not a folder that you may write to; "
                         "give another --out")
 
 
-def save_picture(image, path, **options):
-    """image.save, with a full disk or a bad path as a UserError."""
+def save_picture(picture, path, **options):
+    """Write a PIL picture, all of it or nothing. UserError for a full disk or a bad path."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}")  # keeps the suffix, which tells Pillow the format
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        image.save(path, **options)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            picture.save(beside, **options)
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
     except (OSError, ValueError) as e:
         raise UserError(f"cannot write {path}: {e}") from e
 
 
+def save_film(frames, path, milliseconds):
+    """Write PIL pictures as an endless GIF; milliseconds: of each frame, or a list of one each."""
+    save_picture(frames[0], path, save_all=True, append_images=frames[1:],
+                 duration=milliseconds, loop=0)
+
+
 class Film:
-    """Collects (x_t, predicted x_0) at each denoising step, side by side, for an animated GIF."""
+    """An `on_step` that films a denoising: x_t and the predicted x_0 side by side, 4x enlarged."""
 
     def __init__(self):
         self.frames = []
 
     def __call__(self, k, t, x_t, pred_x_0):
-        both = torch.cat([x_t[0].float(), pred_x_0[0].float()], dim=2).clamp(-1, 1)  # (3, H, 2W)
-        image = to_pil(both)
-        self.frames.append(
-            image.resize((image.width * 4, image.height * 4), Image.Resampling.NEAREST)
-        )
+        both = to_pil(torch.cat([x_t[0], pred_x_0[0]], dim=2))  # (3, H, 2W)
+        self.frames.append(both.resize((both.width * 4, both.height * 4), Image.Resampling.NEAREST))
 
     def save(self, path):
-        durations = [80] * (len(self.frames) - 1) + [1500]  # milliseconds
-        save_picture(self.frames[0], path, save_all=True, append_images=self.frames[1:],
-                     duration=durations, loop=0)
+        save_film(self.frames, path, [80] * (len(self.frames) - 1) + [1500])  # rest on the last

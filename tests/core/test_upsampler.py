@@ -135,121 +135,13 @@ def test_table_3_gives_the_papers_parameter_counts():
         assert_close(count / 1e6, float(millions), rtol=0.2, atol=0)
 
 
-# --- resize and corruption -------------------------------------------------------------------
+# --- resize ----------------------------------------------------------------------------------
 
 
 def test_area_average_is_the_mean_of_each_block():
     picture = random_picture(24)
     blocks = picture.numpy().reshape(3, 6, 4, 6, 4).mean(axis=(2, 4))
     assert_close(area_average(picture, 4), torch.from_numpy(blocks))
-
-
-def gaussian_blur_2d(picture, kernel, sigma):
-    """Independent of the file: the sum over all offsets, weighted by the 2-D gaussian."""
-    r, (h, w) = kernel // 2, picture.shape[-2:]
-    padded = np.pad(picture.double().numpy(), ((0, 0), (r, r), (r, r)), mode="edge")
-    total, weights = 0, 0
-    for dy in range(-r, r + 1):
-        for dx in range(-r, r + 1):
-            weight = np.exp(-(dy**2 + dx**2) / (2 * sigma**2))
-            total = total + weight * padded[:, r + dy : r + dy + h, r + dx : r + dx + w]
-            weights += weight
-    return torch.from_numpy(total / weights).float()
-
-
-@pytest.mark.parametrize("kernel, sigma", [(3, 0.6), (7, 1.2), (5, 3.0)])
-def test_blur_is_a_2d_gaussian_convolution(kernel, sigma):
-    low = random_picture(11)[:, :, :7]
-    expected = gaussian_blur_2d(low, kernel, sigma)
-    assert_close(degradations.gaussian_blur(low, kernel, sigma), expected, rtol=0, atol=1e-6)
-
-
-def test_the_first_upsampler_blurs_with_kernel_3_and_sigma_06():
-    low = random_picture(11)
-    assert_close(degradations.degrade_blur(low), gaussian_blur_2d(low, 3, 0.6), rtol=0, atol=1e-6)
-
-
-def test_some_blur_goes_from_none_to_a_sigma_of_09():
-    low, widths = torch.zeros(3, 11, 11), []
-    low[:, 5, 5] = 1  # a single bright pixel: what is left in its place says how wide the blur is
-    for seed in range(200):
-        out = degradations.degrade_some_blur(low, np.random.default_rng(seed))
-        assert_close(out.sum(), torch.tensor(3.0), rtol=0, atol=1e-5)
-        assert out[:, 4:7, 4:7].sum() > 3 - 1e-5  # a kernel of 3
-        widths.append(out[0, 5, 5].item())
-    widest, none = (gaussian_blur_2d(low, 3, sigma)[0, 5, 5].item() for sigma in (0.9, 0.1))
-    assert widest <= min(widths) < widest + 0.02 and none - 0.02 < max(widths) <= none + 1e-6
-
-
-@pytest.mark.parametrize("step", degradations.BSR_STEPS)
-def test_each_bsr_step_changes_the_picture_and_keeps_its_form(step):
-    for seed in range(20):
-        low = random_picture(64, seed).sign()  # only -1 and 1: overshoots would leave the range
-        out = step(low, np.random.default_rng(seed))
-        assert out.shape == low.shape and out.dtype == low.dtype
-        assert out.abs().max() <= 1 + 1e-6
-        assert (out - low).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("step, atol", list(zip(degradations.BSR_STEPS, (0.02, 0.005, 0.03, 0.02))))
-def test_each_bsr_step_leaves_a_smooth_picture_where_it_is(step, atol):
-    # One wave, off the centre: a shift by half a pixel would show as 0.05.
-    wave = torch.sin(torch.arange(32) / 32 * 2 * torch.pi + 0.5)
-    low = (0.5 * wave[:, None] * wave[None, :]).expand(3, 32, 32).contiguous()
-    out = torch.stack([step(low, np.random.default_rng(seed)) for seed in range(50)]).mean(0)
-    assert_close(out[:, 4:-4, 4:-4], low[:, 4:-4, 4:-4], rtol=0, atol=atol)
-
-
-def test_bsr_strengths_vary_from_nearly_nothing_to_their_maximum():
-    stripes = torch.ones(3, 32, 32)
-    stripes[:, :, ::2] = -1  # the finest detail there is
-    rng = np.random.default_rng(0)
-    blurred = [degradations.bsr_blur(stripes, rng)[:, 8:-8, 8:-8].std().item() for _ in range(200)]
-    assert max(blurred) > 0.95 and min(blurred) < 0.05
-    resized = [
-        degradations.bsr_resize(stripes, rng)[:, 8:-8, 8:-8].std().item() for _ in range(200)
-    ]
-    assert max(resized) > 0.8 and min(resized) < 0.1
-    grey = torch.zeros(3, 32, 32)
-    noise = torch.tensor([degradations.bsr_noise(grey, rng).std().item() for _ in range(500)])
-    assert_close(noise.mean(), torch.tensor(0.03), rtol=0, atol=0.002)  # of uniform(0, 0.06)
-    assert noise.max() < 0.065
-
-
-class FixedQuality:
-    def __init__(self, quality):
-        self.quality = quality
-
-    def integers(self, low, high):
-        assert low <= self.quality < high
-        return self.quality
-
-
-def test_jpeg_survives_any_size_and_loses_more_at_lower_quality():
-    for h, w in ((1, 1), (7, 13), (64, 33)):
-        low = random_picture(64)[:, :h, :w]
-        saved = [degradations.bsr_jpeg(low, FixedQuality(quality)) for quality in (50, 95)]
-        assert F.mse_loss(saved[1], low) <= F.mse_loss(saved[0], low)
-
-
-def test_jpeg_keeps_all_256_flat_greys():
-    # At quality 95 the mean of a block is kept to an eighth of a grey level.
-    for level in range(256):
-        grey = torch.full((3, 8, 8), level / 127.5 - 1)
-        assert_close(degradations.bsr_jpeg(grey, FixedQuality(95)), grey, rtol=0, atol=1e-6)
-
-
-def test_bsr_applies_all_four_steps_in_every_order(monkeypatch):
-    order = []
-    recorders = [lambda low, rng, k=k: (order.append(k), low)[1] for k in range(4)]
-    monkeypatch.setattr(degradations, "BSR_STEPS", recorders)
-    rng, orders = np.random.default_rng(0), set()
-    for _ in range(500):
-        order.clear()
-        degradations.degrade_bsr(random_picture(4), rng)
-        assert sorted(order) == [0, 1, 2, 3]
-        orders.add(tuple(order))
-    assert len(orders) == 24
 
 
 # --- training pairs --------------------------------------------------------------------------
@@ -273,7 +165,7 @@ def test_no_corruption_equals_the_plain_resize(factor):
 def test_blur_comes_before_the_crop():
     # So the low crop is a window of the blurred whole picture, right up to the crop's edge.
     dataset, rng, places = OnePicture(64), np.random.default_rng(0), set()
-    whole = gaussian_blur_2d(F.avg_pool2d(dataset.picture, 4), 3, 0.6)
+    whole = degradations.degrade_blur(F.avg_pool2d(dataset.picture, 4))
     for _ in range(2000):
         target, low = training_pair(dataset, 0, FIRST, rng)
         top, left = dataset.place(target)
