@@ -17,7 +17,6 @@ import functools
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import open_clip
 import torch
 import torch.distributed as dist
@@ -27,7 +26,6 @@ from torch import nn
 from diffusion import at_least_float32
 from support.openclip import open_pretrained, weights_hash
 from support.tokenizer import Tokenizer, make_vocab
-from support.tools import autocast
 
 # --- a small CLIP, trained here --------------------------------------------------------------
 
@@ -80,6 +78,7 @@ class SmallClip(nn.Module):
 
     def loss(self, batch, t=None):
         """The contrastive loss of a batch, a scalar. t, a noise level, is not used by CLIP."""
+        self.model.logit_scale.data.clamp_(max=math.log(100))  # see clip_loss
         # open_clip's forward normalises, and returns the scale already exponentiated: another exp
         # would start it at exp(14). Its encode_image and encode_text do *not* normalise.
         image_emb, text_emb, scale = self.model(batch["image"], batch["tokens"])
@@ -91,10 +90,6 @@ class SmallClip(nn.Module):
         # Not in bfloat16: with its 8 significant bits, logits near 100 are off by up to 0.25.
         with torch.autocast(image_emb.device.type, enabled=False):
             return contrast(at_least_float32(image_emb), at_least_float32(text_emb), scale)
-
-    def clamp(self):
-        """Call after each step: keeps the scale below 100 (see clip_loss)."""
-        self.model.logit_scale.data.clamp_(max=math.log(100))
 
     @torch.no_grad()
     def preview(self, batches):

@@ -1,7 +1,6 @@
 """Claims about the small CLIP, its loss, and what any frozen CLIP hands to the other stages."""
 
 import math
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -108,7 +107,7 @@ def test_scale_is_clamped_at_100():
     small = make_small()
     for value, wanted in ((10.0, 100.0), (2.0, math.exp(2.0))):
         small.model.logit_scale.data.fill_(value)
-        small.clamp()
+        small.loss(SmallClip.batch(small.config, Data(), None, range(2), np.random.default_rng(0)))
         assert_close(small.model.logit_scale.data.exp(), torch.tensor(wanted))
 
 
@@ -176,7 +175,8 @@ def test_a_fresh_clip_knows_the_words_of_its_data():
 
 def test_preview_counts_how_often_the_right_caption_is_nearest(monkeypatch):
     small, emb = make_small(), torch.eye(5, D)
-    batches = SimpleNamespace(data=Data(), of=partial(SmallClip.batch, small.config, Data(), None))
+    batch = SmallClip.batch(small.config, Data(), None, range(5), np.random.default_rng(0))
+    batches = SimpleNamespace(look=lambda: (batch, None))
     for text_emb, right in ((emb, 1.0), (emb[[0, 1, 2, 4, 3]], 0.6)):
         monkeypatch.setattr(small.model, "forward", lambda *_, t=text_emb: (emb, t, None))
         assert small.preview(batches) == ({"match_of_16": pytest.approx(right)}, None, None)

@@ -16,7 +16,7 @@ from clip_model import load_open_clip
 from lab import evaluate
 from support.cache import Pictures
 from support.openclip import weights_hash
-from support.pictures import PictureFiles, fit
+from support.pictures import fit, picture_files
 from support.sheets import to_tensor
 from support.tools import UserError
 
@@ -80,7 +80,7 @@ def test_pictures_and_captions_are_encoded_as_by_open_clip_itself(spec, same, di
 def test_a_data_sets_pictures_are_shrunk_as_open_clip_shrinks_them(kind, tmp_path):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (72, 90, 3), dtype=np.uint8))
     noise.save(tmp_path / "a.png")
-    data = PictureFiles("folder", {tmp_path / "a.png": ["noise"]}, "train")
+    data = picture_files("folder", {tmp_path / "a.png": ["noise"]}, "train")
     half = (0.5, 0.5, 0.5)
     theirs = open_clip.image_transform(32, False, mean=half, std=half, interpolation=kind)(noise)
     looked_at = Pictures(data, SimpleNamespace(image_size=32, interpolation=kind))[0]

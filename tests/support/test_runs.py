@@ -16,7 +16,7 @@ from PIL import Image
 
 import stages
 import train
-from conftest import MICRO, ROOT
+from conftest import ROOT
 from support import tools
 from support.cache import embed
 from support.checkpoint import load_checkpoint, save_checkpoint
