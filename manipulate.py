@@ -1,5 +1,4 @@
-"""Changing a picture through its latent: variations, blends, text diffs, inpainting (paper sec. 3,
-4).
+"""Changing a picture through its latent: variations, blends, edits, inpainting (paper sec. 3, 4).
 
     python manipulate.py vary picture.png          # and blend, edit, probe, inpaint
 
@@ -9,16 +8,14 @@ A picture x has a *bipartite latent* (image_emb, x_T):
     x_T         from DDIM inversion: everything else, such as places, angles and shades
 
 The one idea: the decoder turns that pair back into x, and manipulations change the pair. The same
-embedding with more noise on the way is a variation; another embedding with the same x_T is an edit;
-points between two pairs make a blend; an embedding reduced to some of its components shows what
-CLIP knows. (Inpainting is different: it keeps pixels, not a latent.)
+pair with noise added on the way is a variation; another embedding with the same x_T is an edit;
+points between two pairs make a blend; an embedding reduced to a few components shows what CLIP
+knows. (Inpainting is different: it keeps pixels.)
 
-Why can x_T be found at all? With eta = 0, DDIM adds no noise. Each step is a function of x_t alone,
-one step along the path of an ODE, and a path can be followed in both directions.
-
-Inversion must use the network that draws, so here the decoder sees the embedding alone: no caption,
-and no guidance. A guided network extrapolates beyond its own prediction and multiplies its errors;
-following it upwards ends in an x_T that is not noise, and from there the picture is not found again.
+Why can x_T be found? With eta = 0, DDIM adds no noise: it follows an ODE from x_T down to x, and
+such a path can be followed in both directions. It must be the path of the network that draws, so
+the decoder here sees the embedding alone, unguided: guidance multiplies the network's errors, and
+following a guided network upwards ends in an x_T that is no noise and does not lead back.
 
 Letters: B pictures, D CLIP embedding, H, W sides of the decoder's pictures, T noise levels.
 """
@@ -33,9 +30,9 @@ from PIL import Image
 
 from diffusion import SeededNoise, at_least_float32, expand
 from sample import PRIOR_SCALE_HELP, check_steps, load_pipeline
-from support.drawing import drawing_options, slugs
+from support.drawing import drawing_options, slugs, write_strip
 from support.pictures import fit, to_rgb
-from support.sheets import draw_grid, save_picture, to_pil, to_tensor
+from support.sheets import to_tensor
 from support.tools import (
     Parser, UserError, autocast, exit_code, finite, fraction, positive, two_or_more,
 )
@@ -51,13 +48,13 @@ def ddim_invert(diffusion, network, x_0, steps, start=0, corrections=0, noise=No
     """Run DDIM backwards (2010.02502 sec. 4.3): the x_T (B, ...) from which ddim_sample with the
     same network and steps returns x_0.
 
-    start: 0 begins at the data, as in the DDIM paper. There the noise in x is what the network's
-        x_0 lacks, divided by a sigma near 0: outlines of the picture, many times too large, which
-        stay in x_T and would show in every edit. Above 0, x_0 gets fresh `noise` up to the level
-        `start`, and inversion goes up from there.
-    corrections: a step up must guess the noise at its upper end by that at its lower end. Each
-        correction asks the network at the upper end, as the step down will, and repeats the step
-        with the answer; after the first it goes only halfway, as the whole way overshoots.
+    start: 0 begins at the data, as the paper does. But there the predicted noise is what the
+        network's x_0 lacks, divided by a sigma near 0: outlines of the picture, many times too
+        large, which stay in x_T and show in every edit. Above 0, fresh `noise` carries x_0 to the
+        level `start`, where there is real noise to predict, and inversion goes up from there.
+    corrections: a step up takes the noise predicted at its lower end for that at its upper end.
+        Each correction asks the network at the upper end, as the step down will, and repeats the
+        step; after the first it goes only halfway, as the whole way overshoots.
     """
     x = at_least_float32(x_0)
     first = start if start > 0 else -1  # -1: the data
@@ -236,8 +233,8 @@ def inpaint(pipeline, picture, mask, image_emb, text, seed, scale=2.0, steps=Non
     """Redraw the masked part of a picture (1, 3, H, W) so that the whole fits a caption.
 
     mask (1, 1, H, W): 1 where to draw; the rest is returned unchanged. image_emb (1, D) or None,
-    and text: what the whole picture should show. GLIDE (sec. 4.3), which the paper follows, trains
-    a network for this; RePaint does it with any trained decoder.
+    and text: what the whole picture should show. GLIDE (sec. 4.3) trains a network
+    for this; here any trained decoder does it, by RePaint.
     """
     decoder = pipeline.decoder
     with autocast(pipeline.device):
@@ -324,73 +321,55 @@ def inpaint_command(pipeline, args):
     return torch.cat([picture, kept, drawn]), ["source", "kept", args.caption], name
 
 
-def run(args):
-    """Run a command and write its pictures side by side as OUT/COMMAND_NAME.png; a blend also as a
-    GIF, there and back."""
-    pipeline, size = load_pipeline(args, prior=args.prior)
-    check_steps(getattr(args, "steps", None), pipeline.decoder)
-    pictures, labels, name = args.function(pipeline, args)
-    pictures = torch.cat([pipeline.upsample(p[None], [args.seed], size).cpu() for p in pictures])
-    path = Path(args.out) / f"{args.command}_{name}.png"
-    save_picture(draw_grid(pictures, labels, columns=len(pictures)), path)
-    print(path)
-    if args.command == "blend":
-        frames = [to_pil(p).resize((max(size, 256),) * 2, Image.Resampling.BICUBIC)
-                  for p in pictures[1:-1]]  # without the sources
-        frames += frames[-2:0:-1]
-        save_picture(frames[0], path.with_suffix(".gif"), save_all=True, append_images=frames[1:],
-                     duration=120, loop=0)
-        print(path.with_suffix(".gif"))
-
-
 @exit_code
 def main(argv=None):
     parser = Parser("manipulate.py", description="Change pictures with trained stages.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name, function, text, prior="none"):
+    def command(name, function, text, pictures=("image",), prior="none", inverts=True):
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(function=function, prior=prior)
-        return drawing_options(sub)
+        add = drawing_options(sub)
+        for picture in pictures:
+            add(picture, help="any picture file; its middle square is used")
+        if inverts:
+            add("--steps", type=positive, default=INVERSION_STEPS, help="DDIM steps each way")
+        return add
 
-    steps = {"type": positive, "default": INVERSION_STEPS, "help": "DDIM steps each way"}
     add = command("vary", vary_command, "variations of a picture")
-    add("image", help="any picture file; its middle square is used")
     add("-n", type=positive, default=4, help="how many")
     add("--eta", type=fraction, default=1.0, help="0 reconstructs, larger varies more, up to 1")
-    add("--steps", **steps)
 
-    add = command("blend", blend_command, "from one picture to another, as a strip and a GIF")
-    add("a", help="the first picture")
-    add("b", help="the second picture")
+    add = command("blend", blend_command, "from one picture to another, as a strip and a GIF",
+                  pictures=("a", "b"))
     add("--frames", type=two_or_more, default=7, help="how many, both ends counted")
     add("--noise", choices=("slerp", "fixed"), default="slerp",
         help="x_T: from one inverted noise to the other, or one random noise for all")
-    add("--steps", **steps)
 
     add = command("edit", edit_command, "change what a picture shows by a change of words")
-    add("image", help="the picture")
     add("--to", required=True, help="caption of the picture as it should become")
     add("--from", help="caption of the picture as it is (default: the empty caption)")
     add("--theta", type=fraction, default=0.5, help="how far to turn, 0 to 1 (paper: 0.25 to 0.5)")
     add("--frames", type=two_or_more, default=6, help="how many, from theta 0 on")
-    add("--steps", **steps)
 
     # The components were measured when the autoregressive prior was fitted.
-    add = command("probe", probe_command, "a picture from ever more of its embedding's components",
-                  prior="ar_prior")
-    add("image", help="the picture")
+    command("probe", probe_command, "a picture from ever more of its embedding's components",
+            prior="ar_prior", inverts=False)
 
-    add = command("inpaint", inpaint_command, "redraw a part of a picture to fit a caption",
-                  prior="prior")
-    add("image", help="the picture")
-    add("mask", help="a picture that is white where to draw and black where to keep")
+    add = command("inpaint", inpaint_command, "redraw a picture where the mask is white, and keep "
+                  "it where it is black", ("image", "mask"), prior="prior", inverts=False)
     add("caption", help="what the whole picture should show")
     add("--prior-scale", type=finite, help=PRIOR_SCALE_HELP)
-    add("--scale", type=finite, default=2.0, help="guidance of the decoder; off at 1")
+    add("--scale", type=finite, default=2.0, help="guidance of the decoder, off at 1")
     add("--steps", type=positive, help="sampling steps of the decoder (default: the model's)")
     add("--resamples", type=positive, default=4, help="times that each step is done")
-    run(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    pipeline, size = load_pipeline(args, prior=args.prior)
+    check_steps(getattr(args, "steps", None), pipeline.decoder)
+    pictures, labels, name = args.function(pipeline, args)
+    film = slice(1, -1) if args.command == "blend" else None  # without the sources
+    path = Path(args.out) / f"{args.command}_{name}.png"
+    write_strip(pipeline, size, pictures, labels, args.seed, path, film)
 
 
 if __name__ == "__main__":

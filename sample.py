@@ -16,15 +16,14 @@ import sys
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from ar_prior import AutoregressivePrior
 from diffusion import SeededNoise
 from prior import DiffusionPrior
 from stages import check_clip, clip_of, load_stage
-from support.drawing import default_weights, drawing_options, slugs
+from support.drawing import default_weights, drawing_options, write_drawings
 from support.pictures import fit
-from support.sheets import Film, check_folder, draw_grid, save_picture, to_pil, to_tensor
+from support.sheets import Film, check_folder, to_pil, to_tensor
 from support.tools import Parser, UserError, autocast, choose_device, exit_code, finite, positive
 
 STAGE_SEEDS = {"prior": 1, "decoder": 2, "upsampler1": 3, "upsampler2": 4}
@@ -197,56 +196,25 @@ def main(argv=None):
     add("caption", nargs="+", help="what to draw; several captions in one call work")
     add("-n", type=positive, default=4, help="pictures a caption")
     add("--prior", choices=("prior", "ar_prior", "text_emb", "none"), help="where the decoder's "
-        "image embedding comes from: a prior, CLIP's text embedding in its place, or none: the "
-        "caption alone (default: prior, or what the decoder was trained with)")
-    add("--decoder", default="decoder", choices=("decoder", *BASELINES), help="which trained "
-        "decoder; decoder_text_emb and decoder_caption (GLIDE) are the paper's baselines")
+        "image embedding comes from: a prior, CLIP's text embedding in its place, or nowhere "
+        "(default: prior, or what a baseline was trained with)")
+    add("--decoder", default="decoder", choices=("decoder", *BASELINES), help="decoder_text_emb "
+        "and decoder_caption (GLIDE) are the paper's baselines")
     add("--prior-scale", type=finite, help=PRIOR_SCALE_HELP)
     add("--scale", type=finite, default=2.0, help="guidance of the decoder, off at 1")
     add("--prior-steps", type=positive, help="sampling steps of the prior, 1 to T (default: 64)")
     add("--steps", type=positive, help="of the decoder, 1 to T (default: the model's)")
-    add("--candidates", type=positive, default=2, help="pictures that the decoder draws for each; "
-        "the one in which CLIP sees most of the embedding is kept")
+    add("--candidates", type=positive, default=2, help="pictures that the decoder draws for CLIP "
+        "to choose one from")
     add("--film", action="store_true", help="also write the denoising as animated GIFs")
     add("--stages", action="store_true", help="the grid shows each picture at every size it had")
-    draw_captions(parser.parse_args(argv))
-
-
-def draw_captions(args):
-    """Write a PNG for each picture, a grid of all, and with --film a GIF for each."""
+    args = parser.parse_args(argv)
     only = BASELINES.get(args.decoder)
     if only and args.prior not in (None, only):
         raise UserError(f"--prior {args.prior}: {args.decoder} was trained with {only} alone; "
                         "leave --prior out")
-    prior = args.prior or only or "prior"
-    pipeline, size = load_pipeline(args, prior=prior, decoder=args.decoder)
-    pipeline.text(args.caption)  # an empty one is refused before the work
-    names, grid, films = slugs(args.caption), Path(args.out), [] if args.film else None
-    if grid.suffix != ".png":
-        grid = grid / f"grid_{names[0]}_{args.seed}.png"
-    jobs = [(caption, seed, grid.parent / f"{name}_{seed}.png")
-            for caption, name in zip(args.caption, names)
-            for seed in range(args.seed, args.seed + args.n)]
-    if grid in [path for *_, path in jobs]:
-        raise UserError(f"--out {grid}: one of the pictures has this name; choose another")
-    shown, labels = [], []
-    for caption, seed, path in tqdm(jobs, "pictures", disable=None):
-        drawn = pipeline.draw(
-            caption, [seed], size, args.scale, args.steps, args.prior_scale, args.prior_steps,
-            args.candidates, args.stages, films,
-        )
-        save_picture(drawn[-1], path)
-        print(path)
-        if films:
-            films.pop().save(path.with_suffix(".gif"))
-            print(path.with_suffix(".gif"))
-        shown += [to_tensor(picture) for picture in drawn]
-        labels += [f"{caption}, {p.width} px" if args.stages else caption for p in drawn]
-    columns, cell = args.n if args.n > 1 else 4, None
-    if args.stages:  # a row is one picture, equally large at each of its sizes
-        columns, cell = len(pipeline.sizes), min(512, max(128, size))
-    save_picture(draw_grid(shown, labels, columns, cell), grid)
-    print(grid)
+    args.prior = args.prior or only or "prior"
+    write_drawings(*load_pipeline(args, prior=args.prior, decoder=args.decoder), args)
 
 
 if __name__ == "__main__":

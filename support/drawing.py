@@ -1,8 +1,13 @@
-"""What the drawing commands share: their options, the weights they find, the names of files."""
+"""What the drawing commands share: their options, which weights they find, the files they write."""
 
 import itertools
 from pathlib import Path
 
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from support.sheets import draw_grid, save_picture, to_pil, to_tensor
 from support.tools import UserError, choose_device, positive, seed_number
 
 
@@ -42,3 +47,49 @@ def slugs(captions):
         numbered = (f"{name}-{n}" for n in itertools.count(2))
         names.append(next(x for x in itertools.chain([name], numbered) if x not in names))
     return names
+
+
+def write_drawings(pipeline, size, args):
+    """sample.py's files: a PNG for each picture, a grid of all, and with --film a GIF for each."""
+    pipeline.text(args.caption)  # an empty one is refused before the work
+    names, grid, films = slugs(args.caption), Path(args.out), [] if args.film else None
+    if grid.suffix != ".png":
+        grid = grid / f"grid_{names[0]}_{args.seed}.png"
+    jobs = [(caption, seed, grid.parent / f"{name}_{seed}.png")
+            for caption, name in zip(args.caption, names, strict=True)
+            for seed in range(args.seed, args.seed + args.n)]
+    if grid in [path for *_, path in jobs]:
+        raise UserError(f"--out {grid}: one of the pictures has this name; choose another")
+    shown, labels = [], []
+    for caption, seed, path in tqdm(jobs, "pictures", disable=None):
+        drawn = pipeline.draw(
+            caption, [seed], size, args.scale, args.steps, args.prior_scale, args.prior_steps,
+            args.candidates, args.stages, films,
+        )
+        save_picture(drawn[-1], path)
+        print(path)
+        if films:
+            films.pop().save(path.with_suffix(".gif"))
+            print(path.with_suffix(".gif"))
+        shown += [to_tensor(picture) for picture in drawn]
+        labels += [f"{caption}, {p.width} px" if args.stages else caption for p in drawn]
+    columns, cell = args.n if args.n > 1 else 4, None
+    if args.stages:  # a row is one picture, equally large at each of its sizes
+        columns, cell = len(pipeline.sizes), min(512, max(128, size))
+    save_picture(draw_grid(shown, labels, columns, cell), grid)
+    print(grid)
+
+
+def write_strip(pipeline, size, pictures, labels, seed, path, film=None):
+    """manipulate.py's files: pictures (n, 3, H, W), enlarged to `size`, side by side as a PNG; and
+    those in the slice `film` as a GIF, there and back."""
+    pictures = torch.cat([pipeline.upsample(p[None], [seed], size).cpu() for p in pictures])
+    save_picture(draw_grid(pictures, labels, columns=len(pictures)), path)
+    print(path)
+    if film:
+        frames = [to_pil(p).resize((max(size, 256),) * 2, Image.Resampling.BICUBIC)
+                  for p in pictures[film]]
+        frames += frames[-2:0:-1]
+        save_picture(frames[0], path.with_suffix(".gif"), save_all=True, append_images=frames[1:],
+                     duration=120, loop=0)
+        print(path.with_suffix(".gif"))
