@@ -34,7 +34,7 @@ from support.drawing import drawing_options, slugs, write_strip
 from support.pictures import fit, to_rgb
 from support.sheets import to_tensor
 from support.tools import (
-    Parser, UserError, autocast, exit_code, finite, fraction, positive, two_or_more,
+    Parser, UserError, autocast, user_errors, finite, fraction, positive, two_or_more,
 )
 
 INVERSION_STEPS = 50  # each way; a step up runs the network four times
@@ -321,7 +321,7 @@ def inpaint_command(pipeline, args):
     return torch.cat([picture, kept, drawn]), ["source", "kept", args.caption], name
 
 
-@exit_code
+@user_errors
 def main(argv=None):
     parser = Parser("manipulate.py", description="Change pictures with trained stages.")
     commands = parser.add_subparsers(dest="command", required=True)

@@ -24,7 +24,7 @@ from stages import check_clip, clip_of, load_stage
 from support.drawing import default_weights, drawing_options, write_drawings
 from support.pictures import fit
 from support.sheets import Film, check_folder, to_pil, to_tensor
-from support.tools import Parser, UserError, autocast, choose_device, exit_code, finite, positive
+from support.tools import Parser, UserError, autocast, choose_device, user_errors, finite, positive
 
 STAGE_SEEDS = {"prior": 1, "decoder": 2, "upsampler1": 3, "upsampler2": 4}
 BASELINES = {"decoder_text_emb": "text_emb", "decoder_caption": "none"}  # and their --prior
@@ -67,7 +67,7 @@ class Pipeline:
         # Embeddings of another CLIP would mean nothing to these stages.
         self.clip = clip_of(self.decoder, self.folder, decoder, self.device, clip)
         if self.prior:
-            check_clip(self.prior, self.clip, self.folder / f"{prior}.pt")
+            check_clip(self.prior.clip, self.clip, self.folder / f"{prior}.pt")
         self.upsamplers, self.sizes = {}, [self.decoder.config.size]  # the sides it can draw
         for stage in ("upsampler1", "upsampler2"):
             if self.sizes[-1] < size and (self.folder / f"{stage}.pt").exists():
@@ -189,7 +189,7 @@ def load_pipeline(args, **stages):
     return pipeline, size
 
 
-@exit_code
+@user_errors
 def main(argv=None):
     parser = Parser("sample.py", description="Draw pictures of captions.")
     add = drawing_options(parser)
