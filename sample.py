@@ -1,6 +1,7 @@
 """The pipeline: a caption goes in, pictures come out (paper fig. 2, bottom).
 
     python sample.py "a large red circle above a small blue square" -n 4 --size 256
+    >>> Pipeline().draw("a red circle", size=256)[0].save("circle.png")
 
     caption -> CLIP -> prior -> image_emb -> decoder: 64 px -> upsampler1: 256 -> upsampler2: 1024
 
@@ -21,7 +22,7 @@ from ar_prior import AutoregressivePrior
 from diffusion import SeededNoise
 from prior import DiffusionPrior
 from stages import check_clip, clip_of, load_stage
-from support.drawing import default_weights, drawing_options, write_drawings
+from support.drawing import default_weights, drawing_options, reachable_size, write_drawings
 from support.pictures import fit
 from support.sheets import Film, check_folder, to_pil, to_tensor
 from support.tools import Parser, UserError, autocast, choose_device, user_errors, finite, positive
@@ -42,7 +43,7 @@ def noise_for(seeds, stage, attempt=0):
 
 
 def check_steps(steps, model):
-    """Can `model` be sampled in so many steps? None stands for its config's number."""
+    """UserError if a model cannot be sampled in so many steps. None: as its config says."""
     if steps is not None and not 1 <= steps <= model.config.diffusion_steps:
         raise UserError(f"{steps} sampling steps: choose 1 to {model.config.diffusion_steps}")
 
@@ -59,7 +60,7 @@ class Pipeline:
     def __init__(self, folder=None, device="auto", size=1024, prior="prior", decoder="decoder",
                  clip=None):
         self.folder, self.device = Path(folder or default_weights()), choose_device(str(device))
-        self.prior = self.load(prior) if prior in ("prior", "ar_prior") else None
+        self.prior = None if prior in ("text_emb", "none", None) else self.load(prior)
         self.decoder = self.load(decoder)
         self.source = "prior" if self.prior else "text_emb" if prior == "text_emb" else "caption"
         if decoder in BASELINES:  # it draws from what it was trained on
@@ -81,12 +82,13 @@ class Pipeline:
 
     def draw(self, captions, seeds=(0,), size=64, scale=2.0, steps=None, prior_scale=None,
              prior_steps=None, candidates=2, stages=False, films=None):
-        """Captions, or one string -> a list of PIL pictures: all seeds of the first caption first.
+        """The whole of unCLIP: captions, or one string -> a list of PIL pictures, one for each
+        caption and seed: all seeds of the first caption, then of the next.
 
-        size: the side, one of `sizes`. scale, prior_scale: guidance, off at 1. steps, prior_steps:
-        of sampling (default: the configs'). candidates: how many pictures the decoder draws for
-        CLIP to choose from. stages: return each picture at every size it had, smallest first.
-        films: a list that receives a Film of the decoder drawing each picture.
+        size: the side, one of `sizes`. scale, prior_scale: guidance, off at 1 (default of the
+        prior: its usual_scale). steps, prior_steps: of sampling (default: as in the configs).
+        candidates: how many pictures the decoder draws for CLIP to choose from. stages: return each
+        picture at every size it had, smallest first. films: a list that receives a Film of each.
         """
         check_steps(steps, self.decoder)  # now, not after the prior's work
         size, pictures = reachable_size(self, size), []
@@ -150,9 +152,8 @@ class Pipeline:
         films: an on_step for each attempt. settings: decode's.
         """
         drawn = torch.stack([
-            self.decode(image_emb, text, seeds, attempt=k, on_step=films[k] if films else None,
-                        **settings)
-            for k in range(candidates)
+            self.decode(image_emb, text, seeds, attempt=attempt, on_step=film, **settings)
+            for attempt, film in enumerate(films or [None] * candidates)
         ])  # (candidates, B, 3, H, W)
         best = torch.zeros(len(seeds), dtype=torch.long, device=drawn.device)
         if candidates > 1:
@@ -168,16 +169,6 @@ class Pipeline:
                 with autocast(self.device):
                     pictures = model.sample(pictures, noise=noise_for(seeds, stage))
         return pictures
-
-
-def reachable_size(pipeline, size):
-    """The largest side up to `size` that the trained stages can draw; says so if it is smaller."""
-    sides = [s for s in pipeline.sizes if s <= size]
-    if not sides:
-        raise UserError(f"--size {size}: {pipeline.folder} draws {pipeline.sizes[0]} or more")
-    if sides[-1] < size:
-        print(f"{pipeline.folder} has no upsampler to {size} pixels: stopping at {sides[-1]}")
-    return sides[-1]
 
 
 def load_pipeline(args, **stages):

@@ -37,6 +37,16 @@ def drawing_options(parser):
     return add
 
 
+def reachable_size(pipeline, size):
+    """The largest side up to `size` that the trained stages can draw; says so if it is smaller."""
+    sides = [s for s in pipeline.sizes if s <= size]
+    if not sides:
+        raise UserError(f"--size {size}: {pipeline.folder} draws {pipeline.sizes[0]} or more")
+    if sides[-1] < size:
+        print(f"{pipeline.folder} has no upsampler to {size} pixels: stopping at {sides[-1]}")
+    return sides[-1]
+
+
 def slugs(captions):
     """Captions as file names: their words, cut at 60 letters, numbered where two are the same."""
     names = []
