@@ -1,50 +1,79 @@
-"""What the latent makes possible: variations, blends, text diffs, inpainting (paper sec. 3, 4).
+"""Changing a picture through its latent: variations, blends, edits, inpainting (paper sec. 3, 4).
 
-    python sample.py vary picture.png          # this file's functions are sample.py's subcommands
+    python manipulate.py vary picture.png          # and blend, edit, probe, inpaint
 
 A picture x has a *bipartite latent* (image_emb, x_T):
 
     image_emb   from CLIP: what the picture shows, as far as CLIP sees it (its semantics)
-    x_T         from DDIM inversion: everything else, the place and the angle and the shade
+    x_T         from DDIM inversion: everything else, such as places, angles and shades
 
-The one idea of this file: DDIM with eta = 0 turns that pair back into x, and manipulations change
-the pair. Other noise and the same embedding: a variation. Another embedding and the same noise: an
-edit. Points between two pairs: a blend. An embedding that has lost some of its components: a look
-at what CLIP knows. (Inpainting is none of these: it keeps pixels.)
+The one idea: the decoder turns that pair back into x, and manipulations change the pair. The same
+pair with noise added on the way is a variation; another embedding with the same x_T is an edit;
+points between two pairs make a blend; an embedding reduced to a few components shows what CLIP
+knows. (Inpainting is different: it keeps pixels.)
 
-But for inpainting, the decoder draws from the embedding alone here, without a caption and without
-guidance: inversion follows the decoder's own path backwards, and guidance would bend it.
+Why can x_T be found? With eta = 0, DDIM adds no noise: it follows an ODE from x_T down to x, and
+such a path can be followed in both directions. It must be the path of the network that draws, so
+the decoder here sees the embedding alone, unguided: guidance multiplies the network's errors, and
+following a guided network upwards ends in an x_T that is no noise and does not lead back.
 
-Letters: B pictures, D CLIP embedding, H, W sides of the decoder's pictures.
-Read next: evaluate.py, which measures what these do.
+Letters: B pictures, D CLIP embedding, H, W sides of the decoder's pictures, T noise levels.
 """
 
 import math
+import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
-from support.tools import UserError, autocast
+from diffusion import SeededNoise, at_least_float32, expand
+from sample import PRIOR_SCALE_HELP, check_steps, load_pipeline
+from support.drawing import drawing_options, slugs, write_strip
+from support.pictures import fit, to_rgb
+from support.sheets import to_tensor
+from support.tools import (
+    Parser, UserError, autocast, user_errors, finite, fraction, positive, two_or_more,
+)
 
-INVERSION_STEPS = 50  # there and back; each step up looks at the network four times
-INVERSIONS, REPRODUCED = 4, 30.0  # tries at a picture, until it comes back with so many dB
+INVERSION_STEPS = 50  # each way; a step up runs the network four times
+INVERSIONS, GOOD_ENOUGH = 4, 30.0  # attempts at a picture, until one reproduces it to so many dB
+
+# --- the latent: there and back --------------------------------------------------------------
 
 
-def slerp(a, b, theta):
-    """The point at a share theta of the way from a (0) to b (1) along the great circle (B, ...).
+@torch.no_grad()
+def ddim_invert(diffusion, network, x_0, steps, start=0, corrections=0, noise=None):
+    """Run DDIM backwards (2010.02502 sec. 4.3): the x_T (B, ...) from which ddim_sample with the
+    same network and steps returns x_0.
 
-        (sin((1 - theta) omega) a + sin(theta omega) b) / sin(omega),  omega the angle between them
-
-    Embeddings lie on a sphere and noise very nearly does (|x_T| = sqrt(dimensions)); a straight
-    line between two points would leave it: the middle of two noises is not noise, it is too small.
+    start: 0 begins at the data, as the paper does. But there the predicted noise is what the
+        network's x_0 lacks, divided by a sigma near 0: outlines of the picture, many times too
+        large, which stay in x_T and show in every edit. Above 0, fresh `noise` carries x_0 to the
+        level `start`, where there is real noise to predict, and inversion goes up from there.
+    corrections: a step up takes the noise predicted at its lower end for that at its upper end.
+        Each correction asks the network at the upper end, as the step down will, and repeats the
+        step; after the first it goes only halfway, as the whole way overshoots.
     """
-    flat_a, flat_b = a.flatten(1).double(), b.flatten(1).double()
-    omega = torch.acos(F.cosine_similarity(flat_a, flat_b, dim=1).clamp(-1, 1))[:, None]
-    near = omega.sin() < 1e-4  # one direction: the line is the arc, and sin(omega) divides by 0
-    safe = torch.where(near, torch.ones_like(omega), omega)
-    left = torch.where(near, 1 - theta, ((1 - theta) * safe).sin() / safe.sin())
-    right = torch.where(near, theta, (theta * safe).sin() / safe.sin())
-    return (left * flat_a + right * flat_b).to(a.dtype).view_as(a)
+    x = at_least_float32(x_0)
+    first = start if start > 0 else -1  # -1: the data
+    levels = [first] + [t for t in reversed(diffusion.timesteps(steps)) if t > first]
+    levels = torch.tensor(levels, device=x.device)[:, None].expand(-1, len(x))
+    if start > 0:
+        x = diffusion.q_sample(x, levels[0], (noise or torch.randn)(x.shape).to(x))
+    for t_prev, t in zip(levels[:-1], levels[1:]):
+        level = t_prev.clamp(min=0)  # no network was trained at -1; 0 is next to it
+        pred_x_0, pred_noise = diffusion.predictions(network(x, level), x, level)
+        pred_x_0 = torch.where(expand(t_prev, x) < 0, x, pred_x_0)  # at -1, x *is* x_0
+        higher = diffusion.q_sample(pred_x_0, t, pred_noise)
+        for n in range(corrections if t_prev[0] >= 0 else 0):  # from -1 every noise leads back
+            pred_x_0, _ = diffusion.predictions(network(higher, t), higher, t)
+            signal, sigma = diffusion.signal_sigma(t_prev, x)
+            again = diffusion.q_sample(pred_x_0, t, (x - signal * pred_x_0) / sigma)
+            higher = again if n == 0 else (higher + again) / 2
+        x = higher
+    return x
 
 
 def psnr(a, b):
@@ -55,28 +84,25 @@ def psnr(a, b):
 def invert(pipeline, pictures, image_emb, steps=INVERSION_STEPS):
     """The noise x_T (B, 3, H, W) from which redraw() returns `pictures`, given image_emb (B, D).
 
-    Paper: DDIM inversion. We: from a little fresh noise on, each step corrected, and again from
-    other fresh noise where redraw() misses the picture: of INVERSIONS, the best. Because: begun at
-    the clean picture it leaves the picture's outlines in x_T, which an edit keeps; without
-    corrections many a picture comes back with its objects elsewhere; even with them one does now
-    and then: at the noisiest levels, where it is decided what goes where, rounding can change it.
-    The fresh noises are always the same ones, so that a picture has one x_T, up to rounding.
+    The paper inverts by plain DDIM. Here inversion starts from a little fresh noise, corrects each
+    step, and keeps the best of up to INVERSIONS attempts: at the noisiest levels, which decide what
+    goes where, a small error is sometimes enough to lose the picture. The fresh noise is the same
+    in every run, so a picture has one x_T, up to rounding.
     """
-    decoder = pipeline.decoder
-    # A picture of which no try is a number keeps its NaNs, for all to see.
+    diffusion = pipeline.decoder.diffusion
     x_T = torch.full_like(pictures, math.nan)
     errors = pictures.new_full((len(pictures),), -math.inf)
     for attempt in range(INVERSIONS):
-        left = (errors < REPRODUCED).nonzero().flatten()
+        left = (errors < GOOD_ENOUGH).nonzero().flatten()
         if len(left) == 0:
             break
-        fresh = [torch.Generator().manual_seed(attempt) for _ in left]
-        with autocast(pipeline.device):  # as in drawing: there and back by the same network
-            found = decoder.diffusion.ddim_invert(
-                decoder.network(image_emb[left], None, None), pictures[left], steps,
-                start=decoder.diffusion.T // 50, corrections=3, generators=fresh,
+        with autocast(pipeline.device):  # as redraw: the same network both ways
+            found = ddim_invert(
+                diffusion, pipeline.decoder.network(image_emb[left], None, None), pictures[left],
+                steps, start=diffusion.T // 50, corrections=3,
+                noise=SeededNoise([attempt] * len(left)),
             )
-        again = redraw(pipeline, image_emb[left], found, [0] * len(left), steps)  # draws no noise
+        again = redraw(pipeline, image_emb[left], found, [0] * len(left), steps)
         error = psnr(pictures[left], again)
         better = error > errors[left]
         x_T[left[better]], errors[left[better]] = found[better], error[better]
@@ -84,34 +110,51 @@ def invert(pipeline, pictures, image_emb, steps=INVERSION_STEPS):
 
 
 def redraw(pipeline, image_emb, x_T, seeds, steps=INVERSION_STEPS, eta=0.0):
-    """The picture (B, 3, H, W) of a latent. eta > 0 adds noise on the way: a variation."""
-    settings = {"scale": 1.0, "steps": steps, "eta": eta, "x_T": x_T}
-    return pipeline.decode(image_emb, None, seeds, **settings)
+    """The picture (B, 3, H, W) of a latent. eta > 0 adds noise on the way, drawn by the seeds."""
+    return pipeline.decode(image_emb, None, seeds, scale=1.0, steps=steps, eta=eta, x_T=x_T)
+
+
+# --- manipulations ---------------------------------------------------------------------------
+
+
+def slerp(a, b, theta):
+    """The point at a share theta of the way from a (0) to b (1) along the great circle (B, ...).
+
+        (sin((1 - theta) omega) a + sin(theta omega) b) / sin(omega),  omega the angle between them
+
+    Embeddings lie on a sphere, and noise very nearly does: |x_T| is close to the square root of its
+    number of dimensions. A straight line would leave the sphere: the middle of two noises has a
+    standard deviation of 0.71, which the decoder was never trained to start from.
+    """
+    flat_a, flat_b = a.flatten(1).double(), b.flatten(1).double()
+    omega = torch.acos(F.cosine_similarity(flat_a, flat_b, dim=1).clamp(-1, 1))[:, None]
+    near = omega.sin() < 1e-4  # where sin(omega) would divide by 0, the line is the arc
+    safe = torch.where(near, torch.ones_like(omega), omega)
+    left = torch.where(near, 1 - theta, ((1 - theta) * safe).sin() / safe.sin())
+    right = torch.where(near, theta, (theta * safe).sin() / safe.sin())
+    return (left * flat_a + right * flat_b).to(a.dtype).view_as(a)
 
 
 def blend(pipeline, ends, embs, seed, frames, noise="slerp", steps=INVERSION_STEPS):
-    """Pictures (frames, 3, H, W) from one to the other (paper sec. 3.2, fig. 4).
+    """Pictures (frames, 3, H, W) from one to another (paper sec. 3.2, fig. 4).
 
     ends: two pictures (2, 3, H, W), embs: their embeddings (2, D). noise: "slerp" goes from one
-    inverted x_T to the other, so both ends are reproduced; "fixed" keeps one random x_T: the ends
-    are variations, but only the semantics changes from frame to frame.
+    inverted x_T to the other, so both ends are reproduced. "fixed" keeps one random x_T: the ends
+    are then variations, and only the semantics changes from frame to frame.
     """
     if noise == "slerp":
         x_T = invert(pipeline, ends, embs, steps)
     else:
-        x_T = torch.randn(ends[:1].shape, generator=torch.Generator().manual_seed(seed))
-        x_T = x_T.to(ends).repeat(2, 1, 1, 1)
+        x_T = SeededNoise([seed])(ends[:1].shape).to(ends).repeat(2, 1, 1, 1)
     pictures = []
-    for k in range(frames):
-        theta = k / max(1, frames - 1)
-        image_emb = slerp(embs[:1], embs[1:], theta)
-        noise_k = slerp(x_T[:1], x_T[1:], theta)
-        pictures.append(redraw(pipeline, image_emb, noise_k, [seed], steps))
+    for theta in (k / max(1, frames - 1) for k in range(frames)):
+        between = slerp(embs[:1], embs[1:], theta), slerp(x_T[:1], x_T[1:], theta)
+        pictures.append(redraw(pipeline, *between, [seed], steps))
     return torch.cat(pictures)
 
 
 def text_diff(pipeline, caption, baseline=None):
-    """The direction from one caption to another, z_d = norm(z_t - z_t0): (1, D) (paper sec. 3.3).
+    """The direction from one caption to another, norm(z_t - z_t0): (1, D) (paper sec. 3.3).
 
     baseline: a caption of the picture as it is; None for the empty caption.
     """
@@ -130,7 +173,7 @@ def text_diff(pipeline, caption, baseline=None):
 
 
 def edit(pipeline, picture, image_emb, direction, thetas, seed, steps=INVERSION_STEPS):
-    """Turn a picture's embedding towards a text diff, x_T kept: (len(thetas), 3, H, W).
+    """Turn a picture's embedding towards a text diff and keep x_T: (len(thetas), 3, H, W).
 
     picture (1, 3, H, W), image_emb and direction (1, D). thetas: shares of the way from the
     embedding to the direction; 0 reconstructs (paper: up to 0.25 .. 0.5).
@@ -141,35 +184,193 @@ def edit(pipeline, picture, image_emb, direction, thetas, seed, steps=INVERSION_
     ])
 
 
-def probe(pipeline, image_emb, pca, counts, seed):
-    """Pictures of an embedding rebuilt from its first principal components (paper sec. 4, fig. 7).
-
-    pca: an AutoregressivePrior, which has measured them. counts: how many components, a list.
-    The noise is the same for all. Returns (len(counts), 3, H, W).
-    """
-    centred = image_emb - pca.mean
-    rebuilt = [
-        F.normalize(pca.reconstruct(centred @ pca.basis[:count].T), dim=-1) for count in counts
-    ]
-    settings = {"scale": 1.0, "eta": 0.0}
-    return torch.cat([pipeline.decode(emb, None, [seed], **settings) for emb in rebuilt])
-
-
-def inpaint(pipeline, picture, mask, image_emb, text, seed, scale=2.0, steps=None, resamples=4):
-    """Redraw the masked part of a picture so that the whole fits a caption (GLIDE sec. 4.3).
-
-    picture (1, 3, H, W); mask (1, 1, H, W), 1 where to draw anew; image_emb (1, D) or None and
-    text: what the whole picture should show. Outside the mask the picture comes back unchanged.
-    Paper: GLIDE trains a network for this. We: any trained decoder. Because: the known part can be
-    noised to each level and put in place of what was drawn there (RePaint, 2201.09865).
-    """
-    decoder, generator = pipeline.decoder, [torch.Generator().manual_seed(seed)]
-    steps = steps or decoder.config.sample_steps
-    with autocast(pipeline.device):
-        network = decoder.network(image_emb, *text[1:], scale=scale)
-        return decoder.diffusion.inpaint(network, picture, mask, steps, resamples, generator)
-
-
 def probe_counts(dim):
     """Numbers of components to probe with: 1, 2, 4, ... and all of them."""
     return [2**k for k in range(int(math.log2(dim - 1)) + 1)] + [dim]
+
+
+def probe(pipeline, image_emb, pca, counts, seed):
+    """Pictures (len(counts), 3, H, W) of an embedding (1, D) rebuilt from its first components, all
+    drawn from the same noise (paper sec. 4, fig. 7).
+
+    pca: an AutoregressivePrior, which has measured the components. counts: how many of them to use.
+    """
+    components = (image_emb - pca.mean) @ pca.basis.T
+    rebuilt = [F.normalize(pca.reconstruct(components[:, :n]), dim=-1) for n in counts]
+    return torch.cat([pipeline.decode(z, None, [seed], scale=1.0, eta=0.0) for z in rebuilt])
+
+
+# --- inpainting ------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def resample(diffusion, network, x_0, mask, steps, resamples=1, noise=None):
+    """Ancestral sampling of x_0 (B, ...) where mask is 1, given the rest (RePaint, 2201.09865).
+
+    After each step down, the known part of x is replaced by x_0 noised to the level reached. What
+    was drawn in that step could not fit it yet. So each step is done `resamples` times, with a step
+    back up by q(x_t | x_prev) between, until both parts agree (their alg. 1).
+    mask: broadcasts to x_0. Where it is 0, x_0 is returned exactly.
+    """
+    noise = noise or torch.randn
+    x = noise(x_0.shape).to(x_0)
+    for t, t_prev in diffusion.pairs(steps, len(x_0), x_0.device):
+        last = bool(t_prev[0] < 0)
+        for again in range(1 if last else resamples):
+            if again:
+                alpha = expand(diffusion.alpha_bar(t) / diffusion.alpha_bar(t_prev), x)
+                x = alpha.sqrt() * x + (1 - alpha).sqrt() * noise(x.shape).to(x)
+            x, log_variance, _ = diffusion.p_mean_variance(network(x, t), x, t, t_prev)
+            known = x_0
+            if not last:
+                x = x + torch.exp(0.5 * log_variance) * noise(x.shape).to(x)
+                known = diffusion.q_sample(x_0, t_prev, noise(x.shape).to(x))
+            x = torch.where(mask.bool(), x, known)
+    return x
+
+
+def inpaint(pipeline, picture, mask, image_emb, text, seed, scale=2.0, steps=None, resamples=4):
+    """Redraw the masked part of a picture (1, 3, H, W) so that the whole fits a caption.
+
+    mask (1, 1, H, W): 1 where to draw; the rest is returned unchanged. image_emb (1, D) or None,
+    and text: what the whole picture should show. GLIDE (sec. 4.3) trains a network
+    for this; here any trained decoder does it, by RePaint.
+    """
+    decoder = pipeline.decoder
+    with autocast(pipeline.device):
+        network = decoder.network(image_emb, *text[1:], scale=scale)
+        return resample(decoder.diffusion, network, picture, mask,
+                        steps or decoder.config.sample_steps, resamples, SeededNoise([seed]))
+
+
+# --- the commands: (pipeline, args) -> (pictures (n, 3, H, W), a label for each, the strip's name)
+
+
+def open_picture(path):
+    """The file as an upright PIL RGB picture. UserError where it is missing or not a picture."""
+    if not Path(path).is_file():
+        raise UserError(f"no picture at {path}: check the path")
+    try:
+        with Image.open(path) as picture:
+            return to_rgb(picture)
+    except Exception as e:  # Pillow has many ways to say no
+        raise UserError(f"{path} is not a picture that Pillow can read ({e})") from e
+
+
+def read(pipeline, path):
+    """A file -> its middle square at the decoder's size (1, 3, H, W), and its image_emb (1, D)."""
+    picture = open_picture(path)
+    pixels = to_tensor(fit(picture, pipeline.sizes[0]))[None].to(pipeline.device)
+    return pixels, pipeline.look(picture)
+
+
+def vary_command(pipeline, args):
+    """The same latent, with noise added on the way (paper sec. 3.1, fig. 3)."""
+    picture, image_emb = read(pipeline, args.image)
+    x_T = invert(pipeline, picture, image_emb, args.steps)
+    again = redraw(pipeline, image_emb, x_T, [args.seed], args.steps)
+    print(f"reconstruction from image_emb and x_T alone: {psnr(picture, again)[0]:.1f} dB")
+    seeds = range(args.seed, args.seed + args.n) if args.eta > 0 else []
+    varied = [redraw(pipeline, image_emb, x_T, [k], args.steps, args.eta) for k in seeds]
+    labels = ["source", "eta 0"] + [f"eta {args.eta:g}, seed {k}" for k in seeds]
+    return torch.cat([picture, again, *varied]), labels, Path(args.image).stem
+
+
+def blend_command(pipeline, args):
+    (a, emb_a), (b, emb_b) = read(pipeline, args.a), read(pipeline, args.b)
+    ends, embs = torch.cat([a, b]), torch.cat([emb_a, emb_b])
+    frames = blend(pipeline, ends, embs, args.seed, args.frames, args.noise, args.steps)
+    errors = psnr(ends, frames[[0, -1]])
+    print(f"the ends against their sources: {errors[0]:.1f} and {errors[1]:.1f} dB")
+    labels = [f"{k / (args.frames - 1):.2f}" for k in range(args.frames)]
+    name = f"{Path(args.a).stem}_{Path(args.b).stem}"
+    return torch.cat([a, frames, b]), ["source", *labels, "source"], name
+
+
+def edit_command(pipeline, args):
+    picture, image_emb = read(pipeline, args.image)
+    direction = text_diff(pipeline, args.to, getattr(args, "from"))
+    thetas = [args.theta * k / (args.frames - 1) for k in range(args.frames)]
+    frames = edit(pipeline, picture, image_emb, direction, thetas, args.seed, args.steps)
+    print(f"reconstruction at theta 0: {psnr(picture, frames[:1])[0]:.1f} dB")
+    labels = ["source"] + [f"theta {theta:.2f}" for theta in thetas]
+    name = f"{Path(args.image).stem}_{slugs([args.to])[0]}"
+    return torch.cat([picture, frames]), labels, name
+
+
+def probe_command(pipeline, args):
+    picture, image_emb = read(pipeline, args.image)
+    counts = probe_counts(image_emb.shape[1])
+    frames = probe(pipeline, image_emb, pipeline.prior, counts, args.seed)
+    labels = [f"{count} of {counts[-1]}" for count in counts] + ["source"]
+    return torch.cat([frames, picture]), labels, Path(args.image).stem
+
+
+def inpaint_command(pipeline, args):
+    picture, _ = read(pipeline, args.image)
+    mask = to_tensor(fit(open_picture(args.mask), pipeline.sizes[0]))[None, :1] > 0
+    if mask.all() or not mask.any():
+        raise UserError(f"{args.mask}: the mask must be white where to draw, black where to keep, "
+                        "and have some of both")
+    mask, text = mask.to(pipeline.device), pipeline.text([args.caption])
+    image_emb = pipeline.embed(text, [args.seed], args.prior_scale)
+    drawn = inpaint(pipeline, picture, mask, image_emb, text, args.seed, args.scale, args.steps,
+                    args.resamples)
+    name = f"{Path(args.image).stem}_{slugs([args.caption])[0]}"
+    kept = picture.masked_fill(mask, 0)
+    return torch.cat([picture, kept, drawn]), ["source", "kept", args.caption], name
+
+
+@user_errors
+def main(argv=None):
+    parser = Parser("manipulate.py", description="Change pictures with trained stages.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name, function, text, pictures=("image",), prior="none", inverts=True):
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(function=function, prior=prior)
+        add = drawing_options(sub)
+        for picture in pictures:
+            add(picture, help="any picture file; its middle square is used")
+        if inverts:
+            add("--steps", type=positive, default=INVERSION_STEPS, help="DDIM steps each way")
+        return add
+
+    add = command("vary", vary_command, "variations of a picture")
+    add("-n", type=positive, default=4, help="how many")
+    add("--eta", type=fraction, default=1.0, help="0 reconstructs, larger varies more, up to 1")
+
+    add = command("blend", blend_command, "from one picture to another, as a strip and a GIF",
+                  pictures=("a", "b"))
+    add("--frames", type=two_or_more, default=7, help="how many, both ends counted")
+    add("--noise", choices=("slerp", "fixed"), default="slerp",
+        help="x_T: from one inverted noise to the other, or one random noise for all")
+
+    add = command("edit", edit_command, "change what a picture shows by a change of words")
+    add("--to", required=True, help="caption of the picture as it should become")
+    add("--from", help="caption of the picture as it is (default: the empty caption)")
+    add("--theta", type=fraction, default=0.5, help="how far to turn, 0 to 1 (paper: 0.25 to 0.5)")
+    add("--frames", type=two_or_more, default=6, help="how many, from theta 0 on")
+
+    # The components were measured when the autoregressive prior was fitted.
+    command("probe", probe_command, "a picture from ever more of its embedding's components",
+            prior="ar_prior", inverts=False)
+
+    add = command("inpaint", inpaint_command, "redraw a picture where the mask is white, and keep "
+                  "it where it is black", ("image", "mask"), prior="prior", inverts=False)
+    add("caption", help="what the whole picture should show")
+    add("--prior-scale", type=finite, help=PRIOR_SCALE_HELP)
+    add("--scale", type=finite, default=2.0, help="guidance of the decoder, off at 1")
+    add("--steps", type=positive, help="sampling steps of the decoder (default: the model's)")
+    add("--resamples", type=positive, default=4, help="times that each step is done")
+    args = parser.parse_args(argv)
+    pipeline, size = load_pipeline(args, prior=args.prior)
+    check_steps(getattr(args, "steps", None), pipeline.decoder)
+    pictures, labels, name = args.function(pipeline, args)
+    film = slice(1, -1) if args.command == "blend" else None  # without the sources
+    path = Path(args.out) / f"{args.command}_{name}.png"
+    write_strip(pipeline, size, pictures, labels, args.seed, path, film)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

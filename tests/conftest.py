@@ -20,7 +20,10 @@ MICRO = {
          "text_width": 16, "text_layers": 1, "text_heads": 2},
         {"steps": 3, "batch_size": 8, "lr": 1e-3},
     ),
-    "prior": ({"width": 32, "depth": 1, "heads": 2}, {"steps": 3, "batch_size": 8, "lr": 1e-3}),
+    "prior": (
+        {"width": 32, "depth": 1, "heads": 2, "sample_steps": 8},
+        {"steps": 3, "batch_size": 8, "lr": 1e-3},
+    ),
     "decoder": (
         {"size": 16, "channels": 8, "multiples": (1, 2), "attention_levels": (1,),
          "head_channels": 8, "context_width": 32, "text_depth": 1, "sample_steps": 4},
@@ -60,3 +63,47 @@ def micro_run(tmp_path_factory):
     for stage in ("all", "ar_prior", "decoder_text_emb", "decoder_caption"):
         assert train.main([stage, *settings]) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def untrained_run(tmp_path_factory):
+    """A folder with every stage at the micro preset's size and random weights: enough to draw."""
+    import stages
+    from clip_model import SmallClip, SmallClipConfig, freeze_small_clip
+    from support.checkpoint import config_dict, save_checkpoint
+    from support.tokenizer import make_vocab
+
+    class RandomEmbeddings:
+        def __len__(self):
+            return 64
+
+        def pairs(self, indices, rng):
+            return torch.nn.functional.normalize(torch.randn(2, len(indices), 16), dim=-1)
+
+    stages.PRESETS["micro"] = MICRO
+    folder = tmp_path_factory.mktemp("runs") / "untrained"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vocab = make_vocab(["a red circle", "a blue circle", "a star, on black"])
+        small = SmallClip(SmallClipConfig(vocab=vocab, **MICRO["clip"][0]))
+        models = {"clip": small}
+        randomise(small)
+        clip = freeze_small_clip(small)
+        for stage in (*stages.ORDER[1:], *stages.BASELINES):
+            models[stage] = stages.fresh_model(stage, "micro", None, clip, RandomEmbeddings())
+            randomise(models[stage])
+    for stage, model in models.items():
+        seen = {"spec": "small", "identity": clip.identity} if stages.needs_clip(stage) else None
+        save_checkpoint(folder / f"{stage}.pt", {
+            "stage": stage, "config": config_dict(model), "ema": model.state_dict(), "step": 0,
+            "clip": seen,
+        })
+    return folder
+
+
+def randomise(model):
+    """Small random values for what starts at zero, such as a U-Net's last convolution: without it
+    all pictures would be flat."""
+    for p in model.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.05)

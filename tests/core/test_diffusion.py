@@ -611,93 +611,6 @@ def test_ddim_is_deterministic_at_eta_0_and_eta_must_be_in_0_to_1():
             d.ddim_sample(network, SHAPE, 6, eta=eta)
 
 
-@pytest.mark.parametrize("steps", [2, 9, T])
-def test_inversion_on_a_gaussian_is_the_product_of_its_linear_steps(steps):
-    d, s, x_0, ab = diffusion(), 0.3, normal(), alphas_cumprod()
-    slope = (1 - ab) ** 0.5 / (ab * s ** 2 + 1 - ab)                  # noise = slope * x_t
-    levels = d.timesteps(steps)[::-1]
-    factor = ab[0] ** 0.5 + (1 - ab[0]) ** 0.5 * slope[0]             # from the data to t = 0
-    for t, up in zip(levels, levels[1:]):
-        pred_x_0 = (1 - (1 - ab[t]) ** 0.5 * slope[t]) / ab[t] ** 0.5
-        factor = factor * (ab[up] ** 0.5 * pred_x_0 + (1 - ab[up]) ** 0.5 * slope[t])
-    assert_close(d.ddim_invert(gaussian_oracle(d, s), x_0, steps), factor * x_0)
-
-
-def test_inversion_on_a_gaussian_reaches_the_odes_closed_form():
-    # The ODE keeps each x at its quantile: x_t / std(x_t) is constant, where
-    # std(x_t)^2 = alpha_bar s^2 + 1 - alpha_bar.
-    d, s, x_0 = diffusion(T=1000), 0.3, normal()
-    ab = alphas_cumprod(1000)[-1]
-    expected = x_0 * (ab * s ** 2 + 1 - ab).sqrt() / s
-    x_T = d.ddim_invert(gaussian_oracle(d, s), x_0, 1000)
-    assert_close(x_T, expected, rtol=0.01, atol=0)
-    back = d.ddim_sample(gaussian_oracle(d, s), SHAPE, 1000, x_T=expected)
-    assert_close(back, x_0, rtol=0.01, atol=0)
-
-
-def test_inversion_then_ddim_returns_the_input():
-    d = diffusion(T=1000)
-    x_0, network = normal(), gaussian_oracle(d, 0.6)
-    errors = []
-    for steps in (50, 1000):
-        x_T = d.ddim_invert(network, x_0, steps)
-        errors.append((d.ddim_sample(network, SHAPE, steps, x_T=x_T) / x_0 - 1).abs().max().item())
-    assert_close(errors[1], 0.0, rtol=0, atol=0.01)
-    assert errors[1] < errors[0] / 5  # and the finer the steps, the nearer
-
-
-def test_inversion_from_a_start_level_begins_there_with_fresh_noise():
-    d, s, x_0, ab = diffusion(), 0.3, normal(), alphas_cumprod()
-    levels = [20] + [t for t in d.timesteps(9)[::-1] if t > 20]
-    assert 20 not in d.timesteps(9)  # it begins just there, and joins the 9 levels above
-    slope = (1 - ab) ** 0.5 / (ab * s ** 2 + 1 - ab)                  # noise = slope * x_t
-    seeds = [3, 1, 4, 1]
-    noise = torch.stack([torch.randn(SHAPE[1:], generator=torch.Generator().manual_seed(k))
-                         for k in seeds]).double()
-    expected = ab[20] ** 0.5 * x_0 + (1 - ab[20]) ** 0.5 * noise
-    for t, up in zip(levels, levels[1:]):
-        pred_x_0 = (1 - (1 - ab[t]) ** 0.5 * slope[t]) / ab[t] ** 0.5
-        expected = expected * (ab[up] ** 0.5 * pred_x_0 + (1 - ab[up]) ** 0.5 * slope[t])
-    generators = [torch.Generator().manual_seed(k) for k in seeds]
-    x_T = d.ddim_invert(gaussian_oracle(d, s), x_0, 9, start=20, generators=generators)
-    assert_close(x_T, expected)
-    for start in (-1, T):
-        with pytest.raises(UserError, match="start"):
-            d.ddim_invert(gaussian_oracle(d, s), x_0, 9, start=start)
-
-
-def test_corrections_lead_to_the_exact_inverse_of_the_steps_down():
-    d, s, x_0, ab = diffusion(), 0.6, normal(), alphas_cumprod()
-    levels = d.timesteps(20)[::-1]
-    start = levels[8]
-    slope = (1 - ab) ** 0.5 / (ab * s ** 2 + 1 - ab)
-    down = 1.0                                                        # ddim_sample's linear steps
-    for t, up in zip(levels[8:], levels[9:]):
-        pred_x_0 = (1 - (1 - ab[up]) ** 0.5 * slope[up]) / ab[up] ** 0.5
-        down = down * (ab[t] ** 0.5 * pred_x_0 + (1 - ab[t]) ** 0.5 * slope[up])
-    errors = []
-    for corrections in (0, 1, 60):
-        fresh = [torch.Generator().manual_seed(k) for k in range(4)]
-        noise = torch.stack([torch.randn(SHAPE[1:], generator=torch.Generator().manual_seed(k))
-                             for k in range(4)]).double()
-        begun = ab[start] ** 0.5 * x_0 + (1 - ab[start]) ** 0.5 * noise
-        x_T = d.ddim_invert(gaussian_oracle(d, s), x_0, 20, start=start, corrections=corrections,
-                            generators=fresh)
-        errors.append((down * x_T / begun - 1).abs().max().item())
-    assert errors[2] < 1e-9 < errors[1] < errors[0] / 3
-
-
-def test_inversion_begun_at_the_data_keeps_the_networks_mistakes_in_x_T_and_from_noise_does_not():
-    d, x_0 = diffusion(T=1000, predict="x_0"), normal()
-    network = lambda x_t, t: x_0 + 0.05  # noqa: E731  right, but for a little
-    mistake = -0.05 / (1 - alphas_cumprod(1000)).sqrt()               # of the predicted noise
-    x_T = d.ddim_invert(network, x_0, 50)
-    assert_close(x_T.mean(), 2 * mistake[0], rtol=0.01, atol=0)       # made by two steps: 15 sigma
-    x_T = d.ddim_invert(network, x_0, 50, start=20)
-    assert_close(x_T.mean(), mistake[20], rtol=0.15, atol=0)          # and now one
-    assert_close(x_T.std().item(), 1.0, rtol=0.1, atol=0)
-
-
 @pytest.mark.parametrize("predict", ["x_0", "v"])
 def test_samplers_do_the_same_under_every_prediction(predict):
     oracle, d = diffusion(), diffusion(predict=predict)
@@ -935,36 +848,6 @@ def test_analytic_variance_of_a_point_is_fixed_small_and_of_unit_gaussian_data_f
 def test_analytic_variance_travels_in_the_checkpoint_and_fixed_ones_do_not():
     assert "x_0_variance" in diffusion(variance="analytic").state_dict()
     assert not diffusion(variance="fixed_small").state_dict()
-
-
-def test_inpainting_keeps_the_rest_and_draws_the_oracles_point_under_the_mask():
-    d, alpha_bar, point, known = diffusion(), alphas_cumprod(), images(), images()
-    mask = torch.zeros(4, 1, 5, 7)
-    mask[..., 1:3, 2:6] = 1
-
-    def oracle(x, t):
-        a = column(alpha_bar[t])
-        return (x - a.sqrt() * point) / (1 - a).sqrt()
-
-    x = d.inpaint(oracle, known, mask, steps=10, resamples=3)
-    assert_close(x, torch.where(mask.bool(), point, known))
-    assert torch.equal(x[~mask.bool().expand_as(x)], known[~mask.bool().expand_as(x)])
-
-
-@pytest.mark.parametrize("resamples", [1, 3])
-def test_inpainting_does_each_step_but_the_last_so_often_and_sees_the_known_part_noised(resamples):
-    d, seen = diffusion(), []
-    known, mask = images() + 5, torch.zeros(4, 1, 5, 7)  # nothing to draw: all is known
-
-    def network(x, t):
-        seen.append((int(t[0]), (x - column(d.alpha_bar(t)).sqrt() * known).std().item()))
-        return torch.zeros_like(x)
-
-    d.inpaint(network, known, mask, steps=5, resamples=resamples)
-    levels = d.timesteps(5)
-    assert [t for t, _ in seen] == [t for t in levels[:-1] for _ in range(resamples)] + levels[-1:]
-    for t, noise in seen[resamples:]:  # after the first step, which starts from pure noise
-        assert noise == pytest.approx((1 - d.alpha_bar(torch.tensor([t]))).sqrt().item(), rel=0.15)
 
 
 # --- which noise levels training draws ----------------------------------------------------------

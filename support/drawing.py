@@ -1,0 +1,105 @@
+"""What the drawing commands share: their options, which weights they find, the files they write."""
+
+import itertools
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from support.sheets import draw_grid, save_picture, to_pil, to_tensor
+from support.tools import UserError, choose_device, positive, seed_number
+
+
+def default_weights():
+    """weights/shapes if it is there, else the newest folder under runs/ with a decoder in it."""
+    shipped = Path(__file__).parent.parent / "weights/shapes"
+    if (shipped / "decoder.pt").exists():
+        return shipped
+    runs = sorted(Path("runs").glob("*/decoder.pt"), key=lambda p: p.stat().st_mtime)
+    if not runs:
+        raise UserError(
+            "no weights found: train with 'python train.py all --preset tiny', or give --weights"
+        )
+    return runs[-1].parent
+
+
+def drawing_options(parser):
+    """Add the options that every drawing command has; returns the parser's add_argument."""
+    add = parser.add_argument
+    add("--weights", help="folder of checkpoints (default: weights/shapes, else newest run)")
+    add("--size", type=positive, default=64, help="side of the pictures: 64, 256 or 1024")
+    add("--seed", type=seed_number, default=0, help="of the first picture; the next has one more")
+    add("--out", default="samples", help="folder for the pictures")
+    add("--device", type=choose_device, default="auto", help="auto, cpu or cuda")
+    add("--clip", help="MODEL:TAG=FILE, the CLIP that the stages were trained with, from a file "
+        "(default: as in training)")
+    return add
+
+
+def reachable_size(pipeline, size):
+    """The largest side up to `size` that the trained stages can draw; says so if it is smaller."""
+    sides = [s for s in pipeline.sizes if s <= size]
+    if not sides:
+        raise UserError(f"--size {size}: {pipeline.folder} draws {pipeline.sizes[0]} or more")
+    if sides[-1] < size:
+        print(f"{pipeline.folder} has no upsampler to {size} pixels: stopping at {sides[-1]}")
+    return sides[-1]
+
+
+def slugs(captions):
+    """Captions as file names: their words, cut at 60 letters, numbered where two are the same."""
+    names = []
+    for caption in captions:
+        words = "".join(c if c.isalnum() else " " for c in caption.lower()).split()
+        # Also cut at 180 bytes: a file name may have 255, with what is put around it.
+        name = "-".join(words)[:60].encode()[:180].decode(errors="ignore") or "caption"
+        numbered = (f"{name}-{n}" for n in itertools.count(2))
+        names.append(next(x for x in itertools.chain([name], numbered) if x not in names))
+    return names
+
+
+def write_drawings(pipeline, size, args):
+    """sample.py's files: a PNG for each picture, a grid of all, and with --film a GIF for each."""
+    pipeline.text(args.caption)  # an empty one is refused before the work
+    names, grid, films = slugs(args.caption), Path(args.out), [] if args.film else None
+    if grid.suffix != ".png":
+        grid = grid / f"grid_{names[0]}_{args.seed}.png"
+    jobs = [(caption, seed, grid.parent / f"{name}_{seed}.png")
+            for caption, name in zip(args.caption, names, strict=True)
+            for seed in range(args.seed, args.seed + args.n)]
+    if grid in [path for *_, path in jobs]:
+        raise UserError(f"--out {grid}: one of the pictures has this name; choose another")
+    shown, labels = [], []
+    for caption, seed, path in tqdm(jobs, "pictures", disable=None):
+        drawn = pipeline.draw(
+            caption, [seed], size, args.scale, args.steps, args.prior_scale, args.prior_steps,
+            args.candidates, args.stages, films,
+        )
+        save_picture(drawn[-1], path)
+        print(path)
+        if films:
+            films.pop().save(path.with_suffix(".gif"))
+            print(path.with_suffix(".gif"))
+        shown += [to_tensor(picture) for picture in drawn]
+        labels += [f"{caption}, {p.width} px" if args.stages else caption for p in drawn]
+    columns, cell = args.n if args.n > 1 else 4, None
+    if args.stages:  # a row is one picture, equally large at each of its sizes
+        columns, cell = len(pipeline.sizes), min(512, max(128, size))
+    save_picture(draw_grid(shown, labels, columns, cell), grid)
+    print(grid)
+
+
+def write_strip(pipeline, size, pictures, labels, seed, path, film=None):
+    """manipulate.py's files: pictures (n, 3, H, W), enlarged to `size`, side by side as a PNG; and
+    those in the slice `film` as a GIF, there and back."""
+    pictures = torch.cat([pipeline.upsample(p[None], [seed], size).cpu() for p in pictures])
+    save_picture(draw_grid(pictures, labels, columns=len(pictures)), path)
+    print(path)
+    if film:
+        frames = [to_pil(p).resize((max(size, 256),) * 2, Image.Resampling.BICUBIC)
+                  for p in pictures[film]]
+        frames += frames[-2:0:-1]
+        save_picture(frames[0], path.with_suffix(".gif"), save_all=True, append_images=frames[1:],
+                     duration=120, loop=0)
+        print(path.with_suffix(".gif"))
