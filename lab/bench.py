@@ -1,16 +1,15 @@
-"""How fast is it here? Training steps, sampling with and without the cache. Run it by hand, alone.
+"""How fast is training here, and what does the prior's cache gain? Run it alone on the machine.
 
     python -m lab.bench [--preset base] [--batch-size 64] [--compile] [--only decoder]
     python -m lab.bench --race optimizers --minutes 5     # which way of training gets further?
 
-FLOPs are counted by PyTorch's own counter (multiply-adds as two), of the whole step. The peak is
-measured too: the fastest of some square matrix products, in the precision that training uses.
+PyTorch counts the FLOPs of a whole step (a multiply-add is two). The peak is measured as well, as
+the speed of a square matrix product in the precision that training uses.
 """
 
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -19,125 +18,100 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from prior import DiffusionPrior, PriorConfig
-from sample import default_weights
+from sample import default_weights, generators
 from stages import PRESETS, STAGES, load_clip, recipe
 from support.cache import embed
 from support.muon import make_optimizers
 from support.shapes import Shapes
-from support.tools import (
-    Parser, autocast, choose_device, exit_code, peak_memory, positive, positive_number,
-)
+from support.tools import Parser, autocast, choose_device, exit_code, positive, positive_number
 from train import Batches, Loss, compile_loss, make_compilable, make_model, training_step
 
 PARTS = ("prior", "decoder", "upsampler1", "upsampler2", "sampling")
 
-# CLIP's embedding and token features; a caption's tokens, and the most there may be. The latter are
-# ViT-L-14's, with the preset `large`, and captions of the greatest length.
-SMALL, PRETRAINED = (128, 128, 20, 32), (768, 768, 77, 77)
-
 
 def seconds(work, device, repeats=5):
-    """The fastest of some runs of work(); none begins once 10 seconds are over. Two others come
-    first and do not count: they compile, and fill the caches."""
+    """The fastest of some runs of work(), after two that compile it and fill the caches."""
     times = []
-    for k in range(-2, repeats):
-        if sum(times) > 10:
-            break
+    for _ in range(2 + repeats):
         begun = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        if k >= 0:
-            times.append(time.perf_counter() - begun)
-    return min(times)
+        times.append(time.perf_counter() - begun)
+    return min(times[2:])
 
 
 def matmul_peak(device, kind):
-    """FLOP/s of the best square matrix product in a precision."""
-    best = 0
-    for n in (1024, 2048, 8192) if device.type == "cuda" else (1024, 2048):
-        a, b = (torch.randn(n, n, device=device).to(kind) for _ in "ab")
-        best = max(best, 2 * n**3 / seconds(lambda: a @ b, device))
-    return best
+    """FLOP/s of a square matrix product in a precision."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device).to(kind) for _ in "ab")
+    return 2 * n**3 / seconds(lambda: a @ b, device)
 
 
-def caption(B, device, dim, width, length):
-    return (F.normalize(torch.randn(B, dim, device=device), dim=-1),
-            torch.randn(B, length, width, device=device),
-            torch.ones(B, length, dtype=torch.bool, device=device))
-
-
-def batch_of(stage, config, B, device, sizes):
-    """A made-up batch of the right shapes."""
-    if "upsampler" in stage:
+def made_up_batch(config, B, device, tokens=20):
+    """A random batch of the right shapes for a prior, a decoder or an upsampler."""
+    if hasattr(config, "crop"):  # an upsampler
         image = 2 * torch.rand(B, 3, config.crop, config.crop, device=device) - 1
         return {"image": image, "low": F.avg_pool2d(image, config.factor)}
-    text_emb, text_enc, text_mask = caption(B, device, *sizes[:3])
-    batch = {"image_emb": text_emb.roll(1, 0), "text_emb": text_emb, "text_enc": text_enc,
-             "text_mask": text_mask}
-    if stage == "decoder":
-        batch["image"] = 2 * torch.rand(B, 3, config.size, config.size, device=device) - 1
-    return batch
+    side = getattr(config, "size", 1)  # a prior takes no pictures, and leaves them alone
+    return {"image": 2 * torch.rand(B, 3, side, side, device=device) - 1,
+            "image_emb": F.normalize(torch.randn(B, config.dim, device=device), dim=-1),
+            "text_emb": F.normalize(torch.randn(B, config.dim, device=device), dim=-1),
+            "text_enc": torch.randn(B, tokens, config.text_width, device=device),
+            "text_mask": torch.ones(B, tokens, dtype=torch.bool, device=device)}
 
 
-def bench_training(stage, args, device, peak):
-    make, make_config = STAGES[stage]
-    fields, training = recipe(args.preset, stage)
-    sizes = PRETRAINED if args.preset == "large" else SMALL
+def bench_training(stage, args, peak):
+    """Time one training step of a stage, count its FLOPs, and print both."""
+    (make, make_config), (fields, training) = STAGES[stage], recipe(args.preset, stage)
+    tokens, device = 20, args.device  # a caption of shapes
     if stage in ("prior", "decoder"):
-        fields = fields | {"dim": sizes[0], "text_width": sizes[1], "text_len": sizes[3]}
+        dim, text_len = (768, 77) if args.preset == "large" else (128, 32)  # ViT-L-14 or small CLIP
+        fields = fields | {"dim": dim, "text_width": dim, "text_len": text_len}
+        tokens = 77 if args.preset == "large" else tokens
     model = make(make_config(**fields)).to(device).train()
-    optimizers = make_optimizers(model, training.get("muon"))
-    B, loss_of = args.batch_size or training["batch_size"], Loss(model)
+    optimizers, loss_of = make_optimizers(model, training.get("muon")), Loss(model)
+    batch = made_up_batch(model.config, args.batch_size or training["batch_size"], device, tokens)
 
-    def step(batch):
+    def step():
         training_step(model, loss_of, batch, optimizers, training["lr"], device)
 
-    # Before it is compiled, as the counter sees single operations only; and not of a whole batch,
-    # which may fit into memory only when compiled. The optimizer's share does not grow with B.
-    counts = []
-    for n in (1, 2):
-        with FlopCounterMode(display=False) as counter:
-            step(batch_of(stage, model.config, n, device, sizes))
-        counts.append(counter.get_total_flops())
-    flops = counts[0] + (B - 1) * (counts[1] - counts[0])
-    batch = batch_of(stage, model.config, B, device, sizes)
+    with FlopCounterMode(display=False) as counter:  # sees single operations: before compiling
+        step()
     if args.compile:
         compile_loss(loss_of)
         make_compilable(batch, model)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    took = seconds(lambda: step(batch), device)
-    memory = f"  {peak_memory(device):.1f} GB" if device.type == "cuda" else ""
+    B, took, flops = len(batch["image"]), seconds(step, device), counter.get_total_flops()
     print(f"{stage:11} batch {B:4}: {took * 1000:8.0f} ms a step {B / took:8.0f} examples/s "
           f"{flops / B / 1e9:8.2f} GFLOP an example {flops / took / 1e9:9.0f} GFLOP/s "
-          f"{flops / took / peak:6.1%} of the peak{memory}")
+          f"{flops / took / peak:6.1%} of the peak")
+
+
+class Uncached(DiffusionPrior):
+    """A prior that runs the whole sequence at every step, the caption too."""
+
+    def encode_caption(self, text_emb, text_enc, text_mask, keep=None):
+        keep = text_mask[:, 0] if keep is None else keep
+        return {"text_emb": text_emb, "text_enc": text_enc, "text_mask": text_mask, "keep": keep}
+
+    def cached_network(self, x_t, t, **caption):
+        return super().cached_network(x_t, t, **super().encode_caption(**caption))
 
 
 def bench_prior_cache(device):
-    """Sampling as it is, against a network that runs the whole sequence at every step."""
+    """Time the prior's sampling with and without the caption's cache."""
     config = PriorConfig(dim=512, text_width=512, text_len=77, width=512, depth=6, heads=8)
-    prior, B = DiffusionPrior(config).to(device).eval(), 8
-    text = caption(B, device, 512, 512, 77)
-
-    class Uncached(DiffusionPrior):
-        def encode_caption(self, text_emb, text_enc, text_mask, keep=None):
-            keep = text_mask[:, 0] if keep is None else keep
-            return {"text_emb": text_emb, "text_enc": text_enc, "text_mask": text_mask,
-                    "keep": keep}
-
-        def cached_network(self, x_t, t, **text):
-            return self(x_t, t, **text)
-
-    uncached = Uncached(config).to(device).eval()
-    uncached.load_state_dict(prior.state_dict())
+    text = list(made_up_batch(config, 8, device, tokens=77).values())[2:]
     times, drawn = [], []
-    for model in (prior, uncached):
+    for make in (DiffusionPrior, Uncached):
+        torch.manual_seed(0)  # the same weights
+        model = make(config).to(device).eval()
+
         def draw(model=model):
-            seeds = [torch.Generator().manual_seed(k) for k in range(B)]
-            with torch.no_grad(), autocast(device):
-                drawn.append(model.sample(*text, scale=2.0, steps=64, generators=seeds,
-                                          candidates=1))
+            with autocast(device):
+                drawn.append(model.sample(*text, scale=2.0, steps=64, candidates=1,
+                                          generators=generators(range(8), "prior")))
+
         times.append(seconds(draw, device, repeats=1))
     same = F.cosine_similarity(drawn[0], drawn[-1]).min()
     print(f"prior, width 512, depth 6, 77 tokens, 64 guided steps, batch 8: {times[0]:.2f} s; "
@@ -145,88 +119,66 @@ def bench_prior_cache(device):
           f"(least cosine between the two results {same:.4f})")
 
 
-def race(stage, arms, args, device):
-    """Validation loss against time of some ways to train a stage on 5,000 scenes.
-
-    arms: name -> (fields of the model's config, Muon's rate in multiples of Adam's, or None).
-    """
-    clip = load_clip(default_weights(), device=device)
-    training = recipe(args.preset, stage)[1]
-    settings = training | {"seed": 0, "half_size_until": 0.0}
+def race(stage, arms, args):
+    """Train a stage on 5,000 scenes in several ways, for the same time each, and print the
+    validation loss at every quarter. arms: {name: (fields of the model's config, Muon's rate)}."""
+    clip, training = load_clip(default_weights(), device=args.device), recipe(args.preset, stage)[1]
+    settings, data = training | {"seed": 0, "half_size_until": 0.0}, [Shapes(5000, "train"),
+                                                                      Shapes(512, "val")]
     with tempfile.TemporaryDirectory() as folder:
-        data = [Shapes(n, split) for n, split in ((5000, "train"), (512, "val"))]
         embeddings = [embed(clip, d, folder) for d in data]
         for name, (fields, muon) in arms.items():
             torch.manual_seed(0)
-            model = make_model(stage, args.preset, data[0], clip).to(device)
-            model = type(model)(replace(model.config, **fields)).to(device)
+            model = make_model(stage, args.preset, data[0], clip)
+            model = type(model)(replace(model.config, **fields)).to(args.device)
             batches, val = (Batches(stage, model.config, d, e, settings)
                             for d, e in zip(data, embeddings, strict=True))
-            optimizers, loss_of, timer = make_optimizers(model, muon), Loss(model), Stopwatch()
-            step, check = 0, val.make(0, range(512), np.random.default_rng(0))
-            check = {k: v.to(device) for k, v in check.items()}
-            for quarter in (1, 2, 3, 4):
-                while timer.seconds() < quarter / 4 * args.minutes * 60:
-                    batch = {k: v.to(device) for k, v in batches[step].items()}
-                    loss, _ = training_step(model, loss_of, batch, optimizers, training["lr"],
-                                            device)
-                    loss.item()  # the clock waits for a GPU
-                    step += 1
-                with timer.paused(), torch.no_grad(), autocast(device):
-                    torch.manual_seed(1)
-                    value = model.eval().loss(check).item()
-                    model.train()
-                print(f"{stage}, {name}: after {quarter / 4 * args.minutes * 60:.0f} s, "
-                      f"{step * training['batch_size']} examples: validation loss {value:.4f}")
+            optimizers, loss_of, step, spent = make_optimizers(model, muon), Loss(model), 0, 0.0
+            check = val.make(0, range(512), np.random.default_rng(0))
+            for quarter in (0.25, 0.5, 0.75, 1.0):
+                while spent < quarter * args.minutes * 60:
+                    begun = time.perf_counter()
+                    batch = {k: v.to(args.device) for k, v in batches[step].items()}
+                    training_step(model, loss_of, batch, optimizers, training["lr"],
+                                  args.device)[0].item()  # the clock waits for a GPU
+                    spent, step = spent + time.perf_counter() - begun, step + 1
+                torch.manual_seed(1)
+                with torch.no_grad(), autocast(args.device):
+                    loss = model.eval().loss({k: v.to(args.device) for k, v in check.items()})
+                model.train()
+                print(f"{stage}, {name}: after {quarter * args.minutes * 60:.0f} s, "
+                      f"{step * training['batch_size']} examples: validation loss {loss:.4f}")
 
 
-class Stopwatch:
-    """Seconds since it was made, without those in its pauses."""
-
-    def __init__(self):
-        self.begun = time.perf_counter()
-
-    def seconds(self):
-        return time.perf_counter() - self.begun
-
-    @contextmanager
-    def paused(self):
-        stopped = time.perf_counter()
-        yield
-        self.begun += time.perf_counter() - stopped
+RACES = {"copies": ("prior", {"K = 1": ({"copies": 1}, None), "K = 4": ({"copies": 4}, None)}),
+         "optimizers": ("decoder", {"Adam": ({}, None), "Adam and Muon": ({}, 5.0)})}
 
 
 @exit_code
 def main(argv=None):
     parser = Parser("python -m lab.bench", description=__doc__.split("\n")[0])
-    parser.add_argument("--preset", default="base", choices=PRESETS, help="sizes of the models")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
-    parser.add_argument("--batch-size", type=positive, help="examples a step (default: preset's)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the loss")
-    parser.add_argument("--device", type=choose_device, default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--race", choices=("copies", "optimizers"),
-                        help="only train: priors with 1 and 4 noised copies of each embedding, or "
-                        "decoders by Adam alone and with Muon")
-    parser.add_argument("--minutes", type=positive_number, default=1.0, help="of each in a race")
+    add = parser.add_argument
+    add("--preset", default="base", choices=PRESETS, help="sizes of the models")
+    add("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
+    add("--batch-size", type=positive, help="examples a step (default: the preset's)")
+    add("--compile", action="store_true", help="torch.compile the loss")
+    add("--device", type=choose_device, default="auto", help="auto, cpu or cuda")
+    add("--race", choices=RACES, help="only train: priors with 1 and 4 noised copies of each "
+        "embedding, or decoders by Adam alone and with Muon")
+    add("--minutes", type=positive_number, default=1.0, help="time for each way in a race")
     args = parser.parse_args(argv)
-    device = args.device
-    if args.race == "copies":
-        return race("prior", {f"K = {k}": ({"copies": k}, None) for k in (1, 4)}, args, device)
-    if args.race == "optimizers":
-        muon = recipe(args.preset, "decoder")[1].get("muon", 5.0)
-        arms = {"Adam": ({}, None), "Adam and Muon": ({}, muon)}
-        return race("decoder", arms, args, device)
-    peaks = {kind: matmul_peak(device, kind) for kind in (torch.float32, torch.bfloat16)}
-    used = torch.bfloat16 if autocast(device)._enabled else torch.float32
+    if args.race:
+        return race(*RACES[args.race], args)
+    peaks = {kind: matmul_peak(args.device, kind) for kind in (torch.float32, torch.bfloat16)}
+    used = torch.bfloat16 if autocast(args.device)._enabled else torch.float32
     said = ", ".join(f"{p / 1e9:.0f} GFLOP/s in {str(k)[6:]}" for k, p in peaks.items())
-    print(f"{device}, {torch.get_num_threads()} threads; peak of matrix products: {said}; "
+    print(f"{args.device}, {torch.get_num_threads()} threads; peak of matrix products: {said}; "
           f"training uses {str(used)[6:]}")
-    peak = peaks[used]
-    for stage in args.only:
-        if stage == "sampling":
-            bench_prior_cache(device)
+    for part in args.only:
+        if part == "sampling":
+            bench_prior_cache(args.device)
         else:
-            bench_training(stage, args, device, peak)
+            bench_training(part, args, peaks[used])
 
 
 if __name__ == "__main__":

@@ -1,18 +1,16 @@
-"""A judge that sees what a picture shows, so that "does it fit its caption?" has a number.
+"""A judge made of geometry: does a picture show what its caption says?
 
-The paper asks people whether a picture fits its caption (sec. 5.2). Our scenes are simple enough
-for geometry to answer: `judge` lists the objects of a picture (colour, shape, size, place) and its
-background, `score` compares that with what a caption claims. Nothing is trained, so no network
-marks its own homework. The judge itself is judged first, on fresh drawings whose content is known:
-`python -m lab.evaluate judge` (99% or better, also with noise and blur).
+The paper asks people (sec. 5.2). Scenes of shapes are simple enough for geometry: `judge` lists a
+picture's objects (colour, shape, size, place) and its background, `score` compares that list with
+what a caption claims. Nothing here is trained, so no network marks its own homework, and the judge
+itself is measured: `python -m lab.evaluate judge`.
 
-The one idea: all colours of the world are far from grey, all backgrounds are grey. So *chroma*
-(distance from grey) finds the objects, hue names their colours, and each silhouette, brought to a
-standard place and area, is compared with drawings of every shape at every angle.
+Every colour of this world is far from grey, and every background is grey. So *chroma* (distance
+from grey) finds the objects, hue names their colours, and each silhouette, moved and scaled to a
+standard view, is compared with drawings of every shape at every angle.
 
-Letters: S = 64, the side at which pictures are judged; G = 24, the side of a standard silhouette.
-Places and radii are parts of the picture's side; y grows downwards.
-Read next: evaluate.py, which puts it to work.
+S = 64: side at which pictures are judged. G = 24: side of a standard silhouette. Positions and
+radii are fractions of the picture's side; y grows downwards.
 """
 
 import math
@@ -22,67 +20,54 @@ from functools import lru_cache
 from itertools import permutations, product
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
-from support.shapes import BACKGROUNDS, COLOURS, SHAPES, Scene, Thing, render
+from support.shapes import BACKGROUNDS, COLOURS, Scene, Thing, render
 from support.sheets import to_tensor
-from support.tools import UserError
 
-S = 64
-LEAST = 48  # pixels a side: of smaller pictures shapes can't be told
-G = 24
+S, G = 64, 24
 SPECK = 40  # pixels of S x S: a smaller patch is no object; the smallest star has 90
 
-# ------------------------------------------------------------------------------------- the judge
+# --- what does a picture show? ---------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a picture shows. Its things have colour, shape, size, x, y, radius, angle and rgb."""
+    """What a picture shows."""
 
-    background: str | None  # None: neither black nor white nor gray
-    things: tuple
+    background: str | None  # None if it is neither black nor white nor gray
+    things: tuple  # of Things, with every field known (but no shape if it looks like none)
 
 
 def judge(image):
-    """Look at a picture -> Seen.
-
-    image: PIL image, or a tensor (3, H, W) in [-1, 1]; square, 48 pixels or more a side
-    """
+    """A square picture, PIL or (3, H, H) in [-1, 1] -> Seen. Below 48 pixels, shapes blur."""
     pixels = at_judging_size(image)  # (S, S, 3) in [0, 1]
-    turned = pixels.swapaxes(0, 1)
-    border = np.concatenate([pixels[:2], pixels[-2:], turned[:2], turned[-2:]])
-    ground = np.median(border.reshape(-1, 3), axis=0)
-    # Objects are found in a smoothed picture, where noise makes no specks and no wrong hues.
-    calm = smooth(pixels)
+    rim = [0, 1, -2, -1]
+    ground = np.median(np.concatenate([pixels[rim], pixels[:, rim].swapaxes(0, 1)]), axis=(0, 1))
+    calm = smooth(pixels)  # noise would make specks and wrong hues
     patches = connected(name_colours(calm, ground))
     taken = np.any([mask for _, mask in patches], axis=0) if patches else np.zeros((S, S), bool)
     things = [measure(pixels, ground, index, mask, taken) for index, mask in patches]
-    return Seen(name_background(ground), tuple(things + find_sign(calm, ground, taken)))
+    grey = np.ptp(ground) <= 0.2
+    nearest = min(BACKGROUNDS, key=lambda name: abs(255 * ground.mean() - BACKGROUNDS[name]))
+    return Seen(nearest if grey else None, tuple(things + find_sign(calm, ground, taken)))
 
 
 def at_judging_size(image):
-    """A picture of LEAST pixels or more -> (S, S, 3) float in [0, 1]: large ones averaged, those
-    below S enlarged."""
+    """A picture -> (S, S, 3) float in [0, 1]: larger ones are averaged, smaller ones enlarged."""
     x = to_tensor(image.convert("RGB")) if isinstance(image, Image.Image) else image
-    x = x.detach().float().cpu()
-    if x.dim() != 3 or x.shape[0] != 3 or x.shape[1] != x.shape[2] or x.shape[1] < LEAST:
-        raise UserError(f"picture of shape {tuple(x.shape)}: the judge needs (3, H, H), "
-                        f"H >= {LEAST}")
-    if x.shape[1] != S:
-        how = dict(mode="area") if x.shape[1] > S else dict(mode="bilinear", align_corners=False)
-        x = F.interpolate(x[None], size=(S, S), **how)[0]
+    x = x.float().cpu()
+    x = F.interpolate(x[None], S, mode="area" if x.shape[-1] >= S else "bilinear")[0]
     return ((x + 1) / 2).clamp(0, 1).permute(1, 2, 0).numpy()
 
 
 def smooth(pixels):
-    """Weights 1 2 1 down, then across: noise shrinks to 3/8 of its standard deviation."""
-    for axis in (0, 1):
-        padded = np.pad(pixels, [(1, 1) if a == axis else (0, 0) for a in range(3)], mode="edge")
-        before, here, after = (np.take(padded, range(k, k + S), axis) for k in range(3))
-        pixels = (before + 2 * here + after) / 4
-    return pixels
+    """Weights 1 2 1, down and across: noise shrinks to 3/8 of its standard deviation."""
+    padded = np.pad(pixels, ((1, 1), (1, 1), (0, 0)), mode="edge")
+    down = padded[:-2] + 2 * padded[1:-1] + padded[2:]
+    return (down[:, :-2] + 2 * down[:, 1:-1] + down[:, 2:]) / 16
 
 
 def hue_plane(rgb):
@@ -91,30 +76,20 @@ def hue_plane(rgb):
     return np.stack([r - (g + b) / 2, (g - b) * math.sqrt(3) / 2], axis=-1)
 
 
-PURE = hue_plane(np.array(list(COLOURS.values())) / 255)  # (6, 2)
-CHROMA = np.linalg.norm(PURE, axis=-1)  # (6,)
-
-
 def name_colours(pixels, ground):
     """(S, S, 3) -> (S, S): the index in COLOURS with the nearest hue, -1 where grey or ground."""
-    plane = hue_plane(pixels)
-    index = (plane @ (PURE / CHROMA[:, None]).T).argmax(-1)  # nearest angle = largest cosine
-    # Half covered by an object, a pixel has half of its chroma: the outline is where that happens.
-    # 0.85: the darkest shade.
-    coloured = np.linalg.norm(plane, axis=-1) > 0.5 * 0.85 * CHROMA[index]
+    pure, plane = hue_plane(np.array(list(COLOURS.values())) / 255), hue_plane(pixels)
+    chroma = np.linalg.norm(pure, axis=-1)
+    index = (plane @ (pure / chroma[:, None]).T).argmax(-1)  # nearest angle = largest cosine
+    # A pixel half covered by an object, as on its outline, has half its chroma. Shades go down to
+    # 0.85 of a colour.
+    coloured = np.linalg.norm(plane, axis=-1) > 0.5 * 0.85 * chroma[index]
     return np.where(coloured & (np.abs(pixels - ground).max(-1) > 0.1), index, -1)
 
 
-def name_background(ground):
-    """(3,) -> "black", "gray", "white", or None if it has a colour."""
-    if np.ptp(ground) > 0.2:
-        return None
-    return min(BACKGROUNDS, key=lambda name: abs(255 * ground.mean() - BACKGROUNDS[name]))
-
-
 def connected(index):
-    """Patches of equal index >= 0, joined along edges -> list of (index, (S, S) mask)."""
-    width = S + 2  # with a frame of -1, no pixel lacks a neighbour
+    """Find patches of equal index >= 0, joined along edges -> list of (index, (S, S) mask)."""
+    width = S + 2  # a frame of -1 gives every pixel four neighbours
     todo = np.pad(index, 1, constant_values=-1).ravel()
     starts, todo, patches = np.flatnonzero(todo >= 0).tolist(), todo.tolist(), []
     for start in starts:
@@ -122,7 +97,7 @@ def connected(index):
         if value < 0:
             continue  # part of an earlier patch
         patch, todo[start] = [start], -1
-        for here in patch:  # grows while we walk along it
+        for here in patch:  # the list grows while we walk along it
             for there in (here - 1, here + 1, here - width, here + width):
                 if todo[there] == value:
                     todo[there] = -1
@@ -135,40 +110,39 @@ def connected(index):
 
 
 def grow(mask, n):
-    """Widen an (S, S) mask by n pixels in all directions."""
-    for _ in range(2):  # down, then (transposed) across
-        padded = np.pad(mask, ((n, n), (0, 0)))
-        mask = np.any([padded[k : k + S] for k in range(2 * n + 1)], axis=0).T
-    return mask
+    """Widen an (S, S) mask by n pixels in every direction."""
+    wide = F.max_pool2d(torch.from_numpy(mask)[None].float(), 2 * n + 1, stride=1, padding=n)
+    return wide[0].numpy() > 0
 
 
 def measure(pixels, ground, index, mask, taken):
-    """A patch -> Thing: its colour by hue, its shape and radius by its silhouette.
+    """A patch -> Thing: colour from its hue, shape and radius from its silhouette.
 
-    mask: (S, S) its pixels; taken: (S, S) those of all patches
+    mask: (S, S) the patch's pixels; taken: (S, S) the pixels of all patches
     """
     core = ~grow(~mask, 1)  # away from the mixed colours of the edge
     ink = np.median(pixels[core if core.sum() >= 9 else mask], axis=0)
-    # How much of each pixel is covered: 0 shows the ground's colour, 1 the object's. Only near the
-    # patch, and not near another one.
+    # How much of each pixel the object covers: 0 shows the ground's colour, 1 the object's. Only
+    # near this patch, and not near another one.
     cover = (pixels - ground) @ (ink - ground) / max(1e-3, np.sum((ink - ground) ** 2))
     near = grow(mask, 2) & (~grow(taken & ~mask, 1) | mask)
     silhouette, area, x, y = standard(np.clip(cover, 0, 1) * near)
-    views, shapes, angles, radii = templates()
-    likeness = views @ silhouette  # cosines; 0.96 or more for a drawing, even a noisy one
-    best = int(likeness.argmax())
-    shape = shapes[best] if likeness[best] > 0.9 else None  # None: a blob
-    radius = radii[best] * math.sqrt(area)
-    size = "small" if radius < 0.18 else "large"  # SIZES: small to 0.16, large from 0.20
-    rgb = tuple(round(255 * float(channel)) for channel in ink)
-    return Thing(list(COLOURS)[index], shape, size, x, y, radius, angles[best], rgb)
+    views, described = templates()
+    likeness = views @ silhouette  # cosines; at least 0.96 for a drawing, even a noisy one
+    shape, angle, relative = described[likeness.argmax()]
+    radius = relative * math.sqrt(area)
+    return Thing(
+        colour=list(COLOURS)[index], shape=shape if likeness.max() > 0.9 else None,  # a blob
+        size="small" if radius < 0.18 else "large",  # SIZES: small to 0.16, large from 0.20
+        x=x, y=y, radius=radius, angle=angle, rgb=tuple((255 * ink).round().astype(int).tolist()),
+    )
 
 
 def standard(cover):
-    """A silhouette at a standard place and scale -> ((G * G,) of mean 0 and norm 1, area, x, y).
+    """A silhouette in standard position and scale -> ((G * G,) of mean 0 and norm 1, area, x, y).
 
-    cover: (S, S) in [0, 1]. The centre of mass goes to the middle; the area becomes that of a
-    circle with a radius of G / 3.2 pixels, so that the tips of a star just fit.
+    cover: (S, S) in [0, 1]. The centre of mass moves to the middle, and the area becomes that of a
+    circle with radius G / 3.2 pixels, in which the tips of a star just fit.
     """
     area = max(1.0, cover.sum())
     middle = np.arange(S) + 0.5
@@ -183,30 +157,26 @@ def standard(cover):
 
 @lru_cache
 def templates():
-    """Every shape, angle, size and blur -> views (n, G * G), shapes, angles, radius / sqrt(area).
+    """Every shape, angle, size and blur -> views (n, G * G), [(shape, angle, radius / sqrt(area))].
 
-    Of angles that look the same the smallest is named: within +- half of the shape's symmetry.
+    A square looks the same every 90 degrees, so angles lie within +- half the shape's symmetry.
     """
-    views, shapes, angles, radii = [], [], [], []
     symmetry = {"circle": 5, "square": 90, "triangle": 120, "star": 72, "cross": 90}  # degrees
-    for shape in SHAPES:
-        for degrees in range(0, symmetry[shape], 5):
-            for radius, blur in product((0.145, 0.22), (0, 1.2)):
-                angle = math.radians(degrees)
-                thing = Thing(None, shape, None, 0.5, 0.5, radius, angle, rgb=(255, 255, 255))
-                drawing = render(Scene((thing,), "black", (0, 0, 0)), S).convert("L")
-                drawing = drawing.filter(ImageFilter.GaussianBlur(blur))
-                view, area, _, _ = standard(np.asarray(drawing) / 255)
-                views.append(view)
-                shapes.append(shape)
-                half = symmetry[shape] / 2
-                angles.append(math.radians((degrees + half) % symmetry[shape] - half))
-                radii.append(radius / math.sqrt(area))
-    return np.stack(views), shapes, angles, radii
+    views, described = [], []
+    for shape, turn in symmetry.items():
+        for degrees, radius, blur in product(range(0, turn, 5), (0.145, 0.22), (0, 1.2)):
+            thing = Thing(None, shape, None, 0.5, 0.5, radius, math.radians(degrees), (255,) * 3)
+            drawing = render(Scene((thing,), "black", (0, 0, 0)), S).convert("L")
+            drawing = drawing.filter(ImageFilter.GaussianBlur(blur))
+            view, area, _, _ = standard(np.asarray(drawing) / 255)
+            views.append(view)
+            angle = math.radians((degrees + turn / 2) % turn - turn / 2)
+            described.append((shape, angle, radius / math.sqrt(area)))
+    return np.stack(views), described
 
 
 def find_sign(pixels, ground, taken):
-    """A wide patch without colour that stands out from the ground is a sign -> [Thing] or []."""
+    """A sign is a wide grey patch that stands out from the ground -> [Thing] or []."""
     differs = (np.abs(pixels - ground).max(-1) > 0.2) & ~grow(taken, 3)
     for _, mask in connected(np.where(differs, 0, -1)):
         rows, columns = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
@@ -217,55 +187,51 @@ def find_sign(pixels, ground, taken):
     return []
 
 
-# --------------------------------------------------------------------------------------- scoring
-
-COLUMNS = ("objects", "colours", "shapes", "binding", "sizes", "relation", "background", "all")
+# --- does it fit a caption? ------------------------------------------------------------------
 
 
 def score(seen, claim):
     """Compare a picture with a caption -> {column: True, False, or None where it says nothing}.
 
-    objects      as many as claimed
-    colours      each colour mentioned is there, as often as mentioned; shapes, sizes: likewise
-    binding      the colours are on the right shapes: every claimed object has its own seen object
-                 with all of its mentioned colour and shape
+    objects      there are as many as claimed
+    colours      each colour is there, as often as mentioned; shapes and sizes likewise
+    binding      every claimed object has its own seen object of the same colour and shape
     relation     and these two objects are placed as claimed
-    all          all of it at once, sizes on the right objects too
+    all          everything at once, with the sizes on the right objects too
 
-    Not compared: the word on a sign. Any sign will do (probing.read_word reads them).
+    claim: a Claim (support.shapes.parse_caption), or a Scene, which claims everything it shows.
+    The word on a sign is not compared: any sign will do (probing.read_word reads them).
     """
 
     def present(part):
         said = Counter(getattr(thing, part) for thing in claim.things)
         del said[None]
-        there = Counter(getattr(thing, part) for thing in seen.things)
-        return said <= there if said else None
+        return said <= Counter(getattr(thing, part) for thing in seen.things) if said else None
 
     bound = matches(seen, claim, ("colour", "shape"))
+    exact = matches(seen, claim, ("colour", "shape", "size"))
     result = {
         "objects": len(seen.things) == len(claim.things),
         "colours": present("colour"),
         "shapes": present("shape"),
         "binding": len(bound) > 0 if any(t.colour and t.shape for t in claim.things) else None,
         "sizes": present("size"),
-        "relation": any(holds(claim.relation, *pair) for pair in bound) if claim.relation else None,
+        "relation": any(holds(claim.relation, *way) for way in bound) if claim.relation else None,
         "background": seen.background == claim.background if claim.background else None,
     }
-    exact = matches(seen, claim, ("colour", "shape", "size"))
-    if claim.relation:
-        exact = [pair for pair in exact if holds(claim.relation, *pair)]
-    result["all"] = len(exact) > 0 and all(right is not False for right in result.values())
+    exact = [way for way in exact if not claim.relation or holds(claim.relation, *way)]
+    result["all"] = len(exact) > 0 and False not in result.values()
     return result
 
 
 def matches(seen, claim, parts):
     """All ways to give each claimed thing its own seen thing that agrees in these parts."""
 
-    def agree(said, there):
-        return all(getattr(said, p) in (None, getattr(there, p)) for p in parts)
+    def agree(way):
+        return all(getattr(said, part) in (None, getattr(there, part))
+                   for said, there in zip(claim.things, way, strict=True) for part in parts)
 
-    ways = permutations(seen.things[:8], len(claim.things))
-    return [way for way in ways if all(map(agree, claim.things, way))]
+    return [way for way in permutations(seen.things[:8], len(claim.things)) if agree(way)]
 
 
 def holds(relation, a, b):
@@ -275,10 +241,15 @@ def holds(relation, a, b):
     return ahead >= max(abs(right), abs(down))
 
 
+def scores(pictures, claims):
+    """score() of each picture with its own claim."""
+    return [score(judge(p), claim) for p, claim in zip(pictures, claims, strict=True)]
+
+
 def shares(results):
-    """List of scores -> {column: share of True among the captions that mention it}, and n."""
-    table = {"n": len(results)}
-    for column in COLUMNS:
+    """Scores of n pictures -> {column: share of True among the captions that mention it}, and n."""
+    table = {}
+    for column in results[0]:
         said = [result[column] for result in results if result[column] is not None]
         table[column] = sum(said) / len(said) if said else None
-    return table
+    return table | {"n": len(results)}

@@ -1,49 +1,50 @@
-"""The laboratory in which findings.py and probing.py work: weights, scenes, pictures, results.
+"""The laboratory of findings.py and probing.py: weights, scenes, pictures, results.
 
-The one idea: compare, do not measure. Pictures of two systems come from the same captions and the
-same seeds, so that what differs between them is the thing in question; and each is drawn once,
-however many findings look at it.
+Everything is a comparison: two systems draw the same captions from the same seeds, so that what
+differs between their pictures is the thing in question.
 
-Letters: n scenes, D CLIP embedding, S = 64, the side at which pictures are judged.
-Read next: findings.py.
+n: number of scenes; D: size of a CLIP embedding; S = 64: side at which pictures are judged.
 """
 
 import math
-import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from lab.judge import S, judge, score
+from lab.judge import S, scores
 from lab.measures import (
-    bootstrap, check_side, draw_many, frechet_distance, look, mixed_captions, share_interval,
+    bootstrap, draw_batches, frechet, in_batches, judged_pipeline, look, mixed_captions,
+    share_interval,
 )
-from sample import Pipeline
 from support.checkpoint import examples_seen, load_checkpoint
 from support.shapes import Shapes, parse_caption
 from support.sheets import draw_grid
 
+
 @dataclass
 class Result:
-    """What a finding found. claims: (sentence, (difference, low, high)), each should be above 0;
-    in the table's units, differences of shares in points."""
+    """What a finding found."""
 
     header: list
     table: list = field(default_factory=list)  # rows of cells
-    claims: list = field(default_factory=list)
-    note: str = ""  # what to know when reading it
-    lacks: str = ""  # said after the verdict, where weights are not here or not comparable
+    claims: list = field(default_factory=list)  # (sentence, (difference, low, high))
+    note: str = ""  # what to know when reading the table
+    lacks: str = ""  # added to the verdict where weights are missing or not comparable
     picture: Image.Image | None = None
+
+    def claim(self, sentence, statistic, *rows, unit=1, **settings):
+        """Claim that a difference is above zero. unit=100 turns shares into percentage points."""
+        interval = bootstrap(statistic, *rows, **settings)
+        self.claims.append((sentence, tuple(unit * x for x in interval)))
 
     @property
     def verdict(self):
-        """From the claims alone. An interval without width means that no scene differed from any
-        other: too few were looked at to say anything."""
+        """Computed from the claims alone. An interval without width means that all scenes gave the
+        same answer: too few were looked at to say anything."""
         if not self.claims:
             return "not measured here"
         sides = [(low > 0) - (high < 0) if low < high else 0 for _, (_, low, high) in self.claims]
@@ -51,43 +52,74 @@ class Result:
             return "not reproduced"
         return "reproduced" if min(sides) > 0 else "can't be decided at this scale"
 
+    @property
+    def said(self):
+        """The verdict, and what it had to do without."""
+        return ", ".join(filter(None, (self.verdict, self.lacks)))
 
-class Rival(NamedTuple):
-    """The system that unCLIP is compared with: its name, its settings for Lab.draw(), what to note,
-    and what to say after the verdict, both empty where nothing stands in the way."""
 
-    name: str
-    settings: dict
-    note: str
-    lacks: str
+# --- cells of tables -------------------------------------------------------------------------
 
 
 def percent(interval):
-    """Of a share: an interval that reaches beyond 0% or 100% is cut there."""
+    """A share with its interval, cut at 0% and 100%."""
     if not math.isfinite(interval[0]):
-        return "-"  # nobody said anything about it
+        return "-"  # nothing was asked
     estimate, low, high = (100 * min(1, max(0, x)) for x in interval)
     return f"{estimate:.1f}% ({low:.1f} to {high:.1f})"
 
 
 def share(values):
-    """Of zeros and ones (n,), NaNs left out: "estimate of n (low to high)", Wilson's interval."""
+    """The share of ones among zeros and ones (n,), NaNs left out, with Wilson's interval."""
     n = int((~np.isnan(values)).sum())
     return f"{percent(share_interval(values))} of {n}" if n else "-"
 
 
 def number(interval, digits=2):
-    """Of any figure: "estimate (low to high)"."""
     return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(*interval, d=digits)
 
 
-def points(interval):
-    """The difference of two shares (0 to 1), in percentage points."""
-    return tuple(100 * x for x in interval)
+def frechet_cell(drawn, true):
+    """A Frechet distance with its interval; where the correction for bias goes below 0, it is 0."""
+    figures = bootstrap(frechet, drawn, true, biased=True, times=400)
+    return number([max(0.0, x) for x in figures], 1)
+
+
+def farther(a, b, true):
+    """How much farther from the true embeddings a is than b (an argument of Result.claim)."""
+    return frechet(a, true) - frechet(b, true)
+
+
+def right(pictures, captions, column="binding"):
+    """For each picture: 1 right, 0 wrong, NaN where its caption does not say (judge.score)."""
+    found = [result[column] for result in scores(pictures, map(parse_caption, captions))]
+    return np.array([np.nan if answer is None else float(answer) for answer in found])
+
+
+def sheet(sets, captions=None):
+    """The first six pictures of several sets {name: pictures}, a set a row, names and captions
+    below."""
+    count = min(6, *map(len, sets.values()))
+    captions = [f": {caption}" for caption in captions[:count]] if captions else [""] * count
+    labels = [name + caption for name in sets for caption in captions]
+    pictures = torch.cat([pictures[:count] for pictures in sets.values()])
+    return draw_grid(pictures, labels, columns=count, cell=128)
+
+
+# --- the laboratory --------------------------------------------------------------------------
+
+
+class Rival(NamedTuple):
+    """The system that unCLIP is compared with."""
+
+    name: str
+    settings: dict  # for Lab.draw
+    note: str  # for Result.note and Result.lacks: empty if nothing stands in the way
+    lacks: str
 
 
 class Lab:
-    """Trained stages, validation scenes, and every picture drawn so far: none is drawn twice."""
+    """Trained stages, validation scenes, and every picture drawn so far."""
 
     def __init__(self, args):
         self.folder, self.device = Path(args.weights), args.device
@@ -97,112 +129,64 @@ class Lab:
         self.captions = mixed_captions(self.data)
 
     def has(self, stage):
-        """Are this stage's weights there?"""
         return (self.folder / f"{stage}.pt").exists()
 
     def pipeline(self, decoder="decoder", prior="prior"):
         """The trained stages with this decoder and this prior, loaded once."""
         key = decoder, prior
         if key not in self.pipelines:
-            self.pipelines[key] = Pipeline(self.folder, self.device, S, prior, decoder)
-            check_side(self.pipelines[key])
+            self.pipelines[key] = judged_pipeline(self.folder, self.device, decoder=decoder,
+                                                  prior=prior)
         return self.pipelines[key]
 
     def true_emb(self, data):
-        """CLIP's embeddings (n, D) of the true pictures of a data set."""
-        key = "true", data.fingerprint()
-        if key not in self.drawn:
-            self.drawn[key] = look(self.pipeline().clip, data)
-        return self.drawn[key]
+        """CLIP's embeddings (n, D) of a data set's true pictures."""
+        return look(self.pipeline().clip, data).cpu()
 
-    def draw(self, captions, given="prior", decoder="decoder", prior="prior", scale=2.0,
-             say=True):
-        """measures.draw_many with this decoder and prior: (n, 3, S, S), seeds from the lab's on."""
-        name = given if isinstance(given, str) else hash(given.cpu().numpy().tobytes())
-        key = tuple(captions), name, decoder, prior, scale, say
-        if key not in self.drawn:
-            pipeline = self.pipeline(decoder, prior)
-            pictures = draw_many(pipeline, captions, self.seed, given, S, say, scale)
-            self.drawn[key] = at_side_S(pictures)
-        return self.drawn[key]
-
-    def examples(self, stage):
-        """How many examples, counted again each time, a stage has seen in training."""
-        return examples_seen(load_checkpoint(self.folder / f"{stage}.pt", stage))
-
-    def unequal(self, stage):
-        """Where `stage` has not seen as many pictures as the decoder it is compared with: (what to
-        note, what to say after the verdict); else two empty strings."""
-        ours, theirs = self.examples("decoder"), self.examples(stage)
-        if ours == theirs:
-            return "", ""
-        return (f"Not trained equally long: decoder has seen {ours:,} pictures, {stage} "
-                f"{theirs:,}.", "after unequal trainings")
-
-    def glide(self):
-        """The paper's Rival, or where its weights are not here what stands in its place."""
-        if self.has("decoder_caption"):
-            settings = {"given": "caption", "decoder": "decoder_caption"}
-            return Rival("GLIDE", settings, *self.unequal("decoder_caption"))
-        return Rival("unCLIP without embedding", {"given": "caption"}, (
-            "GLIDE's weights are not here (train.py decoder --condition caption). In its place "
-            "stands unCLIP's own decoder with the caption alone, a case that it met in 5% of its "
-            "training: the verdict is about that."), "with a stand-in for GLIDE")
+    def prior_emb(self, captions, prior="prior"):
+        """Embeddings (n, D) that a prior draws for captions."""
+        pipeline, seeds = self.pipeline(prior=prior), range(self.seed, self.seed + len(captions))
+        return torch.cat([pipeline.embed(pipeline.text(captions[part]), seeds[part]).cpu()
+                          for part in in_batches(len(captions), 64)])
 
     def clip_emb(self, pictures):
         """CLIP's embeddings (n, D) of drawn pictures."""
         encode = self.pipeline().clip.encode_image
         return torch.cat([encode(p.to(self.device)).cpu() for p in pictures.split(50)])
 
+    def draw(self, captions, given="prior", decoder="decoder", prior="prior", scale=2.0, say=True):
+        """Pictures (n, 3, S, S), drawn once each by measures.draw_batches with the lab's seeds."""
+        name = given if isinstance(given, str) else hash(given.cpu().numpy().tobytes())
+        key = tuple(captions), name, decoder, prior, scale, say
+        if key not in self.drawn:
+            batches = draw_batches(self.pipeline(decoder, prior), captions, self.seed, given, S,
+                                   say, scale)
+            self.drawn[key] = torch.cat([pictures for _, pictures in batches])
+        return self.drawn[key]
 
-def at_side_S(pictures):
-    """Pictures of any side, as most decoders draw them, at the side of the judge and the sheets."""
-    return pictures if pictures.shape[-1] == S else F.interpolate(pictures, S, mode="area")
+    def examples(self, stage):
+        """How many examples a stage was trained on, repetitions counted."""
+        return examples_seen(load_checkpoint(self.folder / f"{stage}.pt", stage))
 
+    def unequal(self, stage):
+        """(note, lacks) if `stage` was not trained on as many pictures as the decoder."""
+        ours, theirs = self.examples("decoder"), self.examples(stage)
+        if ours == theirs:
+            return "", ""
+        return (f"The decoder was trained on {ours:,} pictures, {stage} on {theirs:,}.",
+                "after unequal trainings")
 
-def right(pictures, captions, column="binding"):
-    """Per picture: 1 right, 0 wrong, NaN where its caption does not say (judge.score)."""
-    scores = [score(judge(p), parse_caption(c))[column]
-              for p, c in zip(pictures, captions, strict=True)]
-    return np.array([np.nan if s is None else float(s) for s in scores])
+    def glide(self):
+        """GLIDE, a decoder trained on captions alone, or the nearest thing if it is not here."""
+        if self.has("decoder_caption"):
+            settings = {"given": "caption", "decoder": "decoder_caption"}
+            return Rival("GLIDE", settings, *self.unequal("decoder_caption"))
+        return Rival("unCLIP without embedding", {"given": "caption"}, (
+            "GLIDE's weights are not here (train.py decoder_caption). In its place stands unCLIP's "
+            "own decoder with the caption alone, which made up 5% of its training: the verdict is "
+            "about that."), "with a stand-in for GLIDE")
 
-
-def frechet(drawn, true):
-    """Squared Frechet distance, times 1000, of two sets of embeddings given as arrays."""
-    return 1000 * frechet_distance(torch.as_tensor(drawn), torch.as_tensor(true))
-
-
-def frechet_interval(drawn, true):
-    """frechet() with its interval. No distance is below 0: what the correction puts there is 0."""
-    figures = bootstrap(frechet, drawn.cpu(), true.cpu(), biased=True, times=400)
-    return tuple(max(0.0, x) for x in figures)
-
-
-def farther(a, b, true):
-    """How much farther a is from true than b, with an interval."""
-    def difference(a, b, true):
-        return frechet(a, true) - frechet(b, true)
-
-    return bootstrap(difference, a.cpu(), b.cpu(), true.cpu(), biased=True, times=1000)
-
-
-CELL = 128  # side of a picture of a sheet, pixels
-
-
-def sheet(rows, names, captions=()):
-    """The first six pictures of several sets: a row a set, its name at the left; their captions
-    above the columns."""
-    count = min(6, *map(len, rows))
-    grid = draw_grid(torch.cat([row[:count] for row in rows]), columns=count, cell=CELL)
-    font = ImageFont.load_default(13)
-    heads = [textwrap.wrap(caption, 19) for caption in captions[:count]]
-    left, top = CELL, 8 + 16 * max(map(len, heads), default=0)
-    whole = Image.new("RGB", (left + grid.width, top + grid.height), "white")
-    whole.paste(grid, (left, top))
-    pen = ImageDraw.Draw(whole)
-    for k, lines in enumerate(heads):
-        pen.text((left + 4 + k * (CELL + 4), 4), "\n".join(lines), fill="black", font=font)
-    for k, name in enumerate(names):
-        lines = "\n".join(textwrap.wrap(name, 17))
-        pen.text((6, top + 6 + k * (CELL + 4)), lines, fill="black", font=font)
-    return whole
+    def systems(self):
+        """What is compared, {name: settings of draw}: unCLIP and its rival."""
+        rival = self.glide()
+        return {"unCLIP": {}, rival.name: rival.settings}

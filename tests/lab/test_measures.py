@@ -1,4 +1,4 @@
-"""measures.py: intervals and entropies against closed forms (distances: tests/test_evaluate.py)."""
+"""measures.py against closed forms: intervals, entropies, probes, distances."""
 
 import math
 from itertools import product
@@ -7,20 +7,21 @@ import numpy as np
 import pytest
 import torch
 
+from lab.judge import Seen, score
 from lab.measures import (
-    bootstrap, entropy, frechet_distance, linear_probe,
-    pairs_shown, share_interval,
+    bootstrap, entropy, frechet, linear_probe, mixed_captions, pairs_shown, precision_recall,
+    prefers, share_interval, wrong_captions,
 )
-from support.shapes import COLOURS, SHAPES, Shapes
+from support.shapes import COLOURS, HELD_OUT, SHAPES, Shapes, parse_caption
 
 
 def test_a_95_percent_interval_holds_the_true_mean_in_95_percent_of_cases():
     rng, hits = np.random.default_rng(0), 0
-    for k in range(300):
-        _, low, high = bootstrap(np.mean, rng.normal(3.0, 2.0, 50), times=200, seed=k)
+    for k in range(100):
+        _, low, high = bootstrap(np.mean, rng.normal(3.0, 2.0, 50), times=150, seed=k)
         hits += low <= 3.0 <= high
-    # 95% less what 50 points and 200 resamplings miss; three standard errors are 3.8%.
-    assert 0.89 <= hits / 300 <= 0.985
+    # 95% less what 50 points and 200 resamplings miss; three standard errors are 6.5%.
+    assert 0.87 <= hits / 100 <= 1
 
 
 def test_the_interval_of_a_mean_has_the_width_that_the_normal_distribution_gives():
@@ -67,7 +68,7 @@ def test_the_share_of_nothing_is_not_a_number():
 @pytest.mark.parametrize("values, nats", [
     ([1, 1, 1], 0.0), ([], 0.0), ([0, 1], math.log(2)), (["a", "b", "c", "d"] * 3, math.log(4)),
     ([0, 0, 0, 1], -0.75 * math.log(0.75) - 0.25 * math.log(0.25)),
-    ([2, -1, 3, None, -1], math.log(2)),  # what is not seen is left out
+    ([2, -1, 3, -1], math.log(2)),  # what is not seen is left out
 ])
 def test_entropy_of_known_frequencies(values, nats):
     assert entropy(values) == pytest.approx(nats)
@@ -103,9 +104,68 @@ def test_pairs_shown_are_the_colours_and_shapes_of_the_scenes():
         assert named == {thing for thing in things if thing in pairs}
 
 
-def test_frechet_distance_of_shifted_and_scaled_gaussians():
-    points = torch.randn(4000, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    points = (points - points.mean(0)) @ torch.linalg.inv(
-        torch.linalg.cholesky(torch.cov(points.T, correction=0)).T)  # mean 0, covariance 1, exactly
-    assert frechet_distance(points, points + 2) == pytest.approx(3 * 4)
-    assert frechet_distance(points, 3 * points) == pytest.approx(3 * (3 - 1) ** 2)
+def standard_points(n=400, D=3):
+    """Points with mean 0 and covariance 1, exactly."""
+    z = torch.randn(n, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    z = z - z.mean(0)
+    return z @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(z.T, correction=0)).T)
+
+
+def test_frechet_distance_of_known_gaussians():
+    # Diagonal covariances commute: |m - n|^2 + sum (s - r)^2 of their standard deviations.
+    z = standard_points()
+    s, r, shift = torch.tensor([[1, 2, 3], [2, 2, 1], [1, 0, 2]], dtype=torch.float64)
+    assert frechet(z * s, z * r + shift) == pytest.approx(1000 * (5 + 5))
+    assert frechet(z * s, z * s) == pytest.approx(0, abs=1e-6)
+    turned = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
+    assert frechet(z * s @ turned, (z * r + shift) @ turned) == pytest.approx(10_000)
+
+
+def test_frechet_distance_of_covariances_that_do_not_commute():
+    # The trace of (C_a C_b)^1/2 by numpy: the roots of the product's own eigenvalues.
+    torch.manual_seed(0)
+    a, b = (torch.randn(50, 4, dtype=torch.float64) @ torch.randn(4, 4).double() for _ in "ab")
+    cov_a, cov_b = (np.cov(x.numpy().T, bias=True) for x in (a, b))
+    mixed = np.sqrt(np.linalg.eigvals(cov_a @ cov_b)).real.sum()
+    wanted = (a.mean(0) - b.mean(0)).square().sum().item() + np.trace(cov_a + cov_b) - 2 * mixed
+    assert frechet(a, b) == pytest.approx(1000 * wanted)
+
+
+def test_precision_and_recall_of_clouds_that_share_half():
+    """Tight clusters far apart: drawn has 2 of which 1 is true; true has 3 of which 1 is drawn."""
+    torch.manual_seed(0)
+    one, two, three, four = (100 * torch.eye(4)[k] + 0.1 * torch.randn(30, 4) for k in range(4))
+    again = 100 * torch.eye(4)[1] + 0.1 * torch.randn(30, 4)
+    drawn, true = torch.cat([one, two]), torch.cat([again, three, four])
+    precision, recall = precision_recall(drawn, true)
+    assert precision == pytest.approx(1 / 2, abs=0.1) and recall == pytest.approx(1 / 3, abs=0.1)
+    assert precision_recall(true, true) == (1, 1)
+
+
+def test_wrong_captions_are_wrong_in_one_thing_only():
+    data = Shapes(60, "val")
+    for scene in (data.scene(i) for i in range(60) if len(data.scene(i).things) == 2):
+        true, wrong = wrong_captions(scene)
+        seen = Seen(scene.background, scene.things)
+        assert score(seen, parse_caption(true))["all"]
+        for name, caption in wrong.items():
+            result = score(seen, parse_caption(caption))
+            assert result["colours"] and result["objects"]
+            assert result["shapes" if name == "shape" else name] is False
+            assert result["shapes"] is (name != "shape")
+
+
+def test_an_embedding_without_a_preference_is_half_right():
+    class Clip:
+        def encode_text(self, captions):
+            return torch.tensor([[1.0, 0.0] if c == "true" else [0.0, 1.0] for c in captions]), 0, 0
+
+    emb = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
+    assert prefers(Clip(), emb, ["true"] * 3, ["wrong"] * 3).tolist() == [1, 0, 0.5]
+
+
+def test_captions_of_a_data_set_are_sparse_middle_and_full_in_turn():
+    data = Shapes(6, "held_out")
+    assert mixed_captions(data) == [data.captions(i)[k] for i, k in enumerate([0, 1, 2, 0, 1, 2])]
+    for i in range(6):
+        assert any((t.colour, t.shape) in HELD_OUT for t in data.scene(i).things)
