@@ -1,4 +1,4 @@
-"""Shared by the tests of the stages: random captions, and networks in which every weight matters."""
+"""Shared by the stages' tests: random captions, and networks in which every weight matters."""
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ def randomise(model, std=0.7):
 
 
 def amplify(model, *names):
-    """Fresh positions and null vectors are small: make those whose name has one of `names` count."""
+    """Fresh positions and null vectors are small: make the parameters so named count."""
     for name, p in model.named_parameters():
         if any(n in name for n in names):
             nn.init.normal_(p)

@@ -105,7 +105,8 @@ def test_the_unet_is_told_time_embedding_end_of_text_and_four_tokens_before_the_
 def test_padding_tokens_of_the_caption_are_ignored_and_every_real_one_counts():
     # In float64: one token among many pixels does little.
     model, (x_t, t), emb, (text_enc, text_mask) = case()
-    model, noised, emb, text_enc = model.double(), (x_t.double(), t), emb.double(), text_enc.double()
+    model, noised = model.double(), (x_t.double(), t)
+    emb, text_enc = emb.double(), text_enc.double()
     before = answer(model, noised, emb, (text_enc, text_mask))
     # Seen elsewhere: features behind the end of text are junk.
     junk = torch.where(text_mask[..., None], text_enc, 10 * torch.randn_like(text_enc))
