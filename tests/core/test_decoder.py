@@ -201,13 +201,6 @@ def test_each_decoder_is_trained_on_its_own_condition_alone(condition):
     assert bool(model.null_image_emb.grad.any()) == (condition == "caption")
 
 
-@pytest.mark.parametrize("variance, channels", [("learned", 6), ("fixed_small", 3)])
-def test_learned_variance_doubles_the_channels(variance, channels):
-    model, noised, emb, _ = case(variance=variance)
-    assert model.network(emb, None, None)(*noised).shape == (3, channels, SIZE, SIZE)
-    assert model.diffusion.variance == variance and DecoderConfig(D, W, L).variance == "learned"
-
-
 # --- sampling -------------------------------------------------------------------------------------
 
 

@@ -95,9 +95,6 @@ def test_linear_betas_run_from_1e_4_to_0_02_and_grow_where_T_is_smaller():
     expected = [1e-4 + (0.02 - 1e-4) * t / 999 for t in range(1000)]
     assert_close(linear_betas(1000), torch.tensor(expected, dtype=torch.float64))
     assert_close(linear_betas(T)[[0, -1]], torch.tensor([1e-3, 0.2], dtype=torch.float64))
-    # The same total destruction at any T, to a few percent of its logarithm.
-    logs = [(1 - linear_betas(n)).log().sum() for n in (100, 1000)]
-    assert_close(logs[0], logs[1], rtol=0.1, atol=0)
     assert (linear_betas(5) < 1).all()
     assert_close(diffusion(schedule="linear").alphas_cumprod, (1 - linear_betas(T)).cumprod(0))
 
@@ -355,8 +352,8 @@ def test_learned_variance_survives_bfloat16_outputs():
     loss = d.training_loss(network, x_0, t)
     loss.sum().backward()
     assert loss.dtype == torch.float32 and loss.isfinite().all() and weight.grad.isfinite()
-    for x in (x_0, x_0.bfloat16()):
-        assert d.p_log_variance(network(x, t), x, t).dtype == torch.float32
+    out, x = network(x_0, t) * 0.7, x_0.bfloat16()
+    assert_close(d.p_log_variance(out, x, t), d.p_log_variance(out.float(), x.float(), t))
     x = d.sample(network, (2, 3, 5, 7), steps=10)
     assert x.dtype == torch.float32 and x.isfinite().all()
 
@@ -471,6 +468,17 @@ def test_ddim_with_eta_one_is_the_ancestral_sampler(steps):
     ancestral = d.sample(network, SHAPE, steps, noise=SeededNoise(range(4)), x_T=x_T)
     ddim = d.ddim_sample(network, SHAPE, steps, eta=1.0, noise=SeededNoise(range(4)), x_T=x_T)
     assert_close(ddim, ancestral)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_eta_scales_the_standard_deviation_of_ddims_noise(eta):
+    # From x_T = 0 and with no noise predicted, the first step makes nothing but its own noise.
+    d, noise, steps = diffusion(), normal(), []
+    d.ddim_sample(lambda x_t, t: 0 * x_t, SHAPE, 5, eta=eta, noise=lambda shape: noise,
+                  x_T=0 * noise, on_step=lambda k, t, x, pred_x_0: steps.append(x))
+    a, a_prev = AB[d.timesteps(5)[:2]]
+    sigma = ((1 - a_prev) / (1 - a) * (1 - a / a_prev)).sqrt()  # DDIM eq. 16
+    assert_close(steps[0], eta * sigma * noise)
 
 
 @pytest.mark.parametrize("predict", ["x_0", "v"])
