@@ -12,19 +12,18 @@ import tempfile
 import time
 from dataclasses import replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from prior import DiffusionPrior, PriorConfig
-from sample import default_weights, generators
-from stages import PRESETS, STAGES, load_clip, recipe
+from sample import default_weights, noise_for
+from stages import PRESETS, STAGES, fresh_model, load_clip, recipe
 from support.cache import embed
 from support.muon import make_optimizers
 from support.shapes import Shapes
-from support.tools import Parser, autocast, choose_device, exit_code, positive, positive_number
-from train import Batches, Loss, compile_loss, make_compilable, make_model, training_step
+from support.tools import Parser, autocast, choose_device, user_errors, positive, positive_number
+from train import MAX_GRADIENT, Batches, Loss, take_step, to_device, validate
 
 PARTS = ("prior", "decoder", "upsampler1", "upsampler2", "sampling")
 
@@ -61,6 +60,24 @@ def made_up_batch(config, B, device, tokens=20):
             "text_mask": torch.ones(B, tokens, dtype=torch.bool, device=device)}
 
 
+def training_step(model, muon, rate, device, compiled=False):
+    """A function batch -> loss that takes one step of training, as train.py does."""
+    optimizers, loss_of = make_optimizers(model, muon), Loss(model)
+    if compiled:
+        loss_of.compile(options={"fallback_random": True})
+
+    def step(batch):
+        with autocast(device):
+            loss = loss_of(batch)
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT)
+        take_step(optimizers, rate, device)
+        return loss.detach()
+
+    return step
+
+
 def bench_training(stage, args, peak):
     """Time one training step of a stage, count its FLOPs, and print both."""
     (make, make_config), (fields, training) = STAGES[stage], recipe(args.preset, stage)
@@ -70,32 +87,27 @@ def bench_training(stage, args, peak):
         fields = fields | {"dim": dim, "text_width": dim, "text_len": text_len}
         tokens = 77 if args.preset == "large" else tokens
     model = make(make_config(**fields)).to(device).train()
-    optimizers, loss_of = make_optimizers(model, training.get("muon")), Loss(model)
     batch = made_up_batch(model.config, args.batch_size or training["batch_size"], device, tokens)
-
-    def step():
-        training_step(model, loss_of, batch, optimizers, training["lr"], device)
-
+    step = training_step(model, training.get("muon"), training["lr"], device)
     with FlopCounterMode(display=False) as counter:  # sees single operations: before compiling
-        step()
+        step(batch)
     if args.compile:
-        compile_loss(loss_of)
-        make_compilable(batch, model)
-    B, took, flops = len(batch["image"]), seconds(step, device), counter.get_total_flops()
+        step = training_step(model, training.get("muon"), training["lr"], device, compiled=True)
+    B, took, flops = len(batch["image"]), seconds(lambda: step(batch), device), counter.get_total_flops()
     print(f"{stage:11} batch {B:4}: {took * 1000:8.0f} ms a step {B / took:8.0f} examples/s "
           f"{flops / B / 1e9:8.2f} GFLOP an example {flops / took / 1e9:9.0f} GFLOP/s "
           f"{flops / took / peak:6.1%} of the peak")
 
 
 class Uncached(DiffusionPrior):
-    """A prior that runs the whole sequence at every step, the caption too."""
+    """A prior that runs the caption's tokens again at every step."""
 
     def encode_caption(self, text_emb, text_enc, text_mask, keep=None):
         keep = text_mask[:, 0] if keep is None else keep
         return {"text_emb": text_emb, "text_enc": text_enc, "text_mask": text_mask, "keep": keep}
 
-    def cached_network(self, x_t, t, **caption):
-        return super().cached_network(x_t, t, **super().encode_caption(**caption))
+    def forward(self, x_t, t, **caption):
+        return super().forward(x_t, t, **super().encode_caption(**caption))
 
 
 def bench_prior_cache(device):
@@ -110,7 +122,7 @@ def bench_prior_cache(device):
         def draw(model=model):
             with autocast(device):
                 drawn.append(model.sample(*text, scale=2.0, steps=64, candidates=1,
-                                          generators=generators(range(8), "prior")))
+                                          noise=noise_for(range(8), "prior")))
 
         times.append(seconds(draw, device, repeats=1))
     same = F.cosine_similarity(drawn[0], drawn[-1]).min()
@@ -123,38 +135,31 @@ def race(stage, arms, args):
     """Train a stage on 5,000 scenes in several ways, for the same time each, and print the
     validation loss at every quarter. arms: {name: (fields of the model's config, Muon's rate)}."""
     clip, training = load_clip(default_weights(), device=args.device), recipe(args.preset, stage)[1]
-    settings, data = training | {"seed": 0, "half_size_until": 0.0}, [Shapes(5000, "train"),
-                                                                      Shapes(512, "val")]
+    data, B = (Shapes(5000, "train"), Shapes(512, "val")), training["batch_size"]
     with tempfile.TemporaryDirectory() as folder:
         embeddings = [embed(clip, d, folder) for d in data]
         for name, (fields, muon) in arms.items():
             torch.manual_seed(0)
-            model = make_model(stage, args.preset, data[0], clip)
+            model = fresh_model(stage, args.preset, data[0], clip, embeddings[0])
             model = type(model)(replace(model.config, **fields)).to(args.device)
-            batches, val = (Batches(stage, model.config, d, e, settings)
-                            for d, e in zip(data, embeddings, strict=True))
-            optimizers, loss_of, step, spent = make_optimizers(model, muon), Loss(model), 0, 0.0
-            check = val.make(0, range(512), np.random.default_rng(0))
+            batches, val = (Batches(model, d, e, B, 0) for d, e in zip(data, embeddings))
+            step, done, spent = training_step(model, muon, training["lr"], args.device), 0, 0.0
             for quarter in (0.25, 0.5, 0.75, 1.0):
                 while spent < quarter * args.minutes * 60:
                     begun = time.perf_counter()
-                    batch = {k: v.to(args.device) for k, v in batches[step].items()}
-                    training_step(model, loss_of, batch, optimizers, training["lr"],
-                                  args.device)[0].item()  # the clock waits for a GPU
-                    spent, step = spent + time.perf_counter() - begun, step + 1
-                torch.manual_seed(1)
-                with torch.no_grad(), autocast(args.device):
-                    loss = model.eval().loss({k: v.to(args.device) for k, v in check.items()})
+                    step(to_device(batches[done], args.device)).item()  # the clock waits for a GPU
+                    spent, done = spent + time.perf_counter() - begun, done + 1
+                loss = validate(model.eval(), val, args.device, 512)["val_loss"]
                 model.train()
-                print(f"{stage}, {name}: after {quarter * args.minutes * 60:.0f} s, "
-                      f"{step * training['batch_size']} examples: validation loss {loss:.4f}")
+                print(f"{stage}, {name}: after {quarter * args.minutes * 60:.0f} s, {done * B} "
+                      f"examples: validation loss {loss:.4f}")
 
 
 RACES = {"copies": ("prior", {"K = 1": ({"copies": 1}, None), "K = 4": ({"copies": 4}, None)}),
          "optimizers": ("decoder", {"Adam": ({}, None), "Adam and Muon": ({}, 5.0)})}
 
 
-@exit_code
+@user_errors
 def main(argv=None):
     parser = Parser("python -m lab.bench", description=__doc__.split("\n")[0])
     add = parser.add_argument

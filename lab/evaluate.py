@@ -27,7 +27,7 @@ from lab.measures import (
     mixed_captions, pairs_shown, precision_recall, prefers, wrong_captions,
 )
 from manipulate import blend, edit, invert, psnr, redraw, text_diff
-from sample import PRIOR_SCALE_HELP, Pipeline, default_weights, generators
+from sample import PRIOR_SCALE_HELP, Pipeline, default_weights, noise_for
 from stages import STAGES, clip_of, load_clip, load_stage, needs_clip
 from support.cache import embed
 from support.pictures import load_data
@@ -36,7 +36,7 @@ from support.shapes import (
 )
 from support.sheets import check_folder, draw_grid, save_picture, to_pil
 from support.tools import (
-    Parser, UserError, autocast, choose_device, exit_code, finite, positive, seed_number,
+    Parser, UserError, autocast, choose_device, user_errors, finite, positive, seed_number,
 )
 from train import Batches, validate
 
@@ -169,9 +169,9 @@ def judge_priors(args):
     def measure(row, prior, evaluations, **settings):
         drawn, started = [], time.perf_counter()
         for part, text in parts:
-            noise = generators(range(args.seed + part.start, args.seed + part.stop), "prior")
+            noise = noise_for(range(args.seed + part.start, args.seed + part.stop), "prior")
             with autocast(args.device):
-                drawn.append(prior.sample(*text, scale=args.prior_scale, generators=noise,
+                drawn.append(prior.sample(*text, scale=args.prior_scale, noise=noise,
                                           **settings))
         drawn = torch.cat(drawn).cpu()  # waits for a GPU before the clock is read
         table[row] = {
@@ -228,7 +228,6 @@ def measure_losses(args):
     CLIP is left out because its loss depends on the batch size of its training.
     """
     data, table = load_data(args.data, args.root, "val", args.n, args.seed), {}
-    settings = {"half_size_until": 0.0, "steps": 1}  # pictures of the full size
     with tempfile.TemporaryDirectory() as cache:
         for stage in trained(args.weights):
             if stage == "clip":
@@ -238,8 +237,8 @@ def measure_losses(args):
                 clip = clip_of(model, args.weights, stage, args.device, args.clip)
                 with autocast(args.device):  # as in training
                     embeddings = embed(clip, data, cache)  # computed for the first stage only
-            batches = Batches(stage, model.config, data, embeddings, settings)
-            table[stage] = validate(stage, model, batches, 1, args.device, args.n)
+            batches = Batches(model, data, embeddings, size=1, seed=0)
+            table[stage] = validate(model, batches, args.device, args.n)
     return table
 
 
@@ -394,7 +393,7 @@ COMMANDS = {  # name: (function, its options, its own defaults)
 }
 
 
-@exit_code
+@user_errors
 def main(argv=None):
     parser = Parser("python -m lab.evaluate", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)

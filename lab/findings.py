@@ -33,7 +33,7 @@ from lab.plots import chart
 from lab.probing import f8, f9, f10
 from lab.scenes import Lab, Result, farther, frechet_cell, number, right, share, sheet
 from prior import DiffusionPrior, PriorConfig, embedding_scale
-from sample import generators
+from sample import noise_for
 from support.cache import embed
 from support.muon import ADAM
 from support.shapes import (
@@ -338,10 +338,10 @@ def f7(lab, scenes=3000, steps=300):
         embeddings = embed(clip, Shapes(scenes, "train", lab.seed), folder)
         for predict in ("x_0", "noise"):
             prior = short_prior(lab, predict, embeddings, steps)
-            noise = generators(range(lab.seed, lab.seed + len(data)), "prior")
+            noise = noise_for(range(lab.seed, lab.seed + len(data)), "prior")
             with autocast(lab.device):
                 looks[predict] = guesses(prior, true, text, lab.seed)
-                emb = prior.sample(*text, generators=noise, candidates=1)
+                emb = prior.sample(*text, noise=noise, candidates=1)
             cosines = [*looks[predict].values(), (emb * true).sum(1).cpu()]
             result.table.append([predict, *(number(bootstrap(np.mean, c), 3) for c in cosines),
                                  frechet_cell(emb, true)])

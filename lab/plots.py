@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from support.sheets import save_picture
-from support.tools import Parser, UserError, exit_code
+from support.tools import Parser, UserError, user_errors
 
 CURVES = ("#1f4e9c", "#c8372d", "#2d8a3e", "#8a4fbf", "#c77f17", "#3a9fa8", "#777777", "#b0487f")
 
@@ -116,7 +116,7 @@ def plot_runs(runs):
     return sheet
 
 
-@exit_code
+@user_errors
 def main(argv=None):
     parser = Parser("python -m lab.plots", description="Draw the loss curves of trainings.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a training")

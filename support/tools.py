@@ -217,6 +217,3 @@ def fraction(text):
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text}: must be between 0 and 1")
     return value
-
-
-exit_code = user_errors  # until all are renamed

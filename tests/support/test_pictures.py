@@ -1,4 +1,4 @@
-"""Claims about pictures from disk, made here in the formats found outside, and about writing them."""
+"""Claims about pictures from disk, made here in the real formats, and about writing them."""
 
 import json
 import pickle
@@ -179,7 +179,7 @@ GOOD = '{"file_name": "a.png", "text": "a"}\n'
 
 
 @pytest.mark.parametrize("files, options, words", [
-    ({}, {"name": "flowers"}, "data 'flowers': use shapes"),
+    ({}, {"name": "flowers"}, "data 'flowers': use one of shapes"),
     ({}, {"root": None}, "needs its folder"),
     ({}, {"root": ROOT / "absent"}, "not a folder"),
     ({}, {}, "empty"),

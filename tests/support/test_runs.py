@@ -109,7 +109,7 @@ def uninterrupted(tmp_path_factory):
 
 
 def interrupted(folder, number, steps_before):
-    """Train in a process of its own, send it a signal, and wait for its end: (exit code, errors)."""
+    """Train in another process, send it a signal, wait for its end: (exit code, errors)."""
     options = map(str, (*UPSAMPLER, "--steps", 30, "--save-every", 5, "--out", folder))
     process = subprocess.Popen([sys.executable, "-c", PREFIX + "sys.exit(train.main())", *options],
                                cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
