@@ -69,6 +69,7 @@ def test_bsr_strengths_vary_from_nearly_nothing_to_their_maximum():
     for step, most, least in ((blur, 0.95, 0.05), (resize, 0.8, 0.1)):
         contrast = [step(stripes, rng)[:, 8:-8, 8:-8].std() for _ in range(200)]
         assert max(contrast) > most and min(contrast) < least
+        assert np.median(contrast) < 0.3  # stripes become grey, not coarser stripes
     grey = torch.zeros(3, 32, 32)
     noise = torch.stack([degradations.bsr_noise(grey, rng).std() for _ in range(500)])
     assert_close(noise.mean(), torch.tensor(0.03), rtol=0, atol=0.002)  # uniform(0, 0.06)
