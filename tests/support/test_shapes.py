@@ -35,8 +35,8 @@ def test_a_scene_depends_on_seed_split_and_index_alone():
 def test_no_change_of_the_code_redraws_the_scenes_of_a_seed():
     # Weights and cached embeddings are made from them: other scenes need another Shapes.version.
     assert Shapes(5).fingerprint() == "acc8c96dbd4afa6d"
-    caption = "a large blue triangle below a small green circle on white"
-    assert Shapes(5).captions(0)[2] == caption
+    full = "a large blue star right of a small red star on a gray background"
+    assert Shapes(5).captions(2)[::2] == ["a large blue star and a star", full]
     assert Shapes(5).scene(0).things[1].x == pytest.approx(0.443331, abs=1e-6)
 
 
