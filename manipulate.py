@@ -26,12 +26,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from diffusion import SeededNoise, at_least_float32, expand
 from sample import PRIOR_SCALE_HELP, check_steps, load_pipeline
 from support.drawing import drawing_options, slugs, write_strip
-from support.pictures import fit, to_rgb
+from support.pictures import fit, open_picture
 from support.sheets import to_tensor
 from support.tools import (
     Parser, UserError, autocast, user_errors, finite, fraction, positive, two_or_more,
@@ -244,17 +243,6 @@ def inpaint(pipeline, picture, mask, image_emb, text, seed, scale=2.0, steps=Non
 
 
 # --- the commands: (pipeline, args) -> (pictures (n, 3, H, W), a label for each, the strip's name)
-
-
-def open_picture(path):
-    """The file as an upright PIL RGB picture. UserError where it is missing or not a picture."""
-    if not Path(path).is_file():
-        raise UserError(f"no picture at {path}: check the path")
-    try:
-        with Image.open(path) as picture:
-            return to_rgb(picture)
-    except Exception as e:  # Pillow has many ways to say no
-        raise UserError(f"{path} is not a picture that Pillow can read ({e})") from e
 
 
 def read(pipeline, path):

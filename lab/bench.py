@@ -93,7 +93,8 @@ def bench_training(stage, args, peak):
         step(batch)
     if args.compile:
         step = training_step(model, training.get("muon"), training["lr"], device, compiled=True)
-    B, took, flops = len(batch["image"]), seconds(lambda: step(batch), device), counter.get_total_flops()
+    took = seconds(lambda: step(batch), device)
+    B, flops = len(batch["image"]), counter.get_total_flops()
     print(f"{stage:11} batch {B:4}: {took * 1000:8.0f} ms a step {B / took:8.0f} examples/s "
           f"{flops / B / 1e9:8.2f} GFLOP an example {flops / took / 1e9:9.0f} GFLOP/s "
           f"{flops / took / peak:6.1%} of the peak")

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from support.sheets import draw_grid, save_picture, to_pil, to_tensor
+from support.sheets import draw_grid, save_film, save_picture, to_pil, to_tensor
 from support.tools import UserError, choose_device, positive, seed_number
 
 
@@ -100,6 +100,5 @@ def write_strip(pipeline, size, pictures, labels, seed, path, film=None):
         frames = [to_pil(p).resize((max(size, 256),) * 2, Image.Resampling.BICUBIC)
                   for p in pictures[film]]
         frames += frames[-2:0:-1]
-        save_picture(frames[0], path.with_suffix(".gif"), save_all=True, append_images=frames[1:],
-                     duration=120, loop=0)
+        save_film(frames, path.with_suffix(".gif"), 120)
         print(path.with_suffix(".gif"))

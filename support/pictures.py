@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+from torchvision import datasets
 
 from support.shapes import Shapes, digest, with_article
 from support.sheets import to_tensor
@@ -199,8 +200,6 @@ def load_coco(root, split, limit=None):
 
 def load_cifar(name, root, split, limit=None):
     """CIFAR-10 or CIFAR-100, downloaded if need be, with captions made from the class names."""
-    from torchvision import datasets  # comes with open_clip; imported here, as it takes seconds
-
     kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
     try:
         data = kind(str(root), train=split == "train", download=True)  # unless it is there
