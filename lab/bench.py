@@ -2,9 +2,6 @@
 
     python -m lab.bench [--preset base] [--batch-size 64] [--compile] [--only decoder]
     python -m lab.bench --race optimizers --minutes 5     # which way of training gets further?
-
-PyTorch counts the FLOPs of a whole step (a multiply-add is two). The peak is measured as well, as
-the speed of a square matrix product in the precision that training uses.
 """
 
 import sys
@@ -42,21 +39,20 @@ def seconds(work, device, repeats=5):
 
 
 def matmul_peak(device, kind):
-    """FLOP/s of a square matrix product in a precision."""
+    """FLOP/s of a square matrix product in a precision (a multiply-add is two)."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device).to(kind) for _ in "ab")
     return 2 * n**3 / seconds(lambda: a @ b, device)
 
 
 def made_up_batch(config, B, device, tokens=20):
-    """A random batch of the right shapes for a prior, a decoder or an upsampler."""
-    if hasattr(config, "crop"):  # an upsampler
-        image = 2 * torch.rand(B, 3, config.crop, config.crop, device=device) - 1
+    """A random batch of the right shapes for an upsampler, or for a prior or a decoder."""
+    side = getattr(config, "crop", None) or getattr(config, "size", 1)  # a prior has no pictures
+    image = 2 * torch.rand(B, 3, side, side, device=device) - 1
+    if hasattr(config, "crop"):
         return {"image": image, "low": F.avg_pool2d(image, config.factor)}
-    side = getattr(config, "size", 1)  # a prior takes no pictures, and leaves them alone
-    return {"image": 2 * torch.rand(B, 3, side, side, device=device) - 1,
-            "image_emb": F.normalize(torch.randn(B, config.dim, device=device), dim=-1),
-            "text_emb": F.normalize(torch.randn(B, config.dim, device=device), dim=-1),
+    emb = F.normalize(torch.randn(B, config.dim, device=device), dim=-1)
+    return {"image": image, "image_emb": emb.roll(1, 0), "text_emb": emb,
             "text_enc": torch.randn(B, tokens, config.text_width, device=device),
             "text_mask": torch.ones(B, tokens, dtype=torch.bool, device=device)}
 
@@ -64,11 +60,10 @@ def made_up_batch(config, B, device, tokens=20):
 def bench_training(stage, args, peak):
     """Time one training step of a stage, count its FLOPs, and print both."""
     (make, make_config), (fields, training) = STAGES[stage], recipe(args.preset, stage)
-    tokens, device = 20, args.device  # a caption of shapes
+    device, tokens = args.device, 20  # a caption of shapes
     if stage in ("prior", "decoder"):
         dim, text_len = (768, 77) if args.preset == "large" else (128, 32)  # ViT-L-14 or small CLIP
         fields = fields | {"dim": dim, "text_width": dim, "text_len": text_len}
-        tokens = 77 if args.preset == "large" else tokens
     model = make(make_config(**fields)).to(device).train()
     optimizers, loss_of = make_optimizers(model, training.get("muon")), Loss(model)
     batch = made_up_batch(model.config, args.batch_size or training["batch_size"], device, tokens)
@@ -87,35 +82,27 @@ def bench_training(stage, args, peak):
           f"{flops / took / peak:6.1%} of the peak")
 
 
-class Uncached(DiffusionPrior):
-    """A prior that runs the whole sequence at every step, the caption too."""
-
-    def encode_caption(self, text_emb, text_enc, text_mask, keep=None):
-        keep = text_mask[:, 0] if keep is None else keep
-        return {"text_emb": text_emb, "text_enc": text_enc, "text_mask": text_mask, "keep": keep}
-
-    def cached_network(self, x_t, t, **caption):
-        return super().cached_network(x_t, t, **super().encode_caption(**caption))
-
-
 def bench_prior_cache(device):
-    """Time the prior's sampling with and without the caption's cache."""
+    """Time the prior's sampling with the caption's cache, and with the caption run at each step."""
     config = PriorConfig(dim=512, text_width=512, text_len=77, width=512, depth=6, heads=8)
     text = list(made_up_batch(config, 8, device, tokens=77).values())[2:]
-    times, drawn = [], []
-    for make in (DiffusionPrior, Uncached):
-        torch.manual_seed(0)  # the same weights
-        model = make(config).to(device).eval()
+    prior, drawn = DiffusionPrior(config).to(device).eval(), []
+    encode, network = prior.encode_caption, prior.cached_network
 
-        def draw(model=model):
-            with autocast(device):
-                drawn.append(model.sample(*text, scale=2.0, steps=64, candidates=1,
-                                          generators=generators(range(8), "prior")))
+    def draw():
+        with autocast(device):
+            drawn.append(prior.sample(*text, scale=2.0, steps=64, candidates=1,
+                                      generators=generators(range(8), "prior")))
 
-        times.append(seconds(draw, device, repeats=1))
+    cached = seconds(draw, device, repeats=1)
+    prior.encode_caption = lambda emb, enc, mask, keep=None: {
+        "text_emb": emb, "text_enc": enc, "text_mask": mask,
+        "keep": mask[:, 0] if keep is None else keep}
+    prior.cached_network = lambda x_t, t, **caption: network(x_t, t, **encode(**caption))
+    uncached = seconds(draw, device, repeats=1)
     same = F.cosine_similarity(drawn[0], drawn[-1]).min()
-    print(f"prior, width 512, depth 6, 77 tokens, 64 guided steps, batch 8: {times[0]:.2f} s; "
-          f"without the cache {times[1]:.2f} s, {times[1] / times[0]:.1f} times as long "
+    print(f"prior, width 512, depth 6, 77 tokens, 64 guided steps, batch 8: {cached:.2f} s; "
+          f"without the cache {uncached:.2f} s, {uncached / cached:.1f} times as long "
           f"(least cosine between the two results {same:.4f})")
 
 
@@ -123,31 +110,32 @@ def race(stage, arms, args):
     """Train a stage on 5,000 scenes in several ways, for the same time each, and print the
     validation loss at every quarter. arms: {name: (fields of the model's config, Muon's rate)}."""
     clip, training = load_clip(default_weights(), device=args.device), recipe(args.preset, stage)[1]
-    settings, data = training | {"seed": 0, "half_size_until": 0.0}, [Shapes(5000, "train"),
-                                                                      Shapes(512, "val")]
-    with tempfile.TemporaryDirectory() as folder:
-        embeddings = [embed(clip, d, folder) for d in data]
-        for name, (fields, muon) in arms.items():
-            torch.manual_seed(0)
-            model = make_model(stage, args.preset, data[0], clip)
-            model = type(model)(replace(model.config, **fields)).to(args.device)
-            batches, val = (Batches(stage, model.config, d, e, settings)
-                            for d, e in zip(data, embeddings, strict=True))
-            optimizers, loss_of, step, spent = make_optimizers(model, muon), Loss(model), 0, 0.0
-            check = val.make(0, range(512), np.random.default_rng(0))
-            for quarter in (0.25, 0.5, 0.75, 1.0):
-                while spent < quarter * args.minutes * 60:
-                    begun = time.perf_counter()
-                    batch = {k: v.to(args.device) for k, v in batches[step].items()}
-                    training_step(model, loss_of, batch, optimizers, training["lr"],
-                                  args.device)[0].item()  # the clock waits for a GPU
-                    spent, step = spent + time.perf_counter() - begun, step + 1
-                torch.manual_seed(1)
-                with torch.no_grad(), autocast(args.device):
-                    loss = model.eval().loss({k: v.to(args.device) for k, v in check.items()})
-                model.train()
-                print(f"{stage}, {name}: after {quarter * args.minutes * 60:.0f} s, "
-                      f"{step * training['batch_size']} examples: validation loss {loss:.4f}")
+    settings = training | {"seed": 0, "half_size_until": 0.0}
+    data, folder = [Shapes(5000, "train"), Shapes(512, "val")], tempfile.TemporaryDirectory()
+    embeddings = [embed(clip, d, folder.name) for d in data]
+    for name, (fields, muon) in arms.items():
+        torch.manual_seed(0)
+        model = make_model(stage, args.preset, data[0], clip)
+        model = type(model)(replace(model.config, **fields)).to(args.device)
+        batches, val = (Batches(stage, model.config, d, e, settings)
+                        for d, e in zip(data, embeddings, strict=True))
+        optimizers, loss_of, step, spent = make_optimizers(model, muon), Loss(model), 0, 0.0
+        check = val.make(0, range(512), np.random.default_rng(0))
+        for limit in (args.minutes * 15 * quarter for quarter in (1, 2, 3, 4)):  # seconds
+            while spent < limit:
+                begun = time.perf_counter()
+                batch = {k: v.to(args.device) for k, v in batches[step].items()}
+                loss, _ = training_step(model, loss_of, batch, optimizers, training["lr"],
+                                        args.device)
+                loss.item()  # the clock waits for a GPU
+                spent, step = spent + time.perf_counter() - begun, step + 1
+            torch.manual_seed(1)
+            with torch.no_grad(), autocast(args.device):
+                loss = model.eval().loss({k: v.to(args.device) for k, v in check.items()})
+            model.train()
+            examples = step * training["batch_size"]
+            print(f"{stage}, {name}: after {limit:.0f} s, {examples} examples: validation loss "
+                  f"{loss:.4f}")
 
 
 RACES = {"copies": ("prior", {"K = 1": ({"copies": 1}, None), "K = 4": ({"copies": 4}, None)}),

@@ -217,12 +217,11 @@ def test_a_sheet_has_a_row_a_set():
             assert picture.getpixel((4 + 132 * column + d, 4 + rows * row + d)) == (wanted,) * 3
 
 
-def test_glide_says_so_where_another_stands_in_for_it(lab, monkeypatch):
-    assert lab.glide() == ("GLIDE", {"given": "caption", "decoder": "decoder_caption"}, "", "")
+def test_a_missing_rival_is_replaced_and_the_verdict_says_so(lab, monkeypatch):
+    assert list(lab.systems()) == ["unCLIP", "GLIDE"] and lab.caveat("decoder_caption") == {}
     monkeypatch.setattr(lab, "has", lambda stage: stage != "decoder_caption")
-    name, settings, note, lacks = lab.glide()
-    assert name != "GLIDE" and settings == {"given": "caption"} and "not here" in note
-    assert lacks == "with a stand-in for GLIDE"
+    assert lab.systems()["unCLIP without embedding"] == {"given": "caption"}
+    assert lab.caveat("decoder_caption")["lacks"] == "without decoder_caption"
 
 
 def test_systems_that_were_not_trained_equally_long_are_not_compared_in_silence(lab, monkeypatch):
@@ -232,10 +231,9 @@ def test_systems_that_were_not_trained_equally_long_are_not_compared_in_silence(
     assert lab.examples("decoder") == 5 * 8
     seen = {"decoder": 2000, "decoder_caption": 1000}
     monkeypatch.setattr(lab, "examples", seen.get)
-    assert lab.glide()[2:] == (
-        "The decoder was trained on 2,000 pictures, decoder_caption on 1,000.",
-        "after unequal trainings",
-    )
+    assert lab.caveat("decoder_caption") == {
+        "note": "The decoder was trained on 2,000 pictures, decoder_caption on 1,000.",
+        "lacks": "after unequal trainings"}
 
 
 def test_a_pasted_sign_leaves_the_object_to_be_seen():
