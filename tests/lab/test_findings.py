@@ -171,7 +171,7 @@ def test_one_look_sees_the_embedding_where_a_prior_knows_it(lab, monkeypatch):
     for predict in ("x_0", "noise"):
         prior = findings.short_prior(lab, predict, None, 0)
 
-        def oracle(x_t, t, *text, prior=prior, predict=predict):
+        def oracle(x_t, t, prior=prior, predict=predict, **caption):
             x_0 = true * embedding_scale(true.shape[1])
             signal, sigma = prior.diffusion.signal_sigma(t, x_t)
             return x_0 if predict == "x_0" else (x_t - signal * x_0) / sigma
@@ -179,7 +179,7 @@ def test_one_look_sees_the_embedding_where_a_prior_knows_it(lab, monkeypatch):
         monkeypatch.setattr(prior, "forward", oracle)
         for cosine in guesses(prior, true, text, 0).values():
             torch.testing.assert_close(cosine, torch.ones(6), atol=1e-4, rtol=0)
-        monkeypatch.setattr(prior, "forward", lambda x_t, t, *text: torch.randn_like(x_t))
+        monkeypatch.setattr(prior, "forward", lambda x_t, t, **caption: torch.randn_like(x_t))
         for cosine in guesses(prior, true, text, 0).values():
             assert cosine.abs().mean() < 0.9
 
