@@ -6,6 +6,7 @@
 import json
 import math
 import sys
+from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 
@@ -95,12 +96,12 @@ def read_metrics(run):
 
 def plot_runs(runs):
     """Training and validation loss of every stage: one chart a stage, one colour a curve."""
-    curves = {}  # {stage: {name: {step: loss}}}; if a step was done twice, the later one counts
+    curves = defaultdict(lambda: defaultdict(dict))  # {stage: {name: {step: loss}}}
     for run in runs:
         for x in read_metrics(run):
             for key, name in (("loss", str(run)), ("val_loss", f"{run}, validation")):
-                if key in x:
-                    curves.setdefault(x["stage"], {}).setdefault(name, {})[x["step"]] = x[key]
+                if key in x:  # if a step was done twice, the later one counts
+                    curves[x["stage"]][name][x["step"]] = x[key]
     if not curves:
         raise UserError(f"{runs[0]} has no losses yet: train a little first")
     charts = [chart({name: sorted(curve.items()) for name, curve in names.items()}, stage,
