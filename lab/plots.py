@@ -75,7 +75,10 @@ def chart(series, title, x_label, y_label, log_y=False, size=(640, 400), points=
         pen.line(dots, fill=colour, width=2, joint="curve")
         for x, y in dots if points or len(dots) == 1 else []:
             pen.ellipse([x - 3, y - 3, x + 3, y + 3], fill=colour)
-        for (x, y), text in zip(dots[::max(1, len(dots) - 1)], ends):  # noqa: B905
+        marks = list(zip(dots[::max(1, len(dots) - 1)], ends))  # noqa: B905
+        if len(marks) == 2 and math.dist(dots[0], dots[-1]) < 14:  # no label on top of the other
+            marks = [(max(dots[0], dots[-1]), ", ".join(ends))]
+        for (x, y), text in marks:
             write(x + 6, y, text, "lm", colour)
         write(left + (right - left) // 2 * (k % 2), bottom + 40 + 16 * (k // 2), name, "la", colour)
     write(left, 8, title, "la")
