@@ -36,6 +36,7 @@ from support.shapes import (
 from support.sheets import save_picture
 from support.tools import UserError, autocast
 
+
 def draw_ways(lab, ways, **settings):
     """Draw the lab's captions in several ways, {name: settings of Lab.draw}: {name: (pictures,
     binding right (n,), CLIP's embeddings (n, D))}, and a sheet of them."""

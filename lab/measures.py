@@ -23,6 +23,7 @@ from sample import Pipeline
 from support.shapes import COLOURS, SHAPES, with_article
 from support.tools import UserError
 
+
 def in_batches(n, size=16):
     """range(n) in slices of at most `size`, with a progress bar."""
     return (slice(k, min(k + size, n)) for k in tqdm(range(0, n, size), disable=None))

@@ -23,6 +23,7 @@ from support.shapes import (
 )
 from support.sheets import to_tensor
 
+
 def pairs_of(lab):
     """n validation scenes of two objects that differ in colour and in shape. The pairs with
     exchanged colours occur in training too, or CLIP would recognise them by their novelty."""

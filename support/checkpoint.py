@@ -11,9 +11,9 @@ A checkpoint is a plain dictionary that torch.load(weights_only=True) accepts:
     run       the settings of the training: command, seed, the data's fingerprint, ...
     figures   the last loss and other figures that the training reported
 
-A stage is rebuilt from its checkpoint alone, never from flags that must be repeated by hand. Writing
-goes to a second file that replaces the first in one step, so a crash or a full disk in the middle
-leaves the previous checkpoint as it was.
+A stage is rebuilt from its checkpoint alone, never from flags that must be repeated by hand.
+Writing goes to a second file that replaces the first in one step, so a crash or a full disk in the
+middle leaves the previous checkpoint as it was.
 """
 
 import dataclasses
