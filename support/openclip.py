@@ -19,29 +19,7 @@ def open_pretrained(spec):
     weights from a local file; the tag tells the activation, mean and std they were trained with,
     which a file alone does not. MODEL:FILE takes open_clip's defaults for the model.
     """
-    name, _, weights = spec.partition(":")
-    if Path(weights).is_file():
-        tag, file = "", weights  # MODEL:FILE
-    else:
-        tag, _, file = weights.partition("=")  # MODEL:TAG or MODEL:TAG=FILE
-    if name not in open_clip.list_models():
-        near = difflib.get_close_matches(name, open_clip.list_models(), cutoff=0.4)
-        near = ", ".join(near) or "-"
-        raise UserError(f"--clip: open_clip has no model '{name}'; close: {near}; all: python -c "
-                        "'import open_clip; print(open_clip.list_models())'")
-    if not weights:
-        raise UserError(f"--clip {name}: say which weights, as {name}:TAG or {name}:FILE")
-    text = open_clip.get_model_config(name)["text_cfg"]
-    if "hf_tokenizer_name" in text or "embed_cls" in text:  # SigLIP, CLIPA, CoCa, ...
-        raise UserError(f"--clip {name}: it has another tokenizer than CLIP's, or takes its text "
-                        "embedding from another token; choose a plain CLIP, such as ViT-B-32")
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if tag and tag not in tags:
-        near = difflib.get_close_matches(tag, tags, cutoff=0.4) or tags
-        raise UserError(f"--clip {spec}: '{tag}' is neither a file nor a tag of {name}; "
-                        f"its tags: {', '.join(near) or 'none'}")
-    if file and not Path(file).is_file():
-        raise UserError(f"--clip {spec}: no file {file}; check the path")
+    name, tag, file = read_spec(spec)
     trained = open_clip.get_pretrained_cfg(name, tag) if tag else {}
     # Some tags' weights were trained with QuickGELU, sigmoid(1.702 x) x, where the model has GELU.
     quick = bool(trained.get("quick_gelu"))
@@ -50,10 +28,8 @@ def open_pretrained(spec):
     wanted = {k: trained[k] for k in ("mean", "std", "interpolation") if k in trained}
     logging.disable(logging.ERROR)  # open_clip logs each error before raising it
     try:
-        model = open_clip.create_model(
-            name, pretrained=file or tag, weights_only=True, force_preprocess_cfg=wanted,
-            force_quick_gelu=quick,
-        )
+        model = open_clip.create_model(name, pretrained=file or tag, weights_only=True,
+                                       force_preprocess_cfg=wanted, force_quick_gelu=quick)
     except Exception as e:
         # The first sentence alone: torch's next one advises to turn weights_only off.
         reason = (str(e) or type(e).__name__).splitlines()[0].split(". ")[0]
@@ -67,6 +43,30 @@ def open_pretrained(spec):
     variant = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     tokenizer = Tokenizer(open_clip.get_tokenizer(name).context_length)
     return model, tokenizer, f"{name}-{variant}"
+
+
+def read_spec(spec):
+    """--clip's MODEL:TAG, MODEL:FILE or MODEL:TAG=FILE -> (model, tag, file), "" for what lacks."""
+    name, _, weights = spec.partition(":")
+    tag, _, file = ("", "", weights) if Path(weights).is_file() else weights.partition("=")
+    if name not in open_clip.list_models():
+        near = ", ".join(difflib.get_close_matches(name, open_clip.list_models(), cutoff=0.4))
+        raise UserError(f"--clip: open_clip has no model '{name}'; close: {near or '-'}; all: "
+                        "python -c 'import open_clip; print(open_clip.list_models())'")
+    if not tag and not file:
+        raise UserError(f"--clip {name}: say which weights, as {name}:TAG or {name}:FILE")
+    text = open_clip.get_model_config(name)["text_cfg"]
+    if "hf_tokenizer_name" in text or "embed_cls" in text:  # SigLIP, CLIPA, CoCa, ...
+        raise UserError(f"--clip {name}: it has another tokenizer than CLIP's, or takes its text "
+                        "embedding from another token; choose a plain CLIP, such as ViT-B-32")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if tag and tag not in tags:
+        near = difflib.get_close_matches(tag, tags, cutoff=0.4) or tags
+        raise UserError(f"--clip {spec}: '{tag}' is neither a file nor a tag of {name}; "
+                        f"its tags: {', '.join(near) or 'none'}")
+    if file and not Path(file).is_file():
+        raise UserError(f"--clip {spec}: no file {file}; check the path")
+    return name, tag, file
 
 
 def weights_hash(model):
