@@ -13,7 +13,7 @@ from support.tools import UserError
 
 
 def open_pretrained(spec):
-    """MODEL:TAG or MODEL:FILE or MODEL:TAG=FILE -> (model, tokenizer, name).
+    """What --clip says, MODEL:TAG or MODEL:FILE or MODEL:TAG=FILE -> (model, tokenizer, name).
 
     MODEL:TAG, such as ViT-B-32:laion2b_s34b_b79k, is downloaded. MODEL:TAG=FILE reads the same
     weights from a local file; the tag tells the activation, mean and std they were trained with,
@@ -34,8 +34,8 @@ def open_pretrained(spec):
         # The first sentence alone: torch's next one advises to turn weights_only off.
         reason = (str(e) or type(e).__name__).splitlines()[0].split(". ")[0]
         raise UserError(f"--clip {spec}: cannot load these weights ({reason}); where the model hub "
-                        "cannot be reached, give a local file: --clip "
-                        f"{name}:{tag + '=' if tag else ''}FILE") from e
+                        f"cannot be reached, give a local file: --clip {name}:{tag and tag + '='}"
+                        "FILE") from e
     finally:
         logging.disable(logging.NOTSET)
     # The same weights with another activation or another mean and std are another CLIP.
@@ -46,7 +46,7 @@ def open_pretrained(spec):
 
 
 def read_spec(spec):
-    """--clip's MODEL:TAG, MODEL:FILE or MODEL:TAG=FILE -> (model, tag, file), "" for what lacks."""
+    """(model, tag, file) of such a spec; "" for a tag or file that it does not give."""
     name, _, weights = spec.partition(":")
     tag, _, file = ("", "", weights) if Path(weights).is_file() else weights.partition("=")
     if name not in open_clip.list_models():
@@ -61,11 +61,8 @@ def read_spec(spec):
                         "embedding from another token; choose a plain CLIP, such as ViT-B-32")
     tags = open_clip.list_pretrained_tags_by_model(name)
     if tag and tag not in tags:
-        near = difflib.get_close_matches(tag, tags, cutoff=0.4) or tags
         raise UserError(f"--clip {spec}: '{tag}' is neither a file nor a tag of {name}; "
-                        f"its tags: {', '.join(near) or 'none'}")
-    if file and not Path(file).is_file():
-        raise UserError(f"--clip {spec}: no file {file}; check the path")
+                        f"its tags: {', '.join(tags) or 'none'}")
     return name, tag, file
 
 
