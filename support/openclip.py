@@ -41,8 +41,7 @@ def open_pretrained(spec):
     # The same weights with another activation or another mean and std are another CLIP.
     settings = dict(model.visual.preprocess_cfg) | {"quick_gelu": quick}
     variant = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    tokenizer = Tokenizer(open_clip.get_tokenizer(name).context_length)
-    return model, tokenizer, f"{name}-{variant}"
+    return model, Tokenizer(model.context_length), f"{name}-{variant}"
 
 
 def read_spec(spec):

@@ -1,5 +1,6 @@
 """Captions as numbers: CLIP's byte-pair encoding."""
 
+import functools
 import sys
 
 import numpy as np
@@ -7,6 +8,8 @@ import open_clip
 import torch
 
 from support.tools import UserError
+
+byte_pairs = functools.cache(open_clip.tokenizer.SimpleTokenizer)  # once: it reads a large table
 
 
 class Tokenizer:
@@ -18,8 +21,7 @@ class Tokenizer:
     """
 
     def __init__(self, context_length, vocab=None):
-        self.bpe = open_clip.tokenizer.SimpleTokenizer(context_length=context_length)
-        self.context_length = context_length
+        self.bpe, self.context_length = byte_pairs(), context_length
         self.vocab = None if vocab is None else np.array(vocab)
 
     def __call__(self, captions):
@@ -51,7 +53,7 @@ class Tokenizer:
 
 def make_vocab(captions):
     """The BPE ids that `captions` use, with start and end of text, ascending."""
-    bpe = open_clip.tokenizer.SimpleTokenizer()
+    bpe = byte_pairs()
     used = {piece for caption in set(captions) for piece in bpe.encode(caption)}
     return tuple(sorted(used | {bpe.sot_token_id, bpe.eot_token_id}))
 

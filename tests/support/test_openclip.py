@@ -7,6 +7,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.testing import assert_close
 
@@ -54,23 +55,21 @@ def photo(side, seed=0):
 ])
 def test_pictures_and_captions_are_encoded_as_by_open_clip_itself(spec, same, sizes, files):
     """Its own transform of the same PIL picture, its own tokenizer, its own encode_*."""
-    path = files[spec.partition(":")[0]]
-    clip = load_open_clip(f"{spec}{path}")
+    file, picture, seen = files[spec.partition(":")[0]], photo(256), []
+    clip = load_open_clip(f"{spec}{file}")
     assert (clip.dim, clip.text_width, clip.text_len) == sizes
     model, _, transform = open_clip.create_model_and_transforms(
-        same, pretrained=str(path), weights_only=True)
-    model.eval()
-    picture, seen, encode = photo(256), [], clip.model.encode_image
-    clip.model.encode_image = lambda x: seen.append(x) or encode(x)
-    ours = clip.encode_image(to_tensor(fit(picture, clip.image_size))[None])
-    off = (seen[0][0] - transform(picture)) * clip.std  # in units of pixels from 0 to 1
-    assert off.abs().max() < 1e-2
+        same, pretrained=str(file), weights_only=True)
     with torch.no_grad():
-        theirs = model.encode_image(transform(picture)[None])
+        theirs = model.eval().encode_image(transform(picture)[None])
         text = model.encode_text(open_clip.get_tokenizer(same)(list(CAPTIONS)))
-    assert torch.nn.functional.cosine_similarity(ours, theirs).item() > 0.999
+    clip.model.visual.register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
+    ours = clip.encode_image(to_tensor(fit(picture, clip.image_size))[None])
+    off = (seen[0] - transform(picture)) * clip.std  # in units of pixels from 0 to 1
+    assert off.abs().max() < 1e-2
+    assert F.cosine_similarity(ours, theirs).item() > 0.999
     text_emb, _, mask = clip.encode_text(CAPTIONS)
-    assert_close(text_emb, torch.nn.functional.normalize(text, dim=-1), rtol=1e-4, atol=1e-5)
+    assert_close(text_emb, F.normalize(text, dim=-1), rtol=1e-4, atol=1e-5)
     assert mask.sum(1).tolist() == [7, 7]
 
 
@@ -108,14 +107,12 @@ def test_a_tag_is_the_same_clip_downloaded_and_from_a_file(files, monkeypatch, t
 
 @pytest.mark.parametrize("spec, words", [
     ("ViT-B-33:openai", "no model 'ViT-B-33'; close: ViT-B-32"),
-    ("", "no model ''"),
     ("ViT-B-32", "which weights"),
     ("ViT-B-32:=", "which weights"),
     ("ViT-B-32:/no/such/file.pt", "'/no/such/file.pt' is neither a file nor a tag of ViT-B-32; its "
      "tags: openai, "),
     ("ViT-B-32:openai=/no/such/file.pt", "/no/such/file.pt' is not"),
     ("ViT-B-16-SigLIP:webli", "tokenizer"),
-    ("roberta-ViT-B-32:laion2b_s12b_b32k", "tokenizer"),
     ("coca_ViT-B-32:laion2b_s13b_b90k", "tokenizer"),
     ("RN50:openai", "Network is unreachable); where the model hub cannot be reached, give a local "
      "file: --clip RN50:openai=FILE"),
