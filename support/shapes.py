@@ -23,10 +23,8 @@ from PIL import Image, ImageDraw, ImageFont
 from support.sheets import to_tensor
 from support.tools import UserError
 
-COLOURS = {
-    "red": (230, 30, 30), "orange": (250, 135, 10), "yellow": (245, 230, 25),
-    "green": (30, 170, 60), "blue": (30, 80, 230), "purple": (150, 40, 200),
-}
+COLOURS = {"red": (230, 30, 30), "orange": (250, 135, 10), "yellow": (245, 230, 25),
+           "green": (30, 170, 60), "blue": (30, 80, 230), "purple": (150, 40, 200)}
 BACKGROUNDS = {"black": 14, "white": 241, "gray": 128}  # one grey level each
 SIZES = {"small": (0.13, 0.16), "large": (0.20, 0.24)}  # radius, as a part of the picture's side
 SHAPES = ("circle", "square", "triangle", "star", "cross")
@@ -86,12 +84,8 @@ def make_scene(rng, held_out=False):
             rng.shuffle(pairs)  # a lone object is the first pair, which must be the held-out one
     sizes = [rng.choice(tuple(SIZES)) for _ in pairs]
     radii = [rng.uniform(*SIZES[size]) for size in sizes]
-    if kind < 0.42:
-        places, relation = [[rng.uniform(radii[0], 1 - radii[0]) for _ in range(2)]], None
-    else:
-        relation = rng.choice(RELATIONS)
-        places = place_two(rng, radii, relation)
-    things = []
+    relation = rng.choice(RELATIONS) if kind >= 0.42 else None
+    places, things = find_places(rng, radii, relation), []
     for (colour, shape), size, radius, (x, y) in zip(pairs, sizes, radii, places):
         shade = rng.uniform(0.85, 1.0)
         rgb = tuple(round(shade * channel) for channel in COLOURS[colour])
@@ -100,9 +94,11 @@ def make_scene(rng, held_out=False):
     return Scene(tuple(things), background, grey, relation)
 
 
-def place_two(rng, radii, relation, gap=0.03):
-    """Centres (x, y) of two things inside the picture and clearly in this relation: the offset
-    across its axis is at most half of that along it, so nobody can read "left of" as "above"."""
+def find_places(rng, radii, relation, gap=0.03):
+    """Centres (x, y) of one thing inside the picture, or of two that are clearly in this relation:
+    the offset across its axis is at most half of that along it, or "left of" could be "above"."""
+    if relation is None:
+        return [[rng.uniform(radii[0], 1 - radii[0]) for _ in range(2)]]
     # On the axis: free space, thing, at least a gap, thing, free space. Large things just fit.
     near, far = (0, 1) if relation in ("above", "left of") else (1, 0)
     slack = 1 - 2 * sum(radii) - gap
