@@ -41,8 +41,7 @@ class Embeddings:
         self.pictures = [read(path) for path in sorted(folder.glob("pictures-*.pt"))]
         self.captions = [read(path) for path in sorted(folder.glob("captions-*.pt"))]
 
-    def __reduce__(self):
-        """In a worker process the files are opened again, instead of their contents being sent."""
+    def __reduce__(self):  # a worker process opens the files again: their contents are not sent
         return Embeddings, (self.folder,)
 
     def __len__(self):
@@ -82,10 +81,8 @@ def rows(shards, name, numbers):
 
 
 def embed(clip, data, folder, batch_size=128):
-    """Embeddings of `data` under `clip`: what `folder` lacks is computed.
-
-    Each CLIP and each state of the data has a sub-folder, so nobody gets old embeddings.
-    """
+    """Embeddings of `data` under `clip`: what `folder` lacks is computed. Another CLIP or changed
+    data get another sub-folder, so no embeddings are out of date."""
     key = f"{clip.identity}|{data.name}|{data.fingerprint()}|{len(data)}"
     folder = Path(folder) / hashlib.sha256(key.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)

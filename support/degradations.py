@@ -34,11 +34,8 @@ def degrade_blur(low, rng=None):
 
 
 def degrade_some_blur(low, rng):
-    """The same blur with a random sigma: 0.1, which does nothing, to 0.9.
-
-    The paper's sigma is always 0.6. But an upsampler trained on one blur learns to undo exactly
-    that one, and draws white rims around things that are sharp already.
-    """
+    """The same blur with a random sigma: 0.1, which does nothing, to 0.9. An upsampler trained on
+    one blur learns to undo exactly that one, and draws white rims around what is sharp already."""
     return gaussian_blur(low, kernel=3, sigma=rng.uniform(0.1, 0.9))
 
 

@@ -10,7 +10,6 @@ not hours into a training.
 
 import hashlib
 import json
-import math
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -47,8 +46,7 @@ def open_picture(path, side=None):
     1/1, 1/2, 1/4 and 1/8 of their size that still has `side`, if given: much faster."""
     try:
         with Image.open(path) as picture:
-            if side:
-                picture.draft(None, (side, side))
+            picture.draft(None, side and (side, side))
             return to_rgb(picture)
     except FileNotFoundError:
         raise UserError(f"no picture at {path}: check the path")
@@ -116,7 +114,7 @@ def readable_paths(name, paths, limit):
     """At least the first `limit` paths whose pictures can be decoded; the others are reported."""
     fine, skipped = [], []
     with ThreadPoolExecutor() as pool:
-        while paths and len(fine) < (limit or math.inf):  # don't open the other 100,000 files
+        while paths and not (limit and len(fine) >= limit):  # don't open all 100,000 for a few
             for path, ok in zip(paths[:256], pool.map(readable, paths[:256])):
                 (fine if ok else skipped).append(path)
             paths = paths[256:]

@@ -17,7 +17,7 @@ from clip_model import load_open_clip
 from lab import evaluate
 from support.cache import decode
 from support.openclip import weights_hash
-from support.pictures import fit, load_data
+from support.pictures import Pictures, fit
 from support.sheets import to_tensor
 from support.tools import UserError
 
@@ -74,14 +74,12 @@ def test_pictures_and_captions_are_encoded_as_by_open_clip_itself(spec, same, si
 
 
 @pytest.mark.parametrize("kind", ["bicubic", "bilinear"])
-def test_a_data_sets_pictures_are_shrunk_as_open_clip_shrinks_them(kind, tmp_path):
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (72, 90, 3), dtype=np.uint8))
-    noise.save(tmp_path / "a.png")
-    (tmp_path / "a.txt").write_text("noise")
-    half = (0.5, 0.5, 0.5)
-    theirs = open_clip.image_transform(32, False, mean=half, std=half, interpolation=kind)(noise)
-    ours = decode(load_data("folder", tmp_path), 32, kind, [0])[0]
-    assert_close(ours, theirs, rtol=0, atol=0.01)
+def test_a_data_sets_pictures_are_shrunk_as_open_clip_shrinks_them(kind):
+    noise = np.random.default_rng(0).integers(0, 256, (72, 90, 3), dtype=np.uint8)
+    data, half = Pictures("noise", [(noise, ["noise"])], []), (0.5, 0.5, 0.5)
+    transform = open_clip.image_transform(32, False, mean=half, std=half, interpolation=kind)
+    theirs = transform(Image.fromarray(noise))
+    assert_close(decode(data, 32, kind, [0])[0], theirs, rtol=0, atol=0.01)
 
 
 def test_a_tag_is_the_same_clip_downloaded_and_from_a_file(files, monkeypatch, tmp_path):
@@ -92,12 +90,12 @@ def test_a_tag_is_the_same_clip_downloaded_and_from_a_file(files, monkeypatch, t
         monkeypatch.setattr(module, "list_pretrained_tags_by_model", lambda name: ["mine"])
         monkeypatch.setattr(module, "get_pretrained_cfg", lambda _, tag: tag and trained)
     monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *a, **k: str(file))
-    plain, clip, downloaded = (load_open_clip(f"tiny-ViT:{x}")
-                               for x in (file, f"mine={file}", "mine"))
+    specs = (file, f"mine={file}", "mine")
+    plain, clip, downloaded = (load_open_clip(f"tiny-ViT:{x}") for x in specs)
     for name, value in torch.load(file).items():
         assert_close(plain.model.state_dict()[name], value, rtol=0, atol=0)
-    for key in ("mean", "std"):
-        assert_close(getattr(clip, key).flatten(), torch.tensor(trained[key]))
+    assert_close(clip.mean.flatten(), torch.tensor(trained["mean"]))
+    assert_close(clip.std.flatten(), torch.tensor(trained["std"]))
     quick = [any(isinstance(m, open_clip.transformer.QuickGELU) for m in c.model.modules())
              for c in (plain, clip, downloaded)]
     assert quick == [False, True, True]
@@ -138,12 +136,11 @@ def test_a_broken_weights_file_is_a_users_mistake(content, tmp_path, files):
 def test_the_whole_path_runs_with_a_clip_of_open_clips(files, untrained_run, tmp_path, capsys):
     """Train a prior and a decoder for it, draw from a caption; another CLIP is refused.
     (untrained_run only registers the preset "micro".)"""
-    root, run = tmp_path / "pictures", tmp_path / "run"
-    root.mkdir()
+    run = tmp_path / "run"
     for i in range(24):
-        photo(48, i).save(root / f"{i}.png")
-        (root / f"{i}.txt").write_text(CAPTIONS[i % 2])
-    common = ["--data", "folder", "--root", str(root), "--preset", "micro", "--out", str(run),
+        photo(48, i).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(CAPTIONS[i % 2])
+    common = ["--data", "folder", "--root", str(tmp_path), "--preset", "micro", "--out", str(run),
               "--workers", "0", "--steps", "2"]
     clip, other = (f"{name}:{files[name]}" for name in SMALL)
     for stage in ("prior", "decoder"):
