@@ -55,11 +55,9 @@ def open_picture(path, side=None):
 
 
 def fit(picture, size, crop=None, place=0.5, interpolation="bicubic"):
-    """PIL RGB -> a square of it at size x size, antialiased; or its window crop = (top, left, side),
-    which equals a cut-out, as the filter sees beyond the window's edges.
-
-    place: where along the longer side the square is taken: 0.5 is the centre, 0 and 1 the ends
-    """
+    """PIL RGB -> a square of it at size x size, antialiased; or the window crop = (top, left, side)
+    of that, as if cut out: the filter sees beyond its edges. place: where along the longer side
+    the square is taken: 0.5 is the centre, 0 and 1 the ends."""
     top, left, side = crop or (0, 0, size)
     square = min(picture.size)
     x, y = (picture.width - square) * place, (picture.height - square) * place

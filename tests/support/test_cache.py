@@ -18,7 +18,7 @@ from support.tools import UserError
 
 D, W, L = 4, 6, 12
 CAPTIONS = ["a red circle", "a blue square above a green cross", "a star", "!", "one red star"]
-OWN = [[0], [1, 2, 3], [2], [0, 4], [4], [3, 1]]  # the captions of each picture, some of them shared
+OWN = [[0], [1, 2, 3], [2], [0, 4], [4], [3, 1]]  # the captions of each picture, some are shared
 
 
 class Clip:
@@ -133,15 +133,14 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-20])
 
 
-def changed(change):
-    return lambda path: torch.save({k: change(x) + 0 for k, x in torch.load(path).items()}, path)
+def zero(path):
+    torch.save({name: 0 * x for name, x in torch.load(path).items()}, path)
 
 
-@pytest.mark.parametrize("name, asked", [
-    ("pictures-00001", [8, 5]), ("captions-00002", [6, 6]), ("index", [6, 5])])  # that shard alone
-@pytest.mark.parametrize("damage", [
-    cut, changed(lambda x: x[:-1]), changed(lambda x: x / 0 if x.is_floating_point() else x[1:])])
-def test_a_damaged_shard_is_noticed_and_computed_again(damage, name, asked, tmp_path, capsys):
+@pytest.mark.parametrize("name, damage, asked", [  # that shard alone is computed again
+    ("pictures-00001", cut, [8, 5]), ("pictures-00001", zero, [8, 5]),
+    ("captions-00002", cut, [6, 6]), ("captions-00002", zero, [6, 6]), ("index", cut, [6, 5])])
+def test_a_damaged_shard_is_noticed_and_computed_again(name, damage, asked, tmp_path, capsys):
     clip, wanted = Clip(), embed(Clip(), Data(), tmp_path / "whole")
     embed(clip, Data(), tmp_path)
     (path,) = tmp_path.glob(f"*/{name}.pt")
@@ -157,17 +156,6 @@ def test_a_clip_that_gives_no_numbers_is_refused_and_nothing_is_kept(tmp_path):
     with pytest.raises(UserError, match="image_emb .* are CLIP's weights fine"):
         embed(clip, Data(), tmp_path)
     assert not list(tmp_path.glob("*/pictures-*"))
-
-
-def test_a_full_disk_is_told_in_one_line_and_leaves_no_part_of_a_file(tmp_path, monkeypatch):
-    def full(arrays, file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as m, pytest.raises(UserError, match="cannot write .* make room"):
-        m.setattr(torch, "save", full)
-        embed(Clip(), Data(), tmp_path)
-    assert not list(tmp_path.glob("*/*"))
 
 
 def test_two_passes_at_once_do_no_harm(tmp_path, monkeypatch):
