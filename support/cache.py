@@ -91,7 +91,7 @@ def embed(clip, data, folder, batch_size=128):
     def keep_shards(kind, n, compute):
         for k, start in enumerate(range(0, n, SHARD)):
             part = range(start, min(start + SHARD, n))
-            keep(folder / f"{kind}-{k:05}.pt", lambda: compute(part))
+            keep(folder / f"{kind}-{k:05}.pt", functools.partial(compute, part))
 
     index = keep(folder / "index.pt", lambda: listed()[0])
     keep_shards("pictures", len(data), lambda part: embed_pictures(clip, data, part, batch_size))

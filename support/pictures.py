@@ -14,7 +14,7 @@ import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +122,7 @@ def readable_paths(name, paths, limit):
     return fine
 
 
-@lru_cache(maxsize=None)  # once a process: train and val ask about the same files
+@cache  # once a process: train and val ask about the same files
 def readable(path):
     try:
         return open_picture(path, 64) is not None
