@@ -75,7 +75,7 @@ class Batches(torch.utils.data.Dataset):
         indices = np.random.default_rng(0).permutation(len(self.data))[:count]
         batch, captions = self.of(indices, np.random.default_rng(0)), None
         if self.embeddings is not None:
-            which = self.embeddings.which_captions(indices, np.random.default_rng(0))
+            which, _ = self.embeddings.draw_captions(indices, np.random.default_rng(0))
             captions = [self.data.captions(int(i))[k] for i, k in zip(indices, which)]
         return to_device(batch, self.device), captions
 

@@ -194,7 +194,7 @@ def score(seen, claim):
     relation     and these two objects are placed as claimed
     all          everything at once, with the sizes on the right objects too
 
-    claim: a Claim (support.shapes.parse_caption), or a Scene, which claims everything it shows.
+    claim: a Scene, with gaps where a caption says nothing (support.shapes.parse_caption).
     The word on a sign is not compared: any sign will do (probing.read_word reads them).
     """
 

@@ -9,15 +9,13 @@ They lie in files of at most 4,096 pictures or different captions each, called s
 Token features are kept without padding: caption k of a shard owns rows starts[k] to starts[k + 1]
 of text_enc. Picture i owns such a part of caption_ids, whose numbers run through all shards.
 
-A file is written under a temporary name and then renamed, so it is there as a whole or not at all.
-An interrupted pass continues with the first file that is missing. Two passes at once do no harm:
-at worst both compute the same shard, and one replaces the other's by an equal one.
+A file is written under a temporary name and then renamed, so it is there as a whole or not at all,
+and an interrupted pass continues with the first file that is missing. Two passes at once do no
+harm: at worst one replaces the other's shard by an equal one.
 """
 
 import functools
 import hashlib
-import io
-import math
 import os
 from pathlib import Path
 
@@ -27,6 +25,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from support.checkpoint import save_checkpoint
 from support.tools import UserError, usable_cores
 
 SHARD = 4096  # pictures or captions
@@ -42,32 +41,27 @@ class Embeddings:
         self.pictures = [read(path) for path in sorted(folder.glob("pictures-*.pt"))]
         self.captions = [read(path) for path in sorted(folder.glob("captions-*.pt"))]
 
-    def __reduce__(self):
-        """In a worker process the files are opened again, instead of their contents being sent."""
+    def __reduce__(self):  # a worker process opens the files again: their contents are not sent
         return Embeddings, (self.folder,)
 
     def __len__(self):
         return len(self.starts) - 1
 
-    def which_captions(self, indices, rng):
-        """For each picture of `indices`, which of its own captions rng draws: 0 is the first."""
-        first, last = (self.starts[np.asarray(indices) + k] for k in (0, 1))
-        return (rng.random(len(indices)) * (last - first)).astype(int)
-
     def draw_captions(self, indices, rng):
-        """The same captions, by their numbers in caption_ids."""
-        first = self.starts[np.asarray(indices)]
-        return self.caption_ids[first + self.which_captions(indices, rng)]
+        """One caption of each picture: its number among the picture's own, and in all."""
+        first, last = (self.starts[np.add(indices, k)] for k in (0, 1))
+        which = (rng.random(len(indices)) * (last - first)).astype(int)
+        return which, self.caption_ids[first + which]
 
     def pairs(self, indices, rng):
         """Embeddings (n, D) of pictures, and of one caption each; no token features."""
-        captions = self.draw_captions(indices, rng)
+        _, captions = self.draw_captions(indices, rng)
         return rows(self.pictures, "image_emb", indices), rows(self.captions, "text_emb", captions)
 
     def batch(self, indices, rng):
         """Pictures `indices`, each with one of its captions drawn by rng, as float32 tensors."""
-        captions, tokens = self.draw_captions(indices, rng), []
-        for shard, k in zip(*divmod(captions, SHARD), strict=True):
+        (_, captions), tokens = self.draw_captions(indices, rng), []
+        for shard, k in zip(*divmod(captions, SHARD)):
             start, stop = self.captions[shard]["starts"][k : k + 2].tolist()
             tokens.append(self.captions[shard]["text_enc"][start:stop].float())
         lengths = torch.tensor([len(x) for x in tokens])
@@ -86,71 +80,46 @@ def rows(shards, name, numbers):
     return torch.stack([shards[u // SHARD][name][u % SHARD].float() for u in map(int, numbers)])
 
 
-class Pictures(torch.utils.data.Dataset):
-    """A data set's pictures alone, as a CLIP wants them, for a DataLoader."""
-
-    def __init__(self, data, clip):  # without the CLIP itself: worker processes don't need it
-        self.data, self.size, self.interpolation = data, clip.image_size, clip.interpolation
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, i):
-        return self.data.image(i, self.size, interpolation=self.interpolation)
-
-
 def embed(clip, data, folder, batch_size=128):
-    """Embeddings of `data` under `clip`: what `folder` lacks is computed.
-
-    A sub-folder each for another CLIP or changed data: they are never served old embeddings.
-    """
+    """Embeddings of `data` under `clip`: what `folder` lacks is computed. Another CLIP or changed
+    data get another sub-folder, so no embeddings are out of date."""
     key = f"{clip.identity}|{data.name}|{data.fingerprint()}|{len(data)}"
     folder = Path(folder) / hashlib.sha256(key.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     listed = functools.cache(lambda: list_captions(data))  # only where something is missing
-    index = keep(folder / "index.pt", clip, len(data), lambda: listed()[0])
-    different = int(index["caption_ids"].max()) + 1
-    for kind, n, compute, source in (("pictures", len(data), embed_pictures, data),
-                                     ("captions", different, embed_captions, listed)):
+
+    def keep_shards(kind, n, compute):
         for k, start in enumerate(range(0, n, SHARD)):
             part = range(start, min(start + SHARD, n))
-            keep(folder / f"{kind}-{k:05}.pt", clip, len(part),
-                 functools.partial(compute, clip, source, part, batch_size))
+            keep(folder / f"{kind}-{k:05}.pt", functools.partial(compute, part))
+
+    index = keep(folder / "index.pt", lambda: listed()[0])
+    keep_shards("pictures", len(data), lambda part: embed_pictures(clip, data, part, batch_size))
+    keep_shards("captions", int(index["caption_ids"].max()) + 1,
+                lambda part: embed_captions(clip, listed()[1], part, batch_size))
     return Embeddings(folder)
 
 
-def keep(path, clip, n, compute):
+def keep(path, compute):
     """What is in the file at `path`; where that is missing or damaged, compute() and write it."""
     if path.exists():
         try:
-            return check(read(path), clip, n)
+            return check(read(path))
         except Exception as e:  # a damaged file can raise nearly anything
             print(f"note: {path} is damaged ({e}) and computed again")
-    arrays, buffer = check(compute(), clip, n), io.BytesIO()
-    torch.save(arrays, buffer)  # by way of memory: on a full disk torch would raise no OSError
-    part = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        part.write_bytes(buffer.getbuffer())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    arrays = check(compute())
+    beside = path.with_name(f"{os.getpid()}-{path.name}")  # each process writes a file of its own
+    save_checkpoint(beside, arrays)
+    os.replace(beside, path)
     return arrays
 
 
-def check(arrays, clip, n):
-    """The arrays of n pictures or captions, if they are what they should be; else a UserError."""
-    owned = int(arrays["starts"][-1]) if "starts" in arrays else 0
-    shapes = {"image_emb": (n, clip.dim), "text_emb": (n, clip.dim), "starts": (n + 1,),
-              "text_enc": (owned, clip.text_width), "caption_ids": (owned,)}
+def check(arrays):
+    """The arrays, if the embeddings in them have unit norm; else a UserError."""
     for name, array in arrays.items():
-        if array.shape != shapes[name]:
-            raise UserError(f"{name} is of shape {tuple(array.shape)}, not {shapes[name]}")
-        # Token features can take gigabytes: a look at every 50th is enough.
-        every, low, high = (50, 0, math.inf) if name == "text_enc" else (1, 0.98, 1.02)
-        if array.is_floating_point():
-            norms = array[::every].float().norm(dim=1)
-            if not ((low < norms) & (norms < high)).all():
-                raise UserError(f"{name} has zeros, NaNs or wrong norms: are CLIP's weights fine?")
+        # Written so that NaN fails too.
+        if name.endswith("_emb") and not (array.float().norm(dim=1) - 1).abs().max() < 0.02:
+            raise UserError(f"{name} has zeros, NaNs or wrong norms: are CLIP's weights fine?")
     return arrays
 
 
@@ -163,23 +132,29 @@ def list_captions(data):
     return {"starts": starts, "caption_ids": ids}, list(number)
 
 
-def embed_captions(clip, listed, part, batch_size):
-    """A shard of captions: numbers `part` of list_captions, which listed() gives."""
-    ids = clip.tokenizer(listed()[1][part.start : part.stop])
+def embed_captions(clip, captions, part, batch_size):
+    """A shard of captions, those with the numbers `part`."""
+    ids = clip.tokenizer(captions[part.start : part.stop])
     text_emb, text_enc = [], []
     for some in tqdm(ids.split(batch_size), f"CLIP: captions from {part.start}", disable=None):
         emb, enc, mask = clip.encode_ids(some.to(clip.mean.device))
         text_emb.append(emb.cpu())
         text_enc.append(enc[mask].cpu())
     starts = pad((ids.argmax(dim=1) + 1).cumsum(0), (1, 0))  # end of text has the largest id
-    text_emb, text_enc = torch.cat(text_emb).half(), torch.cat(text_enc).half()
-    return {"starts": starts, "text_emb": text_emb, "text_enc": text_enc}
+    return {"starts": starts, "text_emb": torch.cat(text_emb).half(),
+            "text_enc": torch.cat(text_enc).half()}
 
 
 def embed_pictures(clip, data, part, batch_size):
-    """A shard of pictures, which worker processes decode."""
-    pictures = torch.utils.data.Subset(Pictures(data, clip), part)
-    loader = torch.utils.data.DataLoader(pictures, batch_size, num_workers=min(usable_cores(), 8))
+    """A shard of pictures, which worker processes decode. They get no copy of the CLIP."""
+    collate = functools.partial(decode, data, clip.image_size, clip.interpolation)
+    loader = torch.utils.data.DataLoader(part, batch_size, collate_fn=collate,
+                                         num_workers=min(usable_cores(), 8))
     loader = tqdm(loader, f"CLIP: pictures from {part.start}", disable=None)
     image_emb = [clip.encode_image(images.to(clip.mean.device)).cpu() for images in loader]
     return {"image_emb": torch.cat(image_emb).half()}
+
+
+def decode(data, size, interpolation, indices):
+    """Pictures `indices` as a CLIP wants them."""
+    return torch.stack([data.image(i, size, interpolation=interpolation) for i in indices])

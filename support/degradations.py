@@ -4,8 +4,8 @@ In training an upsampler's input is a real picture, shrunk perfectly; in samplin
 with faults of its own, and an upsampler that trusts every pixel would enlarge them. So in training,
 and only there, the input is damaged a little.
 
-Every degradation takes low, a float32 picture (3, h, w) in [-1, 1], and rng, a numpy Generator from
-which all its randomness comes, and returns a picture of the same form.
+Every degradation takes a float32 picture `low` (3, h, w) in [-1, 1] and a numpy Generator `rng`,
+its only source of randomness, and returns a picture of the same form.
 """
 
 import io
@@ -17,23 +17,15 @@ from PIL import Image
 
 
 def gaussian_blur(low, kernel, sigma):
-    """Blur by a gaussian of std `sigma` pixels, cut off to `kernel` x `kernel` pixels (odd).
-
-    A 2-D gaussian is the product of two 1-D ones, so rows and columns are blurred one after the
-    other. Beyond the picture's edge its outermost pixels are repeated.
-    """
+    """Blur by a gaussian of std `sigma` pixels, cut off to `kernel` x `kernel` pixels (odd). It is
+    the product of two 1-D ones, so rows and columns are blurred one after the other."""
     radius = kernel // 2
-    offsets = torch.arange(-radius, radius + 1, dtype=low.dtype, device=low.device)
+    offsets = torch.arange(-radius, radius + 1.0)
     weights = torch.exp(-offsets**2 / (2 * sigma**2))
     weights = (weights / weights.sum()).expand(3, 1, 1, kernel)  # sum 1: same brightness
     low = F.pad(low[None], (radius,) * 4, mode="replicate")  # (1, 3, h + 2r, w + 2r)
     low = F.conv2d(low, weights, groups=3)  # along the rows
-    return F.conv2d(low, weights.transpose(2, 3), groups=3)[0]  # down the columns: (3, h, w)
-
-
-def degrade_none(low, rng):
-    """No corruption: train with it to see what the others are good for."""
-    return low
+    return F.conv2d(low, weights.mT, groups=3)[0]  # down the columns: (3, h, w)
 
 
 def degrade_blur(low, rng=None):
@@ -42,11 +34,8 @@ def degrade_blur(low, rng=None):
 
 
 def degrade_some_blur(low, rng):
-    """The same blur with a random sigma: 0.1, which does nothing, to 0.9.
-
-    The paper's sigma is always 0.6. But an upsampler trained on one blur learns to undo exactly
-    that one, and draws white rims around things that are sharp already.
-    """
+    """The same blur with a random sigma: 0.1, which does nothing, to 0.9. An upsampler trained on
+    one blur learns to undo exactly that one, and draws white rims around what is sharp already."""
     return gaussian_blur(low, kernel=3, sigma=rng.uniform(0.1, 0.9))
 
 
@@ -55,7 +44,7 @@ def degrade_some_blur(low, rng):
 # the down-sampling itself as one of the shuffled steps, noise of 2 .. 25 of 255 grey levels, JPEG
 # of quality 30 .. 95 with probability 0.9 and once more at the end. Here the picture is shrunk
 # first, each of four steps runs once, the one blur is isotropic, and the ranges are milder: from
-# almost nothing, as sampling corrupts nothing, to a fault that one can see.
+# almost nothing, since sampling corrupts nothing, to a visible fault.
 
 
 def bsr_blur(low, rng):
@@ -65,9 +54,8 @@ def bsr_blur(low, rng):
 
 def bsr_resize(low, rng):
     """Shrink to 50 .. 100% of the side and enlarge again: finer detail is lost."""
-    h, w = low.shape[-2:]
-    scale = rng.uniform(0.5, 1.0)
-    small = (max(1, round(h * scale)), max(1, round(w * scale)))
+    (h, w), scale = low.shape[-2:], rng.uniform(0.5, 1.0)
+    small = max(1, round(h * scale)), max(1, round(w * scale))
     # antialias=True averages before it picks pixels: fine stripes must not become coarse ones.
     low = F.interpolate(low[None], small, mode="bicubic", antialias=True)
     low = F.interpolate(low, (h, w), mode="bicubic")[0]
@@ -94,12 +82,12 @@ BSR_STEPS = (bsr_blur, bsr_resize, bsr_noise, bsr_jpeg)
 
 def degrade_bsr(low, rng):
     """All four BSR steps, each with a random strength, in one of their 24 orders."""
-    for k in rng.permutation(len(BSR_STEPS)):
+    for k in rng.permutation(4):
         low = BSR_STEPS[k](low, rng)
     return low
 
 
-DEGRADATIONS = {"none": degrade_none, "blur": degrade_blur, "some_blur": degrade_some_blur,
+DEGRADATIONS = {"none": lambda low, rng: low, "blur": degrade_blur, "some_blur": degrade_some_blur,
                 "bsr": degrade_bsr}
 # How many pixels around a pixel it looks at. BSR's JPEG has blocks of 8 (16 for colour).
 MARGINS = {"none": 0, "blur": 1, "some_blur": 1, "bsr": 8}

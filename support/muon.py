@@ -8,8 +8,8 @@ from the momentum's singular value decomposition U S V^T it keeps U V^T.
 The one idea: U V^T needs no decomposition. The polynomial a x + b x x^T x + c (x x^T)^2 x acts on
 the singular values of x alone, and with the right a, b, c five rounds bring all of them near 1.
 
-The paper uses Adam for everything (table 3). With Muon for the stacks of layers the decoder gets
-to the same loss in half the time (`python -m lab.bench --race optimizers`). torch.optim.Muon takes
+The paper uses Adam for everything (table 3). With Muon for the stacks of layers the decoder reaches
+the same loss in half the time (`python -m lab.bench --race optimizers`). torch.optim.Muon takes
 no convolutions and always computes in bfloat16, which is slow on most CPUs.
 """
 
@@ -24,15 +24,12 @@ A, B, C, ROUNDS = 3.4445, -4.7750, 2.0315, 5
 
 
 def orthogonalise(matrices):
-    """(..., rows, columns) -> approximately U V^T of each matrix U S V^T, by Newton-Schulz.
-
-    The norm (Frobenius) brings all singular values to 1 or below, as the iteration needs. Under
-    autocast the products are bfloat16, which turns a step by only a few degrees.
-    """
+    """(..., rows, columns) -> approximately U V^T of each matrix U S V^T, by Newton-Schulz."""
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices  # x x^T is then the smaller of the two squares
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # zero stays zero
-    if torch.is_autocast_enabled(x.device.type):
+    # The Frobenius norm brings all singular values to 1 or below. Zero stays zero.
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    if torch.is_autocast_enabled(x.device.type):  # bfloat16 turns a step by only a few degrees
         x = x.to(torch.get_autocast_dtype(x.device.type))
     for _ in range(ROUNDS):
         square = x @ x.mT
@@ -74,7 +71,5 @@ def make_optimizers(model, muon=None):
     inside = {p for stack in stacks for p in stack.parameters() if p.dim() > 1} if muon else set()
     matrices = [p for p in model.parameters() if p in inside]  # in the model's order, for resuming
     others = [p for p in model.parameters() if p not in inside]
-    optimizers = [torch.optim.AdamW([{"params": others, "scale": 1.0}], fused=True, **ADAM)]
-    if matrices:
-        optimizers.append(Muon([{"params": matrices, "scale": muon}], lr=0.0))
-    return optimizers
+    adam = torch.optim.AdamW([{"params": others, "scale": 1.0}], fused=True, **ADAM)
+    return [adam, Muon([{"params": matrices, "scale": muon}], lr=0.0)] if matrices else [adam]

@@ -13,35 +13,13 @@ from support.tools import UserError
 
 
 def open_pretrained(spec):
-    """MODEL:TAG or MODEL:FILE or MODEL:TAG=FILE -> (model, tokenizer, name).
+    """What --clip says, MODEL:TAG or MODEL:FILE or MODEL:TAG=FILE -> (model, tokenizer, name).
 
     MODEL:TAG, such as ViT-B-32:laion2b_s34b_b79k, is downloaded. MODEL:TAG=FILE reads the same
     weights from a local file; the tag tells the activation, mean and std they were trained with,
     which a file alone does not. MODEL:FILE takes open_clip's defaults for the model.
     """
-    name, _, weights = spec.partition(":")
-    if Path(weights).is_file():
-        tag, file = "", weights  # MODEL:FILE
-    else:
-        tag, _, file = weights.partition("=")  # MODEL:TAG or MODEL:TAG=FILE
-    if name not in open_clip.list_models():
-        near = difflib.get_close_matches(name, open_clip.list_models(), cutoff=0.4)
-        near = ", ".join(near) or "-"
-        raise UserError(f"--clip: open_clip has no model '{name}'; close: {near}; all: python -c "
-                        "'import open_clip; print(open_clip.list_models())'")
-    if not weights:
-        raise UserError(f"--clip {name}: say which weights, as {name}:TAG or {name}:FILE")
-    text = open_clip.get_model_config(name)["text_cfg"]
-    if "hf_tokenizer_name" in text or "embed_cls" in text:  # SigLIP, CLIPA, CoCa, ...
-        raise UserError(f"--clip {name}: it has another tokenizer than CLIP's, or takes its text "
-                        "embedding from another token; choose a plain CLIP, such as ViT-B-32")
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if tag and tag not in tags:
-        near = difflib.get_close_matches(tag, tags, cutoff=0.4) or tags
-        raise UserError(f"--clip {spec}: '{tag}' is neither a file nor a tag of {name}; "
-                        f"its tags: {', '.join(near) or 'none'}")
-    if file and not Path(file).is_file():
-        raise UserError(f"--clip {spec}: no file {file}; check the path")
+    name, tag, file = read_spec(spec)
     trained = open_clip.get_pretrained_cfg(name, tag) if tag else {}
     # Some tags' weights were trained with QuickGELU, sigmoid(1.702 x) x, where the model has GELU.
     quick = bool(trained.get("quick_gelu"))
@@ -50,23 +28,41 @@ def open_pretrained(spec):
     wanted = {k: trained[k] for k in ("mean", "std", "interpolation") if k in trained}
     logging.disable(logging.ERROR)  # open_clip logs each error before raising it
     try:
-        model = open_clip.create_model(
-            name, pretrained=file or tag, weights_only=True, force_preprocess_cfg=wanted,
-            force_quick_gelu=quick,
-        )
+        model = open_clip.create_model(name, pretrained=file or tag, weights_only=True,
+                                       force_preprocess_cfg=wanted, force_quick_gelu=quick)
     except Exception as e:
         # The first sentence alone: torch's next one advises to turn weights_only off.
         reason = (str(e) or type(e).__name__).splitlines()[0].split(". ")[0]
         raise UserError(f"--clip {spec}: cannot load these weights ({reason}); where the model hub "
-                        "cannot be reached, give a local file: --clip "
-                        f"{name}:{tag + '=' if tag else ''}FILE") from e
+                        f"cannot be reached, give a local file: --clip {name}:{tag and tag + '='}"
+                        "FILE") from e
     finally:
         logging.disable(logging.NOTSET)
     # The same weights with another activation or another mean and std are another CLIP.
     settings = dict(model.visual.preprocess_cfg) | {"quick_gelu": quick}
     variant = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    tokenizer = Tokenizer(open_clip.get_tokenizer(name).context_length)
-    return model, tokenizer, f"{name}-{variant}"
+    return model, Tokenizer(model.context_length), f"{name}-{variant}"
+
+
+def read_spec(spec):
+    """(model, tag, file) of such a spec; "" for a tag or file that it does not give."""
+    name, _, weights = spec.partition(":")
+    tag, _, file = ("", "", weights) if Path(weights).is_file() else weights.partition("=")
+    if name not in open_clip.list_models():
+        near = ", ".join(difflib.get_close_matches(name, open_clip.list_models(), cutoff=0.4))
+        raise UserError(f"--clip: open_clip has no model '{name}'; close: {near or '-'}; all: "
+                        "python -c 'import open_clip; print(open_clip.list_models())'")
+    if not tag and not file:
+        raise UserError(f"--clip {name}: say which weights, as {name}:TAG or {name}:FILE")
+    text = open_clip.get_model_config(name)["text_cfg"]
+    if "hf_tokenizer_name" in text or "embed_cls" in text:  # SigLIP, CLIPA, CoCa, ...
+        raise UserError(f"--clip {name}: it has another tokenizer than CLIP's, or takes its text "
+                        "embedding from another token; choose a plain CLIP, such as ViT-B-32")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if tag and tag not in tags:
+        raise UserError(f"--clip {spec}: '{tag}' is neither a file nor a tag of {name}; "
+                        f"its tags: {', '.join(tags) or 'none'}")
+    return name, tag, file
 
 
 def weights_hash(model):

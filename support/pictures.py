@@ -5,7 +5,7 @@ with the data, and image(i, size, ...) -> float32 (3, size, size) in [-1, 1]. A 
 size when it is asked for, so models of all sizes train on one data set.
 
 Pictures that are missing or cannot be decoded are skipped and named when the data set is opened,
-not hours into a training. Files that make no sense as a whole are a UserError.
+not hours into a training.
 """
 
 import hashlib
@@ -13,7 +13,8 @@ import json
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +46,7 @@ def open_picture(path, side=None):
     1/1, 1/2, 1/4 and 1/8 of their size that still has `side`, if given: much faster."""
     try:
         with Image.open(path) as picture:
-            if side:
-                picture.draft(None, (side, side))
+            picture.draft(None, side and (side, side))
             return to_rgb(picture)
     except FileNotFoundError:
         raise UserError(f"no picture at {path}: check the path")
@@ -55,13 +55,9 @@ def open_picture(path, side=None):
 
 
 def fit(picture, size, crop=None, place=0.5, interpolation="bicubic"):
-    """PIL RGB -> a square of it at size x size, or a window crop = (top, left, side) of that.
-
-    place: where along the longer side the square is taken: 0.5 is the centre, 0 and 1 the ends
-    interpolation: "bicubic" or "bilinear", whichever a CLIP expects
-
-    The resize is antialiased. A window equals a cut-out: the filter sees beyond the window's edges.
-    """
+    """PIL RGB -> a square of it at size x size, antialiased; or the window crop = (top, left, side)
+    of that, as if cut out: the filter sees beyond its edges. place: where along the longer side
+    the square is taken: 0.5 is the centre, 0 and 1 the ends."""
     top, left, side = crop or (0, 0, size)
     square = min(picture.size)
     x, y = (picture.width - square) * place, (picture.height - square) * place
@@ -70,11 +66,13 @@ def fit(picture, size, crop=None, place=0.5, interpolation="bicubic"):
     return picture.resize((side, side), Image.Resampling[interpolation.upper()], box=box)
 
 
+@dataclass(frozen=True)
 class Pictures:
-    """Captioned pictures: each item is (a path or uint8 pixels (H, W, 3), captions)."""
+    """Captioned pictures from disk."""
 
-    def __init__(self, name, items, content):  # content: what to make the fingerprint from
-        self.name, self.items, self.content = name, items, content
+    name: str
+    items: list  # (a path or uint8 pixels (H, W, 3), captions)
+    content: list  # what the fingerprint is made from
 
     def __len__(self):
         return len(self.items)
@@ -92,35 +90,39 @@ class Pictures:
         return digest([self.name, *self.content])
 
 
-def picture_files(name, captioned, split, limit=None, divide=False):
+def picture_files(name, captioned, split, limit, divide):
     """{path: [captions]} -> Pictures. divide: keep only this split's share of the files."""
-    paths = readable_paths(name, sorted(captioned), None if divide else limit)
-    paths = (divided(paths, split) if divide else paths)[:limit]
+    paths = sorted(path for path, captions in captioned.items() if captions)
+    paths = readable_paths(name, paths, None if divide else limit)
+    if divide:  # about 1 of 20 files is val, by a hash of its name: adding files moves no others
+        hashes = {path: zlib.crc32(path.name.encode()) for path in paths}
+        val = {path for path in paths if hashes[path] % 20 == 0}
+        if len(paths) >= 2 and len(val) in (0, len(paths)):  # a few files, all on one side
+            val = {min(paths, key=hashes.get)}
+        paths = [path for path in paths if (path in val) == (split == "val")]
     if not paths:
         raise UserError(f"{name}, split {split}: none of {len(captioned)} captioned images is "
                         "left; val needs at least 2 that can be read")
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime) for path in paths]
-    captions = [captioned[path] for path in paths]
-    return Pictures(name, list(zip(paths, captions)), [split, files, captions])
+    items = [(path, captioned[path]) for path in paths[:limit]]
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime) for path, _ in items]
+    return Pictures(name, items, [split, files, [captions for _, captions in items]])
 
 
-def readable_paths(name, paths, limit=None):
+def readable_paths(name, paths, limit):
     """At least the first `limit` paths whose pictures can be decoded; the others are reported."""
     fine, skipped = [], []
     with ThreadPoolExecutor() as pool:
-        for start in range(0, len(paths), 256):
-            some = paths[start : start + 256]
-            for path, ok in zip(some, pool.map(readable, some)):
+        while paths and not (limit and len(fine) >= limit):  # don't open all 100,000 for a few
+            for path, ok in zip(paths[:256], pool.map(readable, paths[:256])):
                 (fine if ok else skipped).append(path)
-            if limit and len(fine) >= limit:
-                break  # do not open the other 100,000 files
+            paths = paths[256:]
     if skipped:
         names = ", ".join(path.name for path in skipped[:3]) + (", ..." if skipped[3:] else "")
         print(f"{name}: skipped {len(skipped)} missing or unreadable: {names}", file=sys.stderr)
     return fine
 
 
-@lru_cache(maxsize=None)  # once a process: train and val ask about the same files
+@cache  # once a process: train and val ask about the same files
 def readable(path):
     try:
         return open_picture(path, 64) is not None
@@ -128,18 +130,9 @@ def readable(path):
         return False
 
 
-def divided(paths, split):
-    """About 1 of 20 files is val, by a hash of its name: adding files moves no others."""
-    hashes = [zlib.crc32(path.name.encode()) for path in paths]
-    in_val = [number % 20 == 0 for number in hashes]
-    if len(paths) >= 2 and len(set(in_val)) == 1:  # a few files, all on one side: one is val
-        in_val = [k == hashes.index(min(hashes)) for k in range(len(paths))]
-    return [path for path, held in zip(paths, in_val) if held == (split == "val")]
-
-
-def load_folder(root, split, limit=None):
-    """root/metadata.jsonl with {"file_name", "text"} a line, where text is a caption or a list of
-    captions; or a .txt beside each image, where each line is a caption."""
+def load_folder(root):
+    """root/metadata.jsonl, a picture a line, whose text is a caption or a list of captions; or a
+    .txt beside each picture, where each line is a caption. -> {path: [captions]}"""
     captioned, table = {}, root / "metadata.jsonl"
     if table.is_file():
         for number, line in enumerate(table.read_bytes().splitlines(), start=1):
@@ -159,19 +152,18 @@ def load_folder(root, split, limit=None):
             if path.suffix.lower() in SUFFIXES and beside.is_file():
                 try:
                     texts = beside.read_text(encoding="utf-8-sig").splitlines()
+                    captioned[path] = [t.strip() for t in texts if t.strip()]
                 except ValueError:
                     raise UserError(f"{beside}: its text is not UTF-8; save it as UTF-8")
-                captioned[path] = [text.strip() for text in texts if text.strip()]
-    captioned = {path: texts for path, texts in captioned.items() if texts}
-    if not captioned:
+    if not any(captioned.values()):
         raise UserError(f"{root}: no captions; add metadata.jsonl with lines like {EXAMPLE}, or "
                         "a.txt beside each a.png")
-    return picture_files("folder", captioned, split, limit, divide=True)
+    return captioned
 
 
-def load_coco(root, split, limit=None):
+def load_coco(root, split):
     """annotations/captions_{split}2017.json with the folder {split}2017; or any one captions_*.json
-    under root, which is then divided into train and val."""
+    under root, which is then divided. -> {path: [captions]}, whether to divide"""
     table = root / "annotations" / f"captions_{split}2017.json"
     divide = not table.is_file()
     if divide:
@@ -194,11 +186,10 @@ def load_coco(root, split, limit=None):
     folders = [root / f"{split}2017", root, *sorted(p for p in root.iterdir() if p.is_dir())]
     some = list(captioned)[:20]
     home = next((f for f in folders if any((f / name).is_file() for name in some)), folders[0])
-    captioned = {home / name: texts for name, texts in captioned.items()}
-    return picture_files("coco", captioned, split, limit, divide)
+    return {home / name: texts for name, texts in captioned.items()}, divide
 
 
-def load_cifar(name, root, split, limit=None):
+def load_cifar(name, root, split, limit):
     """CIFAR-10 or CIFAR-100, downloaded if need be, with captions made from the class names."""
     kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
     try:
@@ -218,15 +209,12 @@ DATA = ("shapes", "cifar10", "cifar100", "coco", "folder")
 
 
 def load_data(name, root=None, split="train", limit=None, seed=0):
-    """A data set by its name. root: its folder; split: train or val (shapes: or held_out);
-    limit: keep only the first ones; for shapes, how many to draw (100,000; val 2,000)."""
+    """A data set by its name. root: its folder; split: train or val; limit: keep only the first
+    ones, or for shapes, how many to draw."""
     if name not in DATA:
         raise UserError(f"data {name!r}: use one of {', '.join(DATA)}")
-    if split not in ("train", "val") and (name, split) != ("shapes", "held_out"):
-        raise UserError(f"split {split!r} of {name}: use train or val (shapes: or held_out)")
-    assert limit is None or limit >= 1
     if name == "shapes":
-        return Shapes(limit or (100_000 if split == "train" else 2_000), split, seed)
+        return Shapes(limit, split, seed)
     if root is None:
         raise UserError(f"data {name} needs its folder: give --root FOLDER")
     root = Path(root).expanduser()
@@ -234,4 +222,5 @@ def load_data(name, root=None, split="train", limit=None, seed=0):
         return load_cifar(name, root, split, limit)
     if not root.is_dir() or not any(root.iterdir()):
         raise UserError(f"{root}: not a folder or empty; give the folder that holds the images")
-    return (load_coco if name == "coco" else load_folder)(root, split, limit)
+    captioned, divide = load_coco(root, split) if name == "coco" else (load_folder(root), True)
+    return picture_files(name, captioned, split, limit, divide)

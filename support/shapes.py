@@ -2,8 +2,8 @@
 
 The paper trains on hundreds of millions of captioned photos. This world has their structure in
 small: a picture shows more than its caption says, and there are many ways to say it. Each scene is
-a pure function of (seed, split, i) and is drawn at any resolution, and since its exact content is
-known, lab/judge.py can measure whether a picture shows its caption.
+a pure function of (seed, split, i), and since its exact content is known, lab/judge.py can measure
+whether a picture shows its caption.
 
 The one idea: a caption leaves things out. A detailed one fixes colour, shape, size, relation and
 background, a sparse one leaves most of them open, and none mentions the exact place, the rotation
@@ -23,12 +23,8 @@ from PIL import Image, ImageDraw, ImageFont
 from support.sheets import to_tensor
 from support.tools import UserError
 
-# --- the world -------------------------------------------------------------------------------
-
-COLOURS = {
-    "red": (230, 30, 30), "orange": (250, 135, 10), "yellow": (245, 230, 25),
-    "green": (30, 170, 60), "blue": (30, 80, 230), "purple": (150, 40, 200),
-}
+COLOURS = {"red": (230, 30, 30), "orange": (250, 135, 10), "yellow": (245, 230, 25),
+           "green": (30, 170, 60), "blue": (30, 80, 230), "purple": (150, 40, 200)}
 BACKGROUNDS = {"black": 14, "white": 241, "gray": 128}  # one grey level each
 SIZES = {"small": (0.13, 0.16), "large": (0.20, 0.24)}  # radius, as a part of the picture's side
 SHAPES = ("circle", "square", "triangle", "star", "cross")
@@ -45,7 +41,7 @@ TRAIN_PAIRS = tuple((c, s) for c in COLOURS for s in SHAPES if (c, s) not in HEL
 
 @dataclass(frozen=True)
 class Thing:
-    """One object. A Scene's things have every field; in a Claim, None is what was not said."""
+    """One object of a picture, or what a caption says about one: None is what it leaves open."""
 
     colour: str | None = None  # a key of COLOURS; None for a sign
     shape: str | None = None  # one of SHAPES, or "sign"
@@ -59,37 +55,26 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: things[0] is `relation` things[1]."""
+    """What a picture shows, or what a caption claims: None is what it leaves open."""
 
     things: tuple  # one or two Things
-    background: str
-    background_rgb: tuple
-    relation: str | None = None  # None with one thing
+    background: str | None = None  # a key of BACKGROUNDS
+    background_rgb: tuple | None = None
+    relation: str | None = None  # things[0] is `relation` things[1]; None with one thing
     word: str | None = None  # what a sign says
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What a caption says about a picture; None is what it leaves open."""
-
-    things: tuple
-    relation: str | None = None
-    background: str | None = None
-    word: str | None = None
 
 
 def make_scene(rng, held_out=False):
     """Draw a Scene: 42% show one object, 50% two, 8% a sign (held_out: no signs)."""
     background = rng.choice(tuple(BACKGROUNDS))
-    level = BACKGROUNDS[background] + rng.randint(-14, 14)
-    ground = dict(background=background, background_rgb=(level, level, level))
+    grey = (BACKGROUNDS[background] + rng.randint(-14, 14),) * 3
     kind = rng.random() * (0.92 if held_out else 1.0)
     if kind >= 0.92:
         radius = rng.choice((0.34, 0.37, 0.40))
         x, y = rng.uniform(radius, 1 - radius), rng.uniform(0.5 * radius, 1 - 0.5 * radius)
         paper = rng.randint(225, 250)
         sign = Thing(shape="sign", x=x, y=y, radius=radius, rgb=(paper, paper, paper - 10))
-        return Scene((sign,), word=rng.choice(WORDS), **ground)
+        return Scene((sign,), background, grey, word=rng.choice(WORDS))
 
     pairs = rng.sample(TRAIN_PAIRS, 2)
     if held_out:
@@ -99,26 +84,21 @@ def make_scene(rng, held_out=False):
             rng.shuffle(pairs)  # a lone object is the first pair, which must be the held-out one
     sizes = [rng.choice(tuple(SIZES)) for _ in pairs]
     radii = [rng.uniform(*SIZES[size]) for size in sizes]
-    if kind < 0.42:
-        places, relation = [[rng.uniform(radii[0], 1 - radii[0]) for _ in range(2)]], None
-    else:
-        relation = rng.choice(RELATIONS)
-        places = place_two(rng, radii, relation)
-    things = []
+    relation = rng.choice(RELATIONS) if kind >= 0.42 else None
+    places, things = find_places(rng, radii, relation), []
     for (colour, shape), size, radius, (x, y) in zip(pairs, sizes, radii, places):
         shade = rng.uniform(0.85, 1.0)
         rgb = tuple(round(shade * channel) for channel in COLOURS[colour])
         angle = math.radians(rng.uniform(-20, 20))
         things.append(Thing(colour, shape, size, x, y, radius, angle, rgb))
-    return Scene(tuple(things), relation=relation, **ground)
+    return Scene(tuple(things), background, grey, relation)
 
 
-def place_two(rng, radii, relation, gap=0.03):
-    """Centres (x, y) of two things inside the picture and clearly in this relation.
-
-    Along the relation's axis their circles stay `gap` apart. Across it, the centres differ by at
-    most half as much as along it, so that nobody can read "left of" as "above".
-    """
+def find_places(rng, radii, relation, gap=0.03):
+    """Centres (x, y) of one thing inside the picture, or of two that are clearly in this relation:
+    the offset across its axis is at most half of that along it, or "left of" could be "above"."""
+    if relation is None:
+        return [[rng.uniform(radii[0], 1 - radii[0]) for _ in range(2)]]
     # On the axis: free space, thing, at least a gap, thing, free space. Large things just fit.
     near, far = (0, 1) if relation in ("above", "left of") else (1, 0)
     slack = 1 - 2 * sum(radii) - gap
@@ -139,8 +119,8 @@ def corner(r, degrees):
     return r * math.sin(math.radians(degrees)), -r * math.cos(math.radians(degrees))
 
 
-# Outlines in the unit circle. The star's inner radius (0.45) and the cross's arms (+-20 degrees)
-# are a little fat, so that the two can be told apart even when 16 pixels wide.
+# Outlines in the unit circle. The star's inner radius and the cross's arms are a little fat, so
+# that one can tell the two apart when they are 16 pixels wide.
 INNER = math.sqrt(2) * math.sin(math.radians(20))  # where two arms of the cross meet
 OUTLINES = {
     "square": [corner(1, 45 + 90 * k) for k in range(4)],
@@ -154,10 +134,8 @@ font = lru_cache(ImageFont.load_default)  # Pillow's own typeface at a height in
 
 
 def render(scene, size, crop=None):
-    """Draw a scene at size x size pixels -> PIL RGB picture, antialiased.
-
-    crop: (top, left, side) in pixels: draw only this window; the same as cutting it out.
-    """
+    """Draw a scene at size x size pixels -> PIL RGB picture, antialiased; or only its window
+    crop = (top, left, side) in pixels, which is the same as cutting it out."""
     top, left, side = crop or (0, 0, size)
     # Antialiasing: draw a black-and-white stencil k times larger, then average k x k boxes.
     k = max(4, 512 // size)
@@ -177,11 +155,9 @@ def render(scene, size, crop=None):
 
 
 def fill(draw, shape, thing, word, scale, left, top):
-    """Fill a shape of the thing's place, size and rotation with white.
-
-    scale is the picture's side and (left, top) the stencil's corner, in stencil pixels. Rounding
-    comes before the shift to that corner, so a thing looks the same wherever its stencil begins.
-    """
+    """Fill a shape of the thing's place, size and rotation with white. In stencil pixels, scale is
+    the picture's side and (left, top) the stencil's corner."""
+    # Round first, then shift to that corner: a thing looks the same wherever its stencil begins.
     x, y, r = thing.x * scale, thing.y * scale, thing.radius * scale
     if shape == "circle":
         x0, y0, x1, y1 = (round(side) for side in (x - r, y - r, x + r, y + r))
@@ -212,19 +188,20 @@ def with_article(words):
 
 def describe(scene, rng, detail):
     """A caption of a scene that mentions every object. detail: a key of DETAIL."""
-    chance = DETAIL[detail]
+    def said(part):
+        return rng.random() < DETAIL[detail][part]
+
     if scene.word:
-        text = f"a sign that says {scene.word}" if rng.random() < chance["word"] else "a sign"
+        text = f"a sign that says {scene.word}" if said("word") else "a sign"
     else:
         phrases = []
         for thing in scene.things:
-            words = [getattr(thing, part) for part in ("size", "colour")
-                     if rng.random() < chance[part]]
-            words.append(thing.shape if rng.random() < chance["shape"] else "shape")
+            words = [getattr(thing, part) for part in ("size", "colour") if said(part)]
+            words.append(thing.shape if said("shape") else "shape")
             phrases.append(with_article(" ".join(words)))
-        related = scene.relation and rng.random() < chance["relation"]
+        related = scene.relation and said("relation")
         text = f" {scene.relation if related else 'and'} ".join(phrases)
-    if rng.random() < chance["background"]:
+    if said("background"):
         text += rng.choice((" on {}", " on a {} background")).format(scene.background)
     return text
 
@@ -238,10 +215,8 @@ GRAMMAR = re.compile(
 
 
 def parse_caption(text):
-    """The inverse of `describe`: a caption -> Claim. UserError for a sentence outside the grammar.
-
-    Capitals, extra spaces, a full stop at the end, "grey" and "to the left of" are understood.
-    """
+    """The inverse of `describe`: a caption -> what it claims, a Scene with gaps. Capitals, extra
+    spaces, a full stop, "grey" and "to the left of" are understood; the rest is a UserError."""
     words = " ".join(text.lower().rstrip(" .\n").split()).replace("grey", "gray")
     found = GRAMMAR.fullmatch(words)
     if not found:
@@ -249,20 +224,19 @@ def parse_caption(text):
                         "red circle above a small blue square on black' or 'a sign that says cat'")
     things = [Thing(colour or None, None if shape == "shape" else shape, size or None)
               for size, colour, shape in re.findall(THING, words)]
-    joint = found["joint"]
-    relation = None if joint in (None, "and") else joint.removeprefix("to the ")
-    return Claim(tuple(things or [Thing(shape="sign")]), relation, found["ground"], found["word"])
+    joint = (found["joint"] or "and").removeprefix("to the ")
+    return Scene(tuple(things) or (Thing(shape="sign"),), background=found["ground"],
+                 relation=None if joint == "and" else joint, word=found["word"])
 
 
+@dataclass(frozen=True)
 class Shapes:
-    """n scenes of a split: "train", "val" or "held_out" (colour-shape pairs unseen in training)."""
+    """n scenes of a split; the same ones for the same seed."""
 
+    n: int
+    split: str = "train"  # or "val", or "held_out": colour-shape pairs unseen in training
+    seed: int = 0
     name = "shapes"
-    version = 1  # of the generator: a new number makes a new fingerprint
-
-    def __init__(self, n, split="train", seed=0):
-        assert split in ("train", "val", "held_out")
-        self.n, self.split, self.seed = n, split, seed
 
     def __len__(self):
         return self.n
@@ -282,7 +256,8 @@ class Shapes:
         return [describe(scene, rng, detail) for detail in DETAIL]
 
     def fingerprint(self):
-        return digest([self.name, self.version, self.split, self.n, self.seed])
+        version = 1  # of the generator: where the same seed draws another scene, raise it
+        return digest([self.name, version, self.split, self.n, self.seed])
 
 
 def digest(values):

@@ -1,5 +1,6 @@
 """Captions as numbers: CLIP's byte-pair encoding."""
 
+import functools
 import sys
 
 import numpy as np
@@ -8,35 +9,32 @@ import torch
 
 from support.tools import UserError
 
+byte_pairs = functools.cache(open_clip.tokenizer.SimpleTokenizer)  # once: it reads a large table
+
 
 class Tokenizer:
     """CLIP's byte-pair encoding: captions -> (B, L) ids, with a warning where words are lost.
 
     vocab: the ids a small CLIP was trained with, ascending, renumbered here as 2, 3, ... (0 is
-    padding, 1 any other piece). The paper's CLIP has all 49408 pieces; in a small one the
-    embeddings of those that its captions never use would be most of the weights, all untrained.
+    padding, 1 any other piece). The paper's CLIP has all 49408; in a small one, the embeddings of
+    pieces that its captions never use would be most of the weights, all untrained.
     """
 
     def __init__(self, context_length, vocab=None):
-        self.bpe = open_clip.tokenizer.SimpleTokenizer(context_length=context_length)
-        self.context_length = context_length
+        self.bpe, self.context_length = byte_pairs(), context_length
         self.vocab = None if vocab is None else np.array(vocab)
 
     def __call__(self, captions):
-        """captions: list of B strings -> (B, L) int64: start, pieces, end, then zeros.
-
-        Raises UserError for an empty caption.
-        """
+        """captions: list of B strings -> (B, L) int64: start, pieces, end, then zeros."""
         ids = torch.zeros(len(captions), self.context_length, dtype=torch.long)
         for row, caption in zip(ids, captions, strict=True):
             if not caption.strip():
                 raise UserError("the caption is empty: write what the picture should show")
             pieces = self.bpe.encode(caption)
             room = self.context_length - 2  # for the start and end tokens
-            if len(pieces) > room:
-                dropped = self.bpe.decode(pieces[room:]).strip()
+            if dropped := pieces[room:]:
                 warn(f"the caption is longer than CLIP's {self.context_length} tokens; "
-                     f"dropped: '{dropped}'")
+                     f"dropped: '{self.bpe.decode(dropped).strip()}'")
             pieces = [self.bpe.sot_token_id, *pieces[:room], self.bpe.eot_token_id]
             row[: len(pieces)] = torch.tensor(self.renumber(pieces, caption))
         return ids
@@ -45,27 +43,24 @@ class Tokenizer:
         """49408 BPE ids -> the small CLIP's own. Ascending, so end-of-text stays the largest."""
         if self.vocab is None:
             return pieces
-        places = np.searchsorted(self.vocab, pieces).clip(max=len(self.vocab) - 1)
+        places = np.searchsorted(self.vocab, pieces)  # never past the end: end-of-text is there
         known = self.vocab[places] == pieces
         if not known.all():
             unknown = self.bpe.decode(np.array(pieces)[~known].tolist()).strip()
-            warn(f"this CLIP has never seen '{unknown}' (in '{caption}'): it can't know what "
-                 "that means")
+            warn(f"this CLIP never saw '{unknown}' (in '{caption}') and can't know what it means")
         return np.where(known, places + 2, 1)
 
 
 def make_vocab(captions):
     """The BPE ids that `captions` use, with start and end of text, ascending."""
-    bpe = open_clip.tokenizer.SimpleTokenizer()
-    ids = {bpe.sot_token_id, bpe.eot_token_id}
-    for caption in set(captions):
-        ids.update(bpe.encode(caption))
-    return tuple(sorted(ids))
+    bpe = byte_pairs()
+    used = {piece for caption in set(captions) for piece in bpe.encode(caption)}
+    return tuple(sorted(used | {bpe.sot_token_id, bpe.eot_token_id}))
 
 
-def warn(message, limit=5):
-    """Print to stderr the first few times only: a data set can have thousands of long captions."""
+def warn(message):
+    """Print the first five warnings only: a data set can have thousands of long captions."""
     warn.count = getattr(warn, "count", 0) + 1
-    if warn.count <= limit:
-        last = " (further warnings are not shown)" if warn.count == limit else ""
+    if warn.count <= 5:
+        last = " (further warnings are not shown)" if warn.count == 5 else ""
         print(f"warning: {message}{last}", file=sys.stderr)

@@ -21,7 +21,7 @@ def steps(gradients, kind=Muon, **options):
     return p.detach()
 
 
-@pytest.mark.parametrize("shape", [(24, 24), (24, 200), (96, 32)])
+@pytest.mark.parametrize("shape", [(24, 200), (96, 32)])
 def test_orthogonalise_is_the_polynomial_of_the_singular_values(shape):
     """Five rounds of 3.4445 s - 4.775 s^3 + 2.0315 s^5, done on the values alone."""
     u, _, vh = torch.linalg.svd(torch.randn(shape), full_matrices=False)
@@ -61,14 +61,15 @@ def test_the_second_step_looks_ahead_along_the_momentum():
 
 
 def test_each_parameter_gets_its_own_step_and_none_without_a_gradient():
-    gradients = [torch.randn(5, 7), torch.randn(9, 7), torch.randn(5, 7), None, torch.zeros(3, 4)]
-    params = [nn.Parameter(torch.zeros(2, 2) if g is None else 0 * g) for g in gradients]
+    gradients = [torch.randn(5, 7), torch.randn(9, 7), torch.randn(5, 7), torch.zeros(3, 4)]
+    params = [nn.Parameter(torch.zeros_like(g)) for g in gradients]
+    still = nn.Parameter(torch.ones(5, 7))
     for p, gradient in zip(params, gradients):
         p.grad = gradient
-    Muon(params, 0.1).step()
+    Muon([*params, still], 0.1).step()
     for p, gradient in zip(params, gradients):
-        assert_close(p.detach(), torch.zeros(2, 2) if gradient is None else steps([gradient]))
-    assert (params[-1] == 0).all()  # not NaN
+        assert_close(p.detach(), steps([gradient]))
+    assert (params[-1] == 0).all() and (still == 1).all()  # no NaN
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this PyTorch has no Muon")
@@ -82,14 +83,12 @@ def test_muon_agrees_with_torchs_own():
 def test_every_parameter_has_one_optimizer_and_the_ends_have_adam():
     model = Decoder(DecoderConfig(dim=8, text_width=8, text_len=4, channels=8, multiples=(1, 2),
                                   attention_levels=(1,), context_width=32, text_depth=1))
-    adam, muon = make_optimizers(model, 5.0)
     of = {id(p): name for name, p in model.named_parameters()}
-    names = [[of[id(p)] for g in o.param_groups for p in g["params"]] for o in (adam, muon)]
-    assert sorted(names[0] + names[1]) == sorted(of.values())
-    inside = {"unet.down.0.res.conv_1.weight", "unet.up.0.res.conv_1.weight",
-              "text_blocks.0.mlp.0.weight"}
-    ends = {"unet.conv_in.weight", "unet.conv_out.weight", "image_to_tokens.weight",
-            "null_image_emb", "unet.down.0.res.conv_1.bias", "unet.down.0.res.norm_1.weight"}
-    assert ends <= set(names[0]) and inside <= set(names[1])
-    assert [o.param_groups[0]["scale"] for o in (adam, muon)] == [1.0, 5.0]
+    optimizers = make_optimizers(model, 5.0)
+    adam, muon = ([of[id(p)] for p in o.param_groups[0]["params"]] for o in optimizers)
+    assert sorted(adam + muon) == sorted(of.values())
+    assert {"unet.down.0.res.conv_1.weight", "text_blocks.0.mlp.0.weight"} <= set(muon)
+    assert {"unet.conv_in.weight", "unet.conv_out.weight", "null_image_emb",
+            "unet.down.0.res.conv_1.bias", "unet.down.0.res.norm_1.weight"} <= set(adam)
+    assert [o.param_groups[0]["scale"] for o in optimizers] == [1.0, 5.0]
     assert [type(o) for o in make_optimizers(model)] == [torch.optim.AdamW]

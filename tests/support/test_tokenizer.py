@@ -24,11 +24,10 @@ def test_tokens_are_those_of_open_clip():
 def test_a_small_vocabulary_renumbers_in_order(capsys):
     vocab, full = make_vocab(CAPTIONS), Tokenizer(L)(CAPTIONS)
     assert list(vocab) == sorted(set(vocab)) and vocab[-1] == 49407
-    for row, (small, big) in enumerate(zip(Tokenizer(L, vocab)(CAPTIONS), full, strict=True)):
-        n = len(Tokenizer(L).bpe.encode(CAPTIONS[row])) + 2
+    for small, big in zip(Tokenizer(L, vocab)(CAPTIONS), full, strict=True):
+        n = int(big.argmax()) + 1  # end of text has the largest id in both
         assert small[:n].tolist() == [vocab.index(k) + 2 for k in big[:n].tolist()]
         assert small[n:].tolist() == [0] * (L - n)  # not the id of "!", which is 0 in the full one
-        assert small.argmax() == n - 1 and small[n - 1] == len(vocab) + 1  # end of text
     assert capsys.readouterr().err == ""
 
 
@@ -37,7 +36,7 @@ def test_an_unknown_word_becomes_1_with_a_warning(capsys):
     assert_close(unknown[:3], known[:3])
     assert unknown[3] == 1 and unknown[4] == known[4] == known.max()
     message = capsys.readouterr().err
-    assert "'zebra'" in message and "a red zebra" in message and message.count("warning") == 1
+    assert "'zebra' (in 'a red zebra')" in message and message.count("warning") == 1
 
 
 @pytest.mark.parametrize("vocab", [None, make_vocab(CAPTIONS)])
