@@ -202,7 +202,7 @@ class AutoregressivePrior(nn.Module):
         B, device = len(text_emb), text_emb.device
         # One uniform number a decision, drawn in advance.
         shape = (B, 1 + self.config.components)
-        uniform = (noise.uniform(shape) if noise else torch.rand(shape)).to(device)
+        uniform = (noise(shape, torch.rand) if noise else torch.rand(shape)).to(device)
         # Ask for a good fit: a bucket from the top half of the dot products (paper sec. 2.2). The
         # buckets have equal mass, so the top half of the buckets is the top half of the pictures.
         n = self.config.dot_buckets
