@@ -111,8 +111,8 @@ def run_blocks(blocks, x, mask, past=None):
 
 
 def causal_mask(key_mask):
-    """(B, N) bool, which tokens are real -> (B, N, N): look at real tokens up to yourself. A padding
-    token looks at itself too, though no other token does: a softmax over nothing is 0 / 0."""
+    """(B, N) bool, which tokens are real -> (B, N, N): look at real tokens up to yourself. Padding
+    tokens are looked at by themselves alone, as a softmax over nothing would be 0 / 0."""
     itself = torch.eye(key_mask.shape[1], dtype=torch.bool, device=key_mask.device)
     return torch.ones_like(itself).tril() & key_mask[:, None] | itself
 
