@@ -44,7 +44,7 @@ class AutoregressivePriorConfig:
 
 def principal_components(image_emb):
     """PCA of embeddings (N, D), in float64: their mean (D,); the orthonormal directions in which
-    they vary, as rows (D, D), the largest first; and the variances along them (D,)."""
+    they vary, the largest first, as rows (D, D); and the variances along them (D,)."""
     mean = image_emb.double().mean(dim=0)
     centred = image_emb - mean
     variances, basis = torch.linalg.eigh(centred.T @ centred / len(image_emb))  # ascending
@@ -83,7 +83,7 @@ class AutoregressivePrior(nn.Module):
 
     @classmethod
     def fresh(cls, fields, data, clip, embeddings):
-        """A new prior, fitted to the training embeddings (100,000 of them are enough)."""
+        """A new prior, fitted to at most 100,000 of the training embeddings."""
         some = range(min(len(embeddings), 100_000))
         image_emb, text_emb = embeddings.pairs(some, np.random.default_rng(0))
         _, _, variances = principal_components(image_emb)
@@ -112,9 +112,9 @@ class AutoregressivePrior(nn.Module):
         # one (the data may have ties) for its edge.
         codes, zeros = torch.searchsorted(self.edges, components), torch.zeros_like(self.values)
         count = zeros.scatter_add(1, codes, torch.ones_like(components))
-        mean = zeros.scatter_add(1, codes, components) / count.clamp(min=1)
-        edge = torch.cat([self.edges, self.edges[:, -1:]], dim=1)
-        self.values.copy_(torch.where(count > 0, mean, edge))
+        means = zeros.scatter_add(1, codes, components) / count.clamp(min=1)
+        edges = torch.cat([self.edges, self.edges[:, -1:]], dim=1)
+        self.values.copy_(torch.where(count > 0, means, edges))
         dots = (image_emb * text_emb).sum(dim=1)
         self.dot_edges.copy_(equal_mass_edges(dots[None], self.config.dot_buckets)[0])
 
@@ -128,7 +128,7 @@ class AutoregressivePrior(nn.Module):
         return self.mean + components @ self.basis[: components.shape[1]]
 
     def quantise(self, image_emb):
-        """(B, D) -> codes (B, C): integers in [0, buckets)."""
+        """Image embeddings (B, D) -> codes (B, C): integers in [0, buckets)."""
         return torch.searchsorted(self.edges, self.project(image_emb).T.contiguous()).T
 
     def dequantise(self, codes):
@@ -157,8 +157,7 @@ class AutoregressivePrior(nn.Module):
 
     @staticmethod
     def batch(config, data, embeddings, indices, rng):
-        """As the diffusion prior's: image_emb, text_emb, text_enc, text_mask."""
-        return embeddings.batch(indices, rng)
+        return embeddings.batch(indices, rng)  # as for the diffusion prior
 
     def loss(self, batch, t=None):
         """Cross-entropy of the codes, nats a code. (There is no noise level t here.)"""
