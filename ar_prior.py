@@ -138,7 +138,7 @@ class AutoregressivePrior(nn.Module):
     # --- training ---
 
     def first_tokens(self, text_emb, text_enc, text_mask, dot, keep):
-        """The prefix with its dot-product token: tokens (B, P + 1, M), mask (B, P + 1)."""
+        """The prefix and the dot-product token: tokens (B, P + 1, M), mask (B, P + 1)."""
         tokens, key_mask = self.prefix(text_emb, text_enc, text_mask, keep)
         # Without a caption there is nothing to fit: the two are dropped together.
         dot = torch.where(keep, dot, self.config.dot_buckets)
@@ -146,8 +146,8 @@ class AutoregressivePrior(nn.Module):
         return tokens, F.pad(key_mask, (0, 1), value=True)
 
     def forward(self, codes, text_emb, text_enc, text_mask, dot, keep):
-        """Logits of every code given those before it: (B, C, buckets). codes (B, C); dot (B,),
-        buckets of the dot product; keep (B,) bool: False where the caption is dropped."""
+        """Logits of every code given those before it: (B, C, buckets). codes (B, C); dot (B,): the
+        dot product's buckets; keep (B,) bool: False where the caption is dropped."""
         C = self.config.components
         tokens, key_mask = self.first_tokens(text_emb, text_enc, text_mask, dot, keep)
         tokens = torch.cat([tokens, self.code_in(codes[:, :-1]) + self.position[1:]], dim=1)

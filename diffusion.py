@@ -114,7 +114,7 @@ class GaussianDiffusion(nn.Module):
         # Not persistent: they follow from the config, so they have no place in a checkpoint.
         self.register_buffer("betas", betas, persistent=False)
         self.register_buffer("alphas_cumprod", (1 - betas).cumprod(0), persistent=False)
-        if variance == "analytic":  # this one is measured, and does; 0 until then
+        if variance == "analytic":  # This one is measured, so it has. 0 until then.
             self.register_buffer("x_0_variance", torch.zeros(T, dtype=torch.float64))
 
     def alpha_bar(self, t):

@@ -2,7 +2,7 @@
 
 The transformer (GPT-2's block) returns the keys and values of its tokens and accepts those of
 earlier tokens: the *cache*. With a causal mask, a sequence run in pieces then gives the same result
-as in one go, which makes both priors fast.
+as in one go, so what does not change is run only once. That makes both priors fast.
 
 The U-Net (DDPM app. B, ADM, GLIDE) goes down to a small picture with many channels, where it is
 cheap to see everything at once, and up again to full detail; skips carry the detail across. Two
@@ -27,7 +27,7 @@ def timestep_embedding(t, dim):
     """Tell a network the time: cosines and sines of t (B,) at dim / 2 frequencies (DDPM app. B).
 
     The highest frequency, 1, tells neighbours apart; the lowest, nearly 1 / 10000, early from late.
-    Returns (B, dim), of squared norm dim / 2, as sin^2 + cos^2 = 1.
+    Returns (B, dim), of squared norm dim / 2, as cos^2 + sin^2 = 1.
     """
     t = at_least_float32(t)
     powers = torch.arange(dim // 2, dtype=t.dtype, device=t.device) / (dim // 2)
@@ -201,7 +201,7 @@ class Attention(nn.Module):
 
 
 class Level(nn.Module):
-    """A residual block, and attention where the resolution is low enough to afford it (attend)."""
+    """A residual block, and attention where the resolution is low enough to afford it."""
 
     def __init__(self, c_in, c_out, emb_dim, dropout, attend):
         super().__init__()
@@ -232,7 +232,7 @@ class UNet(nn.Module):
             return Level(c_in, c_out, emb_dim, dropout, attend if i in attention_levels else None)
 
         widths, last = [channels * m for m in multiples], len(multiples) - 1
-        finer = [widths[0]] + widths[:-1]  # the width of the level above
+        finer = [widths[0]] + widths[:-1]  # for each level, the width of the next finer one
         self.conv_in = nn.Conv2d(in_channels * stem**2, widths[0], 3, padding=1)
 
         self.down = nn.ModuleList()

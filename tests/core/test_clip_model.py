@@ -119,12 +119,11 @@ def one_process(rank, world, folder):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_processes_together_have_the_loss_and_gradients_of_one(world, tmp_path):
-    small = make_small()
-    batch = {name: x[:4] for name, x in batch_of(small).items()}
+    small, batch = make_small(), {name: x[:4] for name, x in batch_of(make_small()).items()}
     torch.save(batch, tmp_path / "batch.pt")
     wanted = gradients(small, batch)
-    together = torch.multiprocessing.start_processes
-    together(one_process, (world, tmp_path), world, start_method="fork")
+    start = torch.multiprocessing.start_processes
+    start(one_process, (world, tmp_path), world, start_method="fork")
     for rank in range(world):
         *found, alone = torch.load(tmp_path / f"{rank}.pt")
         assert_close(found, list(wanted), rtol=1e-3, atol=1e-6)
@@ -153,8 +152,7 @@ def test_a_batch_draws_all_captions_and_then_all_places():
 
 
 def test_preview_counts_how_often_the_right_caption_is_nearest(monkeypatch):
-    small, emb = make_small(), torch.eye(5, D)
-    batches = FakeBatches(batch_of(small))
+    small, emb, batches = make_small(), torch.eye(5, D), FakeBatches(batch_of(make_small()))
     for text_emb, right in ((emb, 1.0), (emb[[0, 1, 2, 4, 3]], 0.6)):
         monkeypatch.setattr(small.model, "forward", lambda *_, t=text_emb: (emb, t, None))
         assert small.preview(batches) == ({"match_of_16": pytest.approx(right)}, None, None)
@@ -222,10 +220,7 @@ def test_preprocessing_is_that_of_open_clip(monkeypatch, side, kind):
 
 
 def test_identity_is_that_of_the_weights_even_stored_in_half():
-    small = make_small()
-    before = weights_hash(make_small())
-    for p in small.parameters():
-        p.data = p.data.half().float()
-    assert weights_hash(small) == before == weights_hash(small.half())
-    small.float().model.positional_embedding.data[3, 3] += 0.1
+    small, before = make_small(), weights_hash(make_small())
+    assert before == weights_hash(small.half()) == weights_hash(small.float())
+    small.model.positional_embedding.data[3, 3] += 0.1
     assert weights_hash(small) != before
