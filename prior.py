@@ -69,8 +69,8 @@ class CaptionPrefix(nn.Module):
     def forward(self, text_emb, text_enc, text_mask, keep=None):
         """text_emb (B, D), text_enc (B, L, W), text_mask (B, L) -> tokens (B, P, M), mask (B, P).
 
-        Where keep (B,) is False, the caption is dropped: its tokens are masked out, and a learned
-        vector replaces the text embedding. (The noised image embedding is never dropped.)
+        Where keep (B,) is False, the caption is dropped, and nothing else: its tokens are masked
+        out, and a learned vector replaces the text embedding.
         """
         if keep is not None:
             text_emb = torch.where(keep[:, None], text_emb, self.null_text_emb.to(text_emb.dtype))
@@ -176,10 +176,11 @@ class DiffusionPrior(nn.Module):
         scale: guidance, off at 1. steps: by default the config's. candidates: as in the paper, two
         are drawn for each caption, and the one closer to the text embedding is kept.
         """
-        (B, D), text = text_emb.shape, (text_emb, text_enc, text_mask)
-        cond = self.encode_caption(*text)
-        none = torch.zeros(B, dtype=torch.bool, device=text_emb.device)
-        uncond = cond if scale == 1 else self.encode_caption(*text, none)
+        B, D = text_emb.shape
+        cond = uncond = self.encode_caption(text_emb, text_enc, text_mask)
+        if scale != 1:
+            keep = torch.zeros(B, dtype=torch.bool, device=text_emb.device)
+            uncond = self.encode_caption(text_emb, text_enc, text_mask, keep)
         cond, uncond = ({k: v.repeat_interleave(candidates, 0) for k, v in c.items()}
                         for c in (cond, uncond))
         x_0 = self.diffusion.sample(
