@@ -1,22 +1,20 @@
-"""The autoregressive prior: an image embedding, spelt as a sentence of codes (paper sec. 2.2).
+"""The autoregressive prior: an image embedding spelt as a sentence of codes (paper sec. 2.2).
 
-The paper has two priors. The diffusion prior (prior.py) is the one it keeps; this is the other, a
-language model. It first turns the continuous embedding into discrete codes:
+This is the paper's other prior, a language model. It turns the embedding into discrete codes:
 
     image_emb (D) -> PCA: C components -> each into one of `buckets` -> C codes
 
-and then predicts code after code, each given the caption and the codes before it:
+and predicts code after code, each given the caption and the codes before it:
 
     [caption tokens] [text embedding] [dot product] | [code 1] [code 2] ... -> the next code
 
-Why the largest component first? The first codes then decide the most about the embedding, while
-the caption is all that is known, and later codes only refine what stands already. The dot-product
-token says how well picture and caption fit, image_emb . text_emb, in buckets too: in training it is
-known, and in sampling one asks for a good fit by drawing it from the top half.
+Why the largest component first? The first codes then settle most of the embedding, and the later
+ones only refine it. The dot-product token, the bucket of image_emb . text_emb, says how well
+picture and caption fit. In training it is known; in sampling we ask for a good fit by drawing it
+from the top half. Sampling runs one token for each code, thanks to the diffusion prior's cache.
 
-Sampling costs C evaluations of one token each, thanks to the same cache of keys and values as in
-the diffusion prior. Letters: B batch, D CLIP embedding, C principal components and codes, L caption
-tokens, W width of CLIP's token features, M width of this transformer, P prefix length, N data.
+Letters: B batch, D CLIP embedding, C principal components and codes, L caption tokens, W width of
+CLIP's token features, M width of this transformer, P prefix length, N data.
 """
 
 from dataclasses import dataclass
@@ -35,7 +33,7 @@ class AutoregressivePriorConfig:
     dim: int  # D, size of CLIP's embeddings
     text_width: int  # W, width of CLIP's token features
     text_len: int  # L, CLIP's context length
-    components: int  # C, principal components kept: see fewest_components. Paper: 319 of 1024
+    components: int  # C, as many as fewest_components says. Paper: 319 of 1024
     buckets: int = 128  # values that each component may take. Paper: 1024
     dot_buckets: int = 16  # values of the dot-product token. Paper: not stated
     width: int = 192  # M. Paper: 1664, 24 blocks, 26 heads, and a text transformer of its own
@@ -45,32 +43,22 @@ class AutoregressivePriorConfig:
 
 
 def principal_components(image_emb):
-    """PCA of embeddings (N, D): mean (D,), basis (D, D), variances (D,), in float64.
-
-    basis' rows are the orthonormal directions in which the data varies most, the largest first;
-    variances are the eigenvalues of the covariance, in the same order.
-    """
-    image_emb = image_emb.double()
-    mean = image_emb.mean(dim=0)
+    """PCA of embeddings (N, D), in float64: their mean (D,); the orthonormal directions in which
+    they vary, the largest first, as rows (D, D); and the variances along them (D,)."""
+    mean = image_emb.double().mean(dim=0)
     centred = image_emb - mean
     variances, basis = torch.linalg.eigh(centred.T @ centred / len(image_emb))  # ascending
     return mean, basis.T.flip(0), variances.flip(0).clamp(min=0)
 
 
 def fewest_components(variances, error=0.01):
-    """How many principal components leave less than `error` of the variance out (paper sec. 2.2).
-
-    Leaving components out costs a squared error of exactly the sum of their eigenvalues.
-    """
-    left_out = 1 - variances.cumsum(0) / variances.sum()
-    return int((left_out >= error).sum()) + 1
+    """How many principal components leave out less than `error` of the variance (paper sec. 2.2),
+    which is exactly the squared error of leaving components out."""
+    return int((1 - variances.cumsum(0) / variances.sum() >= error).sum()) + 1
 
 
 class AutoregressivePrior(nn.Module):
-    """Predicts an image embedding code by code (paper sec. 2.2, table 3).
-
-    `fit` finds the components and buckets of the training data, once, before anything else.
-    """
+    """Predicts an image embedding code by code (paper sec. 2.2, table 3)."""
 
     usual_scale = 1.0  # guidance off: the dot product already asks for a good fit
 
@@ -95,46 +83,43 @@ class AutoregressivePrior(nn.Module):
 
     @classmethod
     def fresh(cls, fields, data, clip, embeddings):
-        """A prior fitted to training embeddings (at most 100,000 of them), before any training."""
+        """A new prior, fitted to at most 100,000 of the training embeddings."""
         some = range(min(len(embeddings), 100_000))
         image_emb, text_emb = embeddings.pairs(some, np.random.default_rng(0))
         _, _, variances = principal_components(image_emb)
         prior = cls(AutoregressivePriorConfig(components=fewest_components(variances), **fields))
         prior.fit(image_emb, text_emb)
-        rounded = prior.dequantise(prior.quantise(image_emb))
-        kept, C = prior.reconstruct(prior.project(image_emb)), prior.config.components
-        total = variances.sum().item()
-        left_out, rounding = ((a - b).square().sum(1).mean().item() / total
-                              for a, b in ((image_emb, kept), (kept, rounded)))
-        print(f"ar_prior: {C} of {prior.config.dim} principal components leave out {left_out:.2%} "
-              f"of the variance; {prior.config.buckets} buckets each cost another {rounding:.2%}")
+        error = (prior.dequantise(prior.quantise(image_emb)) - image_emb).square().sum(1).mean()
+        print(f"ar_prior: {prior.config.components} of {prior.config.dim} principal components as "
+              f"codes lose {error / variances.sum():.2%} of the variance")
         return prior
 
     # --- embeddings as codes, and back ---
 
     @torch.no_grad()
     def fit(self, image_emb, text_emb):
-        """Find components and buckets of training data: (N, D) and a caption each, (N, D).
+        """Find the components and buckets of N pictures and a caption of each, both (N, D).
 
         The paper does not state the buckets' edges. Here each bucket holds equally many training
-        embeddings, so that every code occurs equally often and none is spent on rare tails.
+        embeddings, so that no code is wasted on rare values.
         """
         mean, basis, _ = principal_components(image_emb)
         self.mean.copy_(mean)
         self.basis.copy_(basis)
         components = self.project(image_emb).T.contiguous()  # (C, N)
         self.edges.copy_(equal_mass_edges(components, self.config.buckets))
-        codes = torch.searchsorted(self.edges, components)
-        # A bucket stands for the mean of what is in it, which has the least squared error; an empty
-        # one (in data with ties) for its edge.
-        mean, count = bucket_means(components, codes, self.config.buckets)
-        edge = torch.cat([self.edges, self.edges[:, -1:]], dim=1)
-        self.values.copy_(torch.where(count > 0, mean, edge))
+        # A bucket stands for the mean of its values, which has the least squared error; an empty
+        # one (the data may have ties) for its edge.
+        codes, zeros = torch.searchsorted(self.edges, components), torch.zeros_like(self.values)
+        count = zeros.scatter_add(1, codes, torch.ones_like(components))
+        means = zeros.scatter_add(1, codes, components) / count.clamp(min=1)
+        edges = torch.cat([self.edges, self.edges[:, -1:]], dim=1)
+        self.values.copy_(torch.where(count > 0, means, edges))
         dots = (image_emb * text_emb).sum(dim=1)
         self.dot_edges.copy_(equal_mass_edges(dots[None], self.config.dot_buckets)[0])
 
     def project(self, image_emb):
-        """Image embeddings (B, D) -> their first C principal components (B, C), in float32."""
+        """Image embeddings (B, D) -> their first C principal components (B, C)."""
         with torch.autocast(image_emb.device.type, enabled=False):  # bf16 would miss the bucket
             return (image_emb.float() - self.mean) @ self.basis[: self.config.components].T
 
@@ -143,7 +128,7 @@ class AutoregressivePrior(nn.Module):
         return self.mean + components @ self.basis[: components.shape[1]]
 
     def quantise(self, image_emb):
-        """(B, D) -> codes (B, C): integers in [0, buckets)."""
+        """Image embeddings (B, D) -> codes (B, C): integers in [0, buckets)."""
         return torch.searchsorted(self.edges, self.project(image_emb).T.contiguous()).T
 
     def dequantise(self, codes):
@@ -153,32 +138,29 @@ class AutoregressivePrior(nn.Module):
     # --- training ---
 
     def first_tokens(self, text_emb, text_enc, text_mask, dot, keep):
-        """The prefix with its dot-product token: tokens (B, P + 1, M), mask (B, P + 1)."""
+        """The prefix and the dot-product token: tokens (B, P + 1, M), mask (B, P + 1)."""
         tokens, key_mask = self.prefix(text_emb, text_enc, text_mask, keep)
-        # How well it fits the caption is about the caption, and is dropped with it.
+        # Without a caption there is nothing to fit: the two are dropped together.
         dot = torch.where(keep, dot, self.config.dot_buckets)
         tokens = torch.cat([tokens, (self.dot_in(dot) + self.position[0])[:, None]], dim=1)
         return tokens, F.pad(key_mask, (0, 1), value=True)
 
     def forward(self, codes, text_emb, text_enc, text_mask, dot, keep):
-        """Logits of every code given those before it: (B, C, buckets).
-
-        codes (B, C); dot (B,) buckets of the dot product; keep (B,) bool: False, no caption.
-        """
+        """Logits of every code given those before it: (B, C, buckets). codes (B, C); dot (B,): the
+        dot product's buckets; keep (B,) bool: False where the caption is dropped."""
+        C = self.config.components
         tokens, key_mask = self.first_tokens(text_emb, text_enc, text_mask, dot, keep)
-        P = tokens.shape[1]
-        later = self.code_in(codes[:, :-1]) + self.position[1:]
-        key_mask = F.pad(key_mask, (0, later.shape[1]), value=True)
-        x, _ = run_blocks(self.blocks, torch.cat([tokens, later], dim=1), causal_mask(key_mask))
-        return self.out(self.norm(x[:, P - 1:]))
+        tokens = torch.cat([tokens, self.code_in(codes[:, :-1]) + self.position[1:]], dim=1)
+        key_mask = F.pad(key_mask, (0, C - 1), value=True)
+        x, _ = run_blocks(self.blocks, tokens, causal_mask(key_mask))
+        return self.out(self.norm(x[:, -C:]))  # the dot product's token predicts the first code
 
     @staticmethod
     def batch(config, data, embeddings, indices, rng):
-        """As the diffusion prior's: image_emb, text_emb, text_enc, text_mask."""
-        return embeddings.batch(indices, rng)
+        return embeddings.batch(indices, rng)  # as for the diffusion prior
 
     def loss(self, batch, t=None):
-        """Cross-entropy of the codes, nats a code. (t is the diffusion stages': not used here.)"""
+        """Cross-entropy of the codes, nats a code. (There is no noise level t here.)"""
         image_emb, text_emb = batch["image_emb"], batch["text_emb"]
         codes = self.quantise(image_emb)
         dot = torch.searchsorted(self.dot_edges, (image_emb * text_emb).sum(dim=1))
@@ -186,34 +168,35 @@ class AutoregressivePrior(nn.Module):
         logits = self(codes, text_emb, batch["text_enc"], batch["text_mask"], dot, keep)
         return F.cross_entropy(logits.float().flatten(0, 1), codes.flatten())
 
-    def preview(self, batches):
-        return cosines(self, batches)
+    preview = cosines
 
     # --- sampling ---
 
     @torch.no_grad()
     def sample(self, text_emb, text_enc, text_mask, scale=1.0, noise=None):
-        """Draw an image embedding (B, D) of unit norm for each of B captions, code by code.
+        """Draw an image embedding (B, D) of unit norm for each of B captions, as CLIP encodes them.
 
-        text_emb (B, D), text_enc (B, L, W), text_mask (B, L): from the frozen CLIP.
-        scale: guidance of the logits, uncond + scale * (cond - uncond); off at 1.
-        noise: a SeededNoise, or None.
+        scale: guidance of the logits, uncond + scale * (cond - uncond); off at 1. noise: a
+        SeededNoise, or None.
         """
-        B, device = len(text_emb), text_emb.device
-        # One uniform number a decision, drawn in advance.
-        shape = (B, 1 + self.config.components)
-        uniform = (noise.uniform(shape) if noise else torch.rand(shape)).to(device)
+        # One uniform number for each token to be drawn.
+        shape = (len(text_emb), 1 + self.config.components)
+        uniform = (noise(shape, torch.rand) if noise else torch.rand(shape)).to(text_emb.device)
         # Ask for a good fit: a bucket from the top half of the dot products (paper sec. 2.2). The
         # buckets have equal mass, so the top half of the buckets is the top half of the pictures.
         n = self.config.dot_buckets
         dot = (n // 2 + (uniform[:, 0] * (n - n // 2)).long()).clamp(max=n - 1)
 
-        yes = torch.ones(B, dtype=torch.bool, device=device)
+        yes = torch.ones_like(dot, dtype=torch.bool)
         branches = [yes] if scale == 1 else [yes, ~yes]  # with guidance: 2B rows
         parts = [self.first_tokens(text_emb, text_enc, text_mask, dot, keep) for keep in branches]
-        x, key_mask = (torch.cat(part) for part in zip(*parts, strict=True))
-        past, mask, codes = None, causal_mask(key_mask), []
+        x, key_mask = map(torch.cat, zip(*parts))
+        mask, past, codes = causal_mask(key_mask), None, []
         for i in range(self.config.components):
+            if i > 0:
+                x = self.code_in(codes[-1].repeat(len(branches)))[:, None] + self.position[i]
+                key_mask = F.pad(key_mask, (0, 1), value=True)
+                mask = key_mask[:, None]  # the one new token sees every real token and itself
             x, own = run_blocks(self.blocks, x, mask, past)
             past = own if past is None else torch.cat([past, own], dim=4)
             logits = self.out(self.norm(x[:, -1])).float()
@@ -222,12 +205,7 @@ class AutoregressivePrior(nn.Module):
                 logits = uncond + scale * (cond - uncond)
             # The code at which the cumulative probability passes the uniform number.
             passed = logits.softmax(dim=-1).cumsum(dim=-1) < uniform[:, i + 1, None]
-            code = passed.sum(dim=-1).clamp(max=self.config.buckets - 1)
-            codes.append(code)
-            if i + 1 < self.config.components:
-                x = self.code_in(code.repeat(len(branches)))[:, None] + self.position[i + 1]
-                key_mask = F.pad(key_mask, (0, 1), value=True)
-                mask = key_mask[:, None]  # the one new token sees every real token and itself
+            codes.append(passed.sum(dim=-1).clamp(max=self.config.buckets - 1))
         return F.normalize(self.dequantise(torch.stack(codes, dim=1)), dim=-1)
 
 
@@ -238,11 +216,3 @@ def equal_mass_edges(values, buckets):
     ascending = values.sort(dim=1).values
     # The clamp: with fewer values than buckets, the first edges have none below them.
     return (ascending[:, (at - 1).clamp(min=0)] + ascending[:, at]) / 2
-
-
-def bucket_means(values, codes, buckets):
-    """The mean of values (C, N) in each bucket, 0 where it is empty, and how many values are in it,
-    both (C, buckets). codes (C, N): their bucket numbers."""
-    zeros = torch.zeros(len(values), buckets, dtype=values.dtype, device=values.device)
-    count = zeros.scatter_add(1, codes, torch.ones_like(values))
-    return zeros.scatter_add(1, codes, values) / count.clamp(min=1), count

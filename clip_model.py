@@ -1,9 +1,9 @@
 """The frozen CLIP: pictures and captions as points on one sphere (CLIP, 2103.00020; paper sec. 2).
 
 CLIP is two networks, one for pictures and one for captions, trained so that a picture and its own
-caption point in the same direction. It is either one of open_clip's pretrained models or a small
-one trained here, some 40 times smaller than ViT-B-32. The other stages never train it further;
-from any CLIP they get the same four things, through `FrozenClip`:
+caption point in the same direction. Here it is one of open_clip's pretrained models, or a small one
+trained on the same data as everything else. The other stages never train it further. Through
+`FrozenClip` they get the same four things from any CLIP:
 
     image_emb  (B, D)     unit norm: the picture's point on the sphere
     text_emb   (B, D)     unit norm: the caption's point
@@ -40,7 +40,7 @@ class SmallClipConfig:
     text_width: int = 128  # W
     text_layers: int = 3
     text_heads: int = 4
-    context_length: int = 32  # L. The paper's text context is 256; our captions are short.
+    context_length: int = 32  # L, tokens: our captions are short
 
 
 @functools.lru_cache
@@ -54,11 +54,10 @@ class SmallClip(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        vision = open_clip.CLIPVisionCfg(layers=config.vision_layers, width=config.vision_width,
-                                         head_width=32, image_size=config.image_size)
+        vision = open_clip.CLIPVisionCfg(config.vision_layers, config.vision_width, head_width=32,
+                                         image_size=config.image_size)
         text = open_clip.CLIPTextCfg(
-            vocab_size=len(config.vocab) + 2,  # and padding and unknown: see support/tokenizer.py
-            context_length=config.context_length,
+            context_length=config.context_length, vocab_size=len(config.vocab) + 2,  # see Tokenizer
             width=config.text_width, heads=config.text_heads, layers=config.text_layers)
         self.model = open_clip.CLIP(config.dim, vision, text)
 
@@ -72,22 +71,22 @@ class SmallClip(nn.Module):
     def batch(config, data, embeddings, indices, rng):
         """Pictures `indices`, each with one of its captions: image (B, 3, H, W), tokens (B, L)."""
         captions = [c[rng.integers(len(c))] for c in map(data.captions, indices)]
-        # A photo is cut to a square anywhere along its longer side; FrozenClip sees the centre.
+        # A photo is cut to a square: anywhere in training, in the centre for FrozenClip.
         images = [data.image(i, config.image_size, place=rng.random()) for i in indices]
         return {"image": torch.stack(images), "tokens": tokenizer_of(config)(captions)}
 
     def loss(self, batch, t=None):
-        """The contrastive loss of a batch, a scalar. t, a noise level, is not used by CLIP."""
+        """The contrastive loss of a batch, a scalar. (There is no noise level t here.)"""
         self.model.logit_scale.data.clamp_(max=math.log(100))  # see clip_loss
         # open_clip's forward normalises, and returns the scale already exponentiated: another exp
         # would start it at exp(14). Its encode_image and encode_text do *not* normalise.
         image_emb, text_emb, scale = self.model(batch["image"], batch["tokens"])
         contrast = clip_loss
         if self.training and dist.is_initialized():
-            # Processes pool their rows: in fewer rows the right caption would be easier to find.
+            # All processes' rows together: among fewer, the right caption is easier to find.
             contrast = open_clip.ClipLoss(gather_with_grad=True, rank=dist.get_rank(),
                                           world_size=dist.get_world_size())
-        # Not in bfloat16: with its 8 significant bits, logits near 100 are off by up to 0.25.
+        # Not in bfloat16, whose 8 significant bits leave logits near 100 off by up to 0.25.
         with torch.autocast(image_emb.device.type, enabled=False):
             return contrast(at_least_float32(image_emb), at_least_float32(text_emb), scale)
 
@@ -107,7 +106,7 @@ def clip_loss(image_emb, text_emb, scale):
     image_emb, text_emb: (B, D) unit norm; row i of one belongs to row i of the other.
     scale: the inverse temperature of the softmax. Cosines end at 1: unscaled, a perfect match
     among 256 captions would have a probability of only e / (e + 255) = 1%. CLIP learns the scale,
-    from 1 / 0.07 = 14 on, and clamps it at 100, or training gets unstable (CLIP sec. 2.5).
+    starting at 1 / 0.07 = 14, and clamps it at 100 to keep training stable (CLIP sec. 2.5).
     """
     logits = scale * image_emb @ text_emb.T  # (B, B)
     target = torch.arange(len(logits), device=logits.device)
@@ -132,13 +131,13 @@ class FrozenClip(nn.Module):
         for key in ("mean", "std"):
             value = torch.tensor(settings.get(key, (0.5, 0.5, 0.5))).view(3, 1, 1)
             self.register_buffer(key, value, persistent=False)
-        # How large its answers are is seen from one.
+        # Sizes, measured on a first caption of zeros.
         text_emb, text_enc, _ = self.encode_ids(torch.zeros(1, tokenizer.context_length).long())
         self.dim, self.text_len, self.text_width = text_emb.shape[1], *text_enc.shape[1:]
         self.identity = f"{name}:{weights_hash(model)}"  # the key of caches and checkpoints
 
     def train(self, mode=True):
-        return super().train(False)  # frozen, whatever the code around it asks for
+        return super().train(False)  # whatever the model around it does
 
     @torch.no_grad()
     def encode_image(self, images):
@@ -146,7 +145,7 @@ class FrozenClip(nn.Module):
         images, size = (images + 1) / 2, (self.image_size, self.image_size)
         if images.shape[-2:] != size:
             images = F.interpolate(images, size, mode=self.interpolation, antialias=True)
-            images = images.clamp(0, 1)  # bicubic weights overshoot at edges
+            images = images.clamp(0, 1)  # bicubic resizing overshoots at edges
         return F.normalize(self.model.encode_image((images - self.mean) / self.std).float(), dim=-1)
 
     def encode_text(self, captions):
@@ -156,14 +155,14 @@ class FrozenClip(nn.Module):
     @torch.no_grad()
     def encode_ids(self, ids):
         """The same from token ids (B, L)."""
-        # open_clip returns the pooled embedding alone. On the way to it the features of all tokens
-        # pass through ln_final, where a hook reads them.
+        # open_clip returns the pooled embedding alone. The features of all tokens pass through
+        # ln_final on the way to it, where a hook reads them.
         seen = []
         tower = self.model if hasattr(self.model, "ln_final") else self.model.text
         with tower.ln_final.register_forward_hook(lambda module, args, out: seen.append(out)):
             text_emb = F.normalize(self.model.encode_text(ids).float(), dim=-1)
-        # text_emb is read off at the end-of-text token, and the tower is causal: no loss ever
-        # reached the features behind that token, which are junk. So the mask ends there.
+        # text_emb comes from the end-of-text token and the tower is causal, so the features behind
+        # that token were never trained: they are junk, and the mask ends before them.
         end = ids.argmax(dim=1, keepdim=True)  # end of text has the largest id
         text_mask = torch.arange(ids.shape[1], device=ids.device) <= end
         return text_emb, seen[0].float(), text_mask

@@ -1,25 +1,24 @@
 """The decoder: from a CLIP image embedding (and the caption) to a 64x64 picture (paper sec. 2.1).
 
-A GLIDE-style diffusion model. Its U-Net removes noise from a picture; what the picture should show
-comes in by two pathways:
+A diffusion model like GLIDE. Its U-Net removes noise from a picture, and is told in two ways what
+the picture should show:
 
     image_emb -+-> linear ------------------------> + timestep embedding -> every residual block
                +-> linear -> 4 tokens --+
     caption ---> text transformer ------+-> context -> every attention layer
 
-Why two? The timestep embedding scales and shifts every residual block at every resolution, the same
-for all pixels: it is everywhere, but it cannot say *where*. The context lets each pixel pick by
-attention what concerns it, but only where the U-Net attends. Why four tokens and not one? The paper
-does not say; a query can tell four keys apart, and each may come to carry another part of the
-embedding.
+Why two? The timestep embedding scales and shifts every residual block at every resolution, but the
+same for all pixels: it cannot say *where*. The context lets each pixel pick by attention what
+concerns it, but only at the resolutions that attend. Why four tokens and not one? The paper does
+not say; attention can tell four keys apart, so each may carry another part of the embedding.
 
 The one idea: the embedding fixes *what* is in the picture (its semantics), the noise decides
 everything that the embedding leaves open. In training the embedding is dropped 10% of the time and
-the caption 50%, so one network serves with both, either, or neither, and "either minus neither" is
-what guidance amplifies.
+the caption 50%, so one network draws with both, either, or neither, and guidance can amplify the
+difference that they make.
 
 Letters: B batch, C channels, H, W picture sides, D CLIP embedding, L caption tokens, E timestep
-embedding, X context width, T noise levels. Read next: upsampler.py.
+embedding, X context width, T noise levels.
 """
 
 import functools
@@ -31,7 +30,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffusion import GaussianDiffusion, SeededNoise, guided
-from networks import Block, TimeEmbedding, UNet, evaluating
+from networks import Block, TimeEmbedding, UNet, evaluating, run_blocks
 
 
 @dataclass(frozen=True)
@@ -49,19 +48,19 @@ class DecoderConfig:
     text_depth: int = 2  # blocks of the text transformer. Paper: 24
     dropout: float = 0.0  # Paper: 0.1, for 800K iterations
     # What it is trained on. "image_emb": unCLIP's decoder. Two baselines of the paper's sec. 5:
-    # "text_emb", CLIP's text embedding in its place; "caption", never any embedding (GLIDE).
+    # "text_emb", CLIP's text embedding in its place; "caption", no embedding at all (GLIDE).
     condition: str = "image_emb"
     drop_image_emb: float = 0.1  # share of examples that see the learned null embedding instead
     drop_caption: float = 0.5  # share of examples trained without their caption
-    predict: str = "v"  # Paper: "noise", with which flat pictures stay grainy for long
+    predict: str = "v"  # Paper: "noise", with which flat areas stay grainy for longer
     variance: str = "learned"  # or "fixed_small", "fixed_large"
     diffusion_steps: int = 1000  # T
     sample_steps: int = 32  # Paper: 250. Here seconds, not minutes, on a CPU
-    # Only the shipped weights need these four; the design that replaces them will not.
+    # The paper has none of these four; the preset "base" uses them.
     emb_width: int | None = None  # E; None: 4 * channels, as in ADM
-    image_hidden: int | None = None  # a hidden layer of this width on the embedding
+    image_hidden: int | None = None  # width of a hidden layer on the embedding
     weight_cap: float | None = None  # of the loss: see GaussianDiffusion.loss_weight
-    stem: int = 1  # fold stem x stem pixels into channels first; see UNet. Paper: 1
+    stem: int = 1  # fold stem x stem pixels into channels first: see UNet
 
 
 IMAGE_TOKENS = 4  # context tokens made of the image embedding (paper sec. 2.1)
@@ -74,17 +73,17 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         X, E = config.context_width, config.emb_width or 4 * config.channels
+        D, width = config.dim, config.image_hidden or config.dim
         self.time = TimeEmbedding(config.channels, E)
         # Pathway 1: the embedding joins the timestep. Pathway 2: it becomes four context tokens.
-        self.null_image_emb = nn.Parameter(torch.randn(config.dim) / math.sqrt(config.dim))
-        width, self.image_in = config.dim, nn.Identity()
+        self.null_image_emb = nn.Parameter(torch.randn(D) / math.sqrt(D))
+        self.image_in = nn.Identity()
         if config.image_hidden:
-            width = config.image_hidden
-            self.image_in = nn.Sequential(nn.Linear(config.dim, width), nn.SiLU())
+            self.image_in = nn.Sequential(nn.Linear(D, width), nn.SiLU())
         self.image_to_time = nn.Linear(width, E)
         self.image_to_tokens = nn.Linear(width, IMAGE_TOKENS * X)
-        # The caption: GLIDE trains a text transformer of its own on the words and adds its last
-        # token to the timestep embedding. Ours starts from CLIP's token features: little data.
+        # The caption. GLIDE's text transformer starts from the words, and its last token joins the
+        # timestep embedding. Ours starts from CLIP's token features, as our data is small.
         self.text_in = nn.Linear(config.text_width, X)
         self.text_position = nn.Parameter(0.02 * torch.randn(config.text_len, X))
         self.text_blocks = nn.ModuleList(Block(X, heads=X // 32) for _ in range(config.text_depth))
@@ -95,13 +94,11 @@ class Decoder(nn.Module):
         out_channels = 6 if config.variance == "learned" else 3
         self.unet = UNet(
             3, out_channels, config.channels, config.multiples, config.blocks, E,
-            config.attention_levels, config.head_channels, X, config.dropout,
-            config.stem,
+            config.attention_levels, config.head_channels, X, config.dropout, config.stem,
         ).to(memory_format=torch.channels_last)
         self.diffusion = GaussianDiffusion(
-            T=config.diffusion_steps, schedule="cosine", predict=config.predict,
-            variance=config.variance, clip_x_0=True, weight_cap=config.weight_cap,
-        )
+            config.diffusion_steps, "cosine", config.predict, config.variance,
+            weight_cap=config.weight_cap)
 
     def embedding_of(self, batch):
         """The embedding (B, D) of a batch that this decoder is trained to see, or None."""
@@ -110,39 +107,33 @@ class Decoder(nn.Module):
     def encode_caption(self, text_enc, text_mask):
         """text_enc (B, L, W), text_mask (B, L) -> context tokens (B, L, X), the last one (B, X)."""
         x = self.text_in(text_enc) + self.text_position[: text_enc.shape[1]]
-        # Not causal, as the whole caption is known; padding is never looked at. The first token
-        # is always real, so no row of the mask is empty.
-        for block in self.text_blocks:
-            x, _ = block(x, text_mask[:, None].expand(-1, x.shape[1], -1))
-        x = self.text_norm(x)
-        end_of_text = text_mask.sum(dim=1) - 1
+        # Not causal, as the whole caption is known. Padding is never looked at, and the first token
+        # is always real: every token has something to look at.
+        x, _ = run_blocks(self.text_blocks, x, text_mask[:, None].expand(-1, x.shape[1], -1))
+        x, end_of_text = self.text_norm(x), text_mask.sum(dim=1) - 1
         return x, x[torch.arange(len(x), device=x.device), end_of_text]
 
     def condition(self, image_emb, text_enc, text_mask, keep_image_emb, keep_caption):
-        """Everything the U-Net is told, once per picture: none of it depends on the timestep.
+        """All that the U-Net is told about a picture, the same at every timestep.
 
         image_emb (B, D) unit norm; text_enc (B, L, W); text_mask (B, L) bool; keep_* (B,) bool.
         Returns cond_emb (B, E), context (B, 4 + L, X), context_mask (B, 4 + L).
         """
-        null = self.null_image_emb.to(image_emb.dtype)
-        image_emb = torch.where(keep_image_emb[:, None], image_emb, null)
-        image_emb = image_emb * math.sqrt(image_emb.shape[-1])  # entries of size 1, not 1 / sqrt(D)
-        image_emb = self.image_in(image_emb)  # (B, D), or (B, image_hidden)
-        image_tokens = self.image_to_tokens(image_emb).unflatten(1, (IMAGE_TOKENS, -1))
+        keep_image_emb, keep_caption = keep_image_emb[:, None], keep_caption[:, None]
+        emb = torch.where(keep_image_emb, image_emb, self.null_image_emb.to(image_emb.dtype))
+        emb = self.image_in(emb * math.sqrt(emb.shape[-1]))  # unit norm -> entries of size 1
+        image_tokens = self.image_to_tokens(emb).unflatten(1, (IMAGE_TOKENS, -1))
 
         tokens, last = self.encode_caption(text_enc, text_mask)
-        last = torch.where(
-            keep_caption[:, None], self.text_to_time(last), self.null_caption.to(last.dtype)
-        )
-        text_mask = text_mask & keep_caption[:, None]
+        last = torch.where(keep_caption, self.text_to_time(last), self.null_caption.to(last.dtype))
         return {
-            "cond_emb": self.image_to_time(image_emb) + last,
+            "cond_emb": self.image_to_time(emb) + last,
             "context": torch.cat([image_tokens, tokens], dim=1),
-            "context_mask": F.pad(text_mask, (IMAGE_TOKENS, 0), value=True),
+            "context_mask": F.pad(text_mask & keep_caption, (IMAGE_TOKENS, 0), value=True),
         }
 
     def forward(self, x_t, t, cond_emb, context, context_mask):
-        """One look at the noised pictures x_t (B, 3, H, W) at t (B,) -> (B, 3 or 6, H, W)."""
+        """The U-Net's output for noised pictures x_t (B, 3, H, W) at t (B,): (B, 3 or 6, H, W)."""
         return self.unet(x_t, self.time(t) + cond_emb, context, context_mask)
 
     # --- training ---
@@ -155,47 +146,41 @@ class Decoder(nn.Module):
 
     def loss(self, batch, t=None):
         """Mean diffusion loss of a batch, a scalar. t (B,): noise levels, by default drawn."""
-        B, device = len(batch["image"]), batch["image"].device
-        # Two independent coins an example: 5% see a caption but no embedding (paper fig. 8).
-        keep_image_emb = torch.rand(B, device=device) >= self.config.drop_image_emb
-        keep_caption = torch.rand(B, device=device) >= self.config.drop_caption
-        emb = self.embedding_of(batch)
+        image, emb = batch["image"], self.embedding_of(batch)
+        drop_emb, drop_caption = self.config.drop_image_emb, self.config.drop_caption
         if emb is None:
-            emb, keep_image_emb = batch["image_emb"], torch.zeros_like(keep_image_emb)
-        text = batch["text_enc"], batch["text_mask"]
-        cond = self.condition(emb, *text, keep_image_emb, keep_caption)
-        network = functools.partial(self, **cond)
-        return self.diffusion.training_loss(network, batch["image"], t).mean()
+            emb, drop_emb = batch["image_emb"], 1.0
+        # Two independent coins an example: 5% see a caption but no embedding (paper fig. 8).
+        keep_emb, keep_caption = (torch.rand(len(image), device=image.device) >= rate
+                                  for rate in (drop_emb, drop_caption))
+        cond = self.condition(emb, batch["text_enc"], batch["text_mask"], keep_emb, keep_caption)
+        return self.diffusion.training_loss(functools.partial(self, **cond), image, t).mean()
 
     def preview(self, batches):
-        """Pictures of 16 validation captions and their true embeddings, always with the same noise:
-        (no figures, pictures, captions)."""
+        """(no figures, pictures, captions): drawn from 16 validation captions and their true
+        embeddings, always with the same noise."""
         batch, captions = batches.look()
-        drawn = self.sample(
-            self.embedding_of(batch), batch["text_enc"], batch["text_mask"], scale=2.0,
-            noise=SeededNoise(range(len(captions))),
-        )
+        emb, noise = self.embedding_of(batch), SeededNoise(range(len(captions)))
+        drawn = self.sample(emb, batch["text_enc"], batch["text_mask"], scale=2.0, noise=noise)
         return {}, drawn, captions
 
     # --- sampling ---
 
     @torch.no_grad()
     def network(self, image_emb, text_enc, text_mask, scale=1.0):
-        """The guided network of some conditions, as every sampler and the inversion want it.
+        """The guided network under these conditions, a function of (x_t, t) for the samplers.
 
         image_emb (B, D), or None: the caption alone. text_enc (B, L, W) with text_mask (B, L),
         or None: the embedding alone. scale: uncond + scale * (cond - uncond); off at 1.
-        Returns a function of (x_t, t).
         """
-        B = len(text_enc if image_emb is None else image_emb)
-        device = self.null_image_emb.device
+        B, device = len(text_enc if image_emb is None else image_emb), self.null_image_emb.device
         no = torch.zeros(B, dtype=torch.bool, device=device)
         keep_image_emb, keep_caption = (no if x is None else ~no for x in (image_emb, text_enc))
         if image_emb is None:
             image_emb = self.null_image_emb.expand(B, -1)
-        if text_enc is None:
+        if text_enc is None:  # any tokens: a dropped caption is masked out
             text_enc = torch.zeros(B, self.config.text_len, self.config.text_width, device=device)
-            text_mask = torch.ones(B, self.config.text_len, dtype=torch.bool, device=device)
+            text_mask = torch.ones_like(text_enc[..., 0], dtype=torch.bool)
         cond = self.condition(image_emb, text_enc, text_mask, keep_image_emb, keep_caption)
         uncond = cond if scale == 1 else self.condition(image_emb, text_enc, text_mask, no, no)
         return guided(self, cond, uncond, scale)
@@ -206,14 +191,12 @@ class Decoder(nn.Module):
                noise=None, x_T=None, on_step=None):
         """Draw pictures (B, 3, size, size) in [-1, 1]; see network() for the conditions and scale.
 
-        steps: of the T noise levels (default: the config's). eta: None for ancestral sampling with
-        the config's variance (paper: learned), a number for DDIM (0 is deterministic given x_T).
-        noise, x_T (B, 3, size, size), on_step: see diffusion.py.
+        steps: by default the config's. eta: None for ancestral sampling, a number for DDIM (0 is
+        deterministic given x_T). noise, x_T (B, 3, size, size), on_step: see diffusion.py.
         """
-        network = self.network(image_emb, text_enc, text_mask, scale)
+        sample = self.diffusion.sample
+        if eta is not None:
+            sample = functools.partial(self.diffusion.ddim_sample, eta=eta)
         B, size = len(text_enc if image_emb is None else image_emb), self.config.size
-        settings = {"steps": steps or self.config.sample_steps, "noise": noise, "x_T": x_T,
-                    "on_step": on_step}
-        if eta is None:
-            return self.diffusion.sample(network, (B, 3, size, size), **settings)
-        return self.diffusion.ddim_sample(network, (B, 3, size, size), eta=eta, **settings)
+        return sample(self.network(image_emb, text_enc, text_mask, scale), (B, 3, size, size),
+                      steps or self.config.sample_steps, noise=noise, x_T=x_T, on_step=on_step)

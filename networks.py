@@ -1,16 +1,16 @@
 """What the stages' networks are built of: a transformer for the priors, a U-Net for pictures.
 
-The transformer (GPT-2's block) hands out the keys and values of its tokens and takes those of
-earlier tokens back in: the *cache*. That is all it needs to run a sequence in pieces, with the same
-result as in one go, as long as its mask is causal. Both priors live on this.
+The transformer (GPT-2's block) returns the keys and values of its tokens and accepts those of
+earlier tokens: the *cache*. With a causal mask, a sequence run in pieces then gives the same result
+as in one go, so what does not change is run only once. That makes both priors fast.
 
 The U-Net (DDPM app. B, ADM, GLIDE) goes down to a small picture with many channels, where it is
 cheap to see everything at once, and up again to full detail; skips carry the detail across. Two
-things enter it from outside: an embedding, which scales and shifts every residual block, the same
-for all pixels; and context tokens, among which each pixel may choose by attention.
+things enter it from outside: an embedding, which scales and shifts the features of every residual
+block, the same for all pixels; and context tokens, from which each pixel picks by attention.
 
 Letters: B batch, N tokens, M transformer width, P cached tokens, C channels, H, W picture sides,
-E timestep embedding, X context width. Read next: prior.py.
+E timestep embedding, X context width.
 """
 
 import functools
@@ -23,22 +23,20 @@ from torch import nn
 from diffusion import at_least_float32
 
 
-def timestep_embedding(t, dim, max_period=10000):
-    """Tell a network the time: sines and cosines of t at dim / 2 frequencies (DDPM app. B).
+def timestep_embedding(t, dim):
+    """Tell a network the time: cosines and sines of t (B,) at dim / 2 frequencies (DDPM app. B).
 
-    t: (B,), dim: even. Returns (B, dim) whose squared norm is dim / 2, as sin^2 + cos^2 = 1.
-    Fast frequencies (1) tell neighbours apart, slow ones (nearly 1 / max_period) early from late.
+    The highest frequency, 1, tells neighbours apart; the lowest, nearly 1 / 10000, early from late.
+    Returns (B, dim), of squared norm dim / 2, as cos^2 + sin^2 = 1.
     """
-    assert dim % 2 == 0
-    t = t if t.is_floating_point() else t.float()
+    t = at_least_float32(t)
     powers = torch.arange(dim // 2, dtype=t.dtype, device=t.device) / (dim // 2)
-    angles = t[:, None] * torch.exp(-math.log(max_period) * powers)  # (B, dim / 2)
-    return torch.cat([angles.cos(), angles.sin()], dim=1)            # (B, dim)
+    angles = t[:, None] * torch.exp(-math.log(10000) * powers)  # (B, dim / 2)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 def evaluating(sample):
-    """Decorates a model's sample(): it draws in eval mode, without dropout, and the model is then
-    back in the mode that it was in, even after an error or Ctrl-C."""
+    """Decorator of a model's sample(): draws in eval mode, without dropout; restores the mode."""
     @functools.wraps(sample)
     def wrapped(self, *args, **settings):
         was_training = self.training
@@ -56,12 +54,11 @@ def evaluating(sample):
 def attention(q, k, v, mask):
     """softmax(q k^T / sqrt(d)) v, each query over the keys that mask allows (1706.03762 eq. 1).
 
-    q: (B, heads, N, d), k and v: (B, heads, P + N, d), mask: bool, True = may look, broadcast to
-    (B, heads, N, P + N); no query may be left without a key. Returns (B, heads, N, d).
-
-    On a GPU the fused version never writes the (N, P + N) table to memory. On a CPU, at our
-    lengths, its backward pass is several times slower than these two lines.
+    q: (B, heads, N, d); k, v: (B, heads, P + N, d); mask: bool, True = may look, broadcast to
+    (B, heads, N, P + N). Every query needs a key. Returns (B, heads, N, d).
     """
+    # On a GPU the fused version never writes the (N, P + N) table to memory. On a CPU, at our
+    # lengths, its backward pass is several times slower than the last two lines.
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
@@ -78,9 +75,8 @@ class Block(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         self.norm_2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
+        hidden = 4 * width
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
     def forward(self, x, mask, past=None):
         """x: (B, N, M); mask: (B or 1, N, P + N) bool, True = may look.
@@ -89,12 +85,12 @@ class Block(nn.Module):
         Returns x (B, N, M) and the new tokens' own keys and values (B, 2, heads, N, M / heads).
         """
         B, N, M = x.shape
-        # One matrix gives queries, keys and values, each (B, heads, N, M / heads).
+        # Queries, keys and values, each (B, heads, N, M / heads), come from one matrix.
         qkv = self.qkv(self.norm_1(x)).view(B, N, 3, self.heads, M // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         own = torch.stack([k, v], dim=1)
         if past is not None:
-            # In front of our own keys and values go those of the tokens before us.
+            # The keys and values of earlier tokens go in front of the new ones.
             k, v = torch.cat([past[:, 0], k], dim=2), torch.cat([past[:, 1], v], dim=2)
         y = attention(q, k, v, mask[:, None])  # (B, heads, N, .)
         x = x + self.out(y.transpose(1, 2).reshape(B, N, M))
@@ -102,10 +98,10 @@ class Block(nn.Module):
 
 
 def run_blocks(blocks, x, mask, past=None):
-    """All blocks in turn. past and the result's second part: (B, depth, 2, heads, N, M / heads).
+    """All blocks in turn: x (B, N, M) and the new tokens' cache (B, depth, 2, heads, N, M / heads).
 
-    The cache is one tensor with the batch first, so that guidance can stack the caches of its
-    two branches like any other condition.
+    past: the cache of earlier tokens. It is one tensor with the batch first, so that guidance can
+    stack the caches of its two branches like any other condition.
     """
     kept = []
     for depth, block in enumerate(blocks):
@@ -115,21 +111,17 @@ def run_blocks(blocks, x, mask, past=None):
 
 
 def causal_mask(key_mask):
-    """(B, N) bool, which tokens are real -> (B, N, N): look at real tokens up to yourself.
-
-    Every token may look at itself, also a padding token that nobody else looks at: a row of a
-    softmax with nothing to look at would be 0 / 0.
-    """
-    N = key_mask.shape[1]
-    causal = torch.ones(N, N, dtype=torch.bool, device=key_mask.device).tril()
-    return (causal & key_mask[:, None]) | torch.eye(N, dtype=torch.bool, device=key_mask.device)
+    """(B, N) bool, which tokens are real -> (B, N, N): look at real tokens up to yourself. Padding
+    tokens are looked at by themselves alone, as a softmax over nothing would be 0 / 0."""
+    itself = torch.eye(key_mask.shape[1], dtype=torch.bool, device=key_mask.device)
+    return torch.ones_like(itself).tril() & key_mask[:, None] | itself
 
 
 # --- the U-Net's parts -----------------------------------------------------------------------
 
 
 class TimeEmbedding(nn.Module):
-    """t (B,) -> (B, E): sines and cosines, then a small network (DDPM appendix B)."""
+    """t (B,) -> (B, E): cosines and sines, then a small network (DDPM app. B)."""
 
     def __init__(self, dim, emb_dim):
         super().__init__()
@@ -141,16 +133,15 @@ class TimeEmbedding(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-    """In float32, also where the network runs in bfloat16: autocast does so on GPUs, but not on
-    CPUs, where PyTorch's bfloat16 group norm is many times slower when channels come last."""
+    """At most 32 groups, as in ADM, with at least 4 channels each, as our networks are narrow."""
+
+    def __init__(self, channels):
+        super().__init__(math.gcd(32, channels // 4), channels)
 
     def forward(self, x):
+        # Autocast keeps norms in float32 on GPUs. It does not on CPUs, where PyTorch's bfloat16
+        # group norm is many times slower when channels come last.
         return super().forward(at_least_float32(x)).to(x.dtype)
-
-
-def group_norm(channels):
-    """At most 32 groups (ADM) and at least 4 channels in each: our networks are narrow."""
-    return GroupNorm(math.gcd(32, channels // 4), channels)
 
 
 def zero(module):
@@ -163,15 +154,15 @@ def zero(module):
 class ResBlock(nn.Module):
     """Two convolutions and a skip; the embedding scales and shifts a norm (ADM sec. 3.1).
 
-    Why after a norm? It has just removed the features' own mean and size, so what the embedding
-    puts in their place is seen, whatever the features were.
+    Why after a norm? The norm has just removed the features' own mean and size, so the mean and
+    size that the embedding sets always count, whatever the features were.
     """
 
     def __init__(self, c_in, c_out, emb_dim, dropout=0.0):
         super().__init__()
-        self.norm_1, self.conv_1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm_1, self.conv_1 = GroupNorm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
         self.emb = nn.Linear(emb_dim, 2 * c_out)
-        self.norm_2, self.dropout = group_norm(c_out), nn.Dropout(dropout)
+        self.norm_2, self.dropout = GroupNorm(c_out), nn.Dropout(dropout)
         self.conv_2 = zero(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
@@ -184,15 +175,12 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every pixel looks at the context tokens and at every pixel (GLIDE sec. 4.1).
-
-    One softmax over both: context keys and values are put in front of the picture's own.
-    """
+    """Each pixel looks at the context tokens and at all pixels, in one softmax (GLIDE sec. 4.1)."""
 
     def __init__(self, channels, head_channels, context_dim):
         super().__init__()
         self.heads = max(1, channels // head_channels)
-        self.norm = group_norm(channels)
+        self.norm = GroupNorm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.context_kv = nn.Linear(context_dim, 2 * channels)
         self.out = zero(nn.Linear(channels, channels))
@@ -205,7 +193,7 @@ class Attention(nn.Module):
         context_k, context_v = self.context_kv(context).chunk(2, dim=-1)
         k, v = torch.cat([context_k, k], dim=1), torch.cat([context_v, v], dim=1)
         q, k, v = (y.view(B, -1, self.heads, C // self.heads).transpose(1, 2) for y in (q, k, v))
-        # Padding tokens of the context are not looked at; pixels always are.
+        # All pixels may be looked at, but no padding tokens.
         mask = F.pad(context_mask, (0, H * W), value=True)[:, None, None]  # (B, 1, 1, N + H * W)
         y = attention(q, k, v, mask)
         y = self.out(y.transpose(1, 2).reshape(B, H * W, C))
@@ -226,65 +214,52 @@ class Level(nn.Module):
 
 
 class UNet(nn.Module):
-    """Down, across and up again, with a skip from each step down to its step up (DDPM appendix B).
+    """Down, across and up again, with a skip from each step down to its step up (DDPM app. B).
 
-    channels, multiples: level i has channels * multiples[i] channels, its side is H / (stem * 2^i).
-    blocks: residual blocks a level going down (one more going up). attention_levels: the levels
-    that attend; () builds no attention at all. stem: pixel_unshuffle by this much first and
-    pixel_shuffle last, so that a large picture is worked on as a smaller one with more channels.
+    Level i has channels * multiples[i] channels and sides of H / (stem * 2^i), with `blocks`
+    residual blocks going down and one more going up; those in attention_levels attend.
+    stem: fold patches of stem x stem pixels into channels first, and unfold them last: faster.
     ADM and GLIDE halve and double inside residual blocks; here a plain convolution does it.
     """
 
     def __init__(self, in_channels, out_channels, channels, multiples, blocks, emb_dim,
-                 attention_levels=(), head_channels=32, context_dim=None, dropout=0.0,
-                 stem=1):
+                 attention_levels=(), head_channels=32, context_dim=None, dropout=0.0, stem=1):
         super().__init__()
         self.stem = stem
-        attend = {"head_channels": head_channels, "context_dim": context_dim}
-        widths = [channels * m for m in multiples]
+
+        def level(c_in, c_out, i):
+            attend = {"head_channels": head_channels, "context_dim": context_dim}
+            return Level(c_in, c_out, emb_dim, dropout, attend if i in attention_levels else None)
+
+        widths, last = [channels * m for m in multiples], len(multiples) - 1
+        finer = [widths[0]] + widths[:-1]  # for each level, the width of the next finer one
         self.conv_in = nn.Conv2d(in_channels * stem**2, widths[0], 3, padding=1)
 
-        self.down, skips, c = nn.ModuleList(), [widths[0]], widths[0]
+        self.down = nn.ModuleList()
         for i, width in enumerate(widths):
-            for _ in range(blocks):
-                self.down.append(
-                    Level(c, width, emb_dim, dropout, attend if i in attention_levels else None)
-                )
-                c = width
-                skips.append(c)
-            if i < len(widths) - 1:
-                self.down.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
-                skips.append(c)
+            self.down.extend(level(c, width, i) for c in [finer[i]] + [width] * (blocks - 1))
+            if i < last:
+                self.down.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
 
-        in_middle = attend if len(widths) - 1 in attention_levels else None
-        self.middle = nn.ModuleList(
-            [Level(c, c, emb_dim, dropout, in_middle), Level(c, c, emb_dim, dropout, None)]
-        )
+        self.middle = nn.ModuleList([level(width, width, last), level(width, width, None)])
 
         self.up = nn.ModuleList()
         for i, width in reversed(list(enumerate(widths))):
-            for _ in range(blocks + 1):
-                c_in = c + skips.pop()
-                self.up.append(
-                    Level(c_in, width, emb_dim, dropout, attend if i in attention_levels else None)
-                )
-                c = width
+            # The skips: from this level's blocks, and from the layer that comes before them.
+            self.up.extend(level(width + skip, width, i) for skip in [width] * blocks + [finer[i]])
             if i > 0:
-                # ADM keeps c channels here. Narrowing at once to the finer level's saves about as
-                # much as all of that level's way up costs.
-                self.up.append(nn.Conv2d(c, widths[i - 1], 3, padding=1))
-                c = widths[i - 1]
+                # ADM keeps the width here. Narrowing it at once to the finer level's saves about
+                # as much as that level's whole way up costs.
+                self.up.append(nn.Conv2d(width, finer[i], 3, padding=1))
 
-        self.norm_out = group_norm(c)
-        self.conv_out = zero(nn.Conv2d(c, out_channels * stem**2, 3, padding=1))
+        self.norm_out = GroupNorm(widths[0])
+        self.conv_out = zero(nn.Conv2d(widths[0], out_channels * stem**2, 3, padding=1))
 
     def forward(self, x, emb, context=None, context_mask=None):
-        """x (B, in_channels, H, W), emb (B, E), context (B, N, X), context_mask (B, N) bool.
-
-        Returns (B, out_channels, H, W). H and W: multiples of stem * 2^(levels - 1).
-        """
+        """x (B, in_channels, H, W), emb (B, E), context (B, N, X), context_mask (B, N) bool ->
+        (B, out_channels, H, W). H and W: multiples of stem * 2^(levels - 1)."""
         x = F.pixel_unshuffle(x, self.stem) if self.stem > 1 else x
-        # Channels last in memory: what convolutions on CPUs and tensor cores like best.
+        # Channels last in memory: convolutions on CPUs and on tensor cores are fastest so.
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         skips = [x]
         for layer in self.down:

@@ -1,25 +1,25 @@
 """The diffusion prior: from a caption to a CLIP image embedding, P(z_i | y)  (paper sec. 2.2).
 
 Many pictures fit one caption, so the decoder has to be told which one to draw. CLIP's text
-embedding cannot tell it: it is one point for all of them, and it lies in another part of the sphere
+embedding cannot say that: it is the same for all of them, and it lies in another part of the sphere
 than image embeddings do. The prior draws one of the image embeddings that fit. It is a diffusion
 model whose "pixels" are the D numbers of an embedding, and its network is a transformer over
 
     [caption tokens, L] [text embedding] | [timestep] [noised image embedding] [query]
     <-------- prefix: P = L + 1 -------->   <----------- suffix: 3 tokens ----------->
 
-Why causal, and why in this order? The paper prescribes both without giving a reason. They make
-sampling cheap: a token sees only what comes before it, so the prefix cannot depend on the timestep
-or on the noise. Its keys and values are computed once per caption, and each of the 64 denoising
-steps runs three tokens instead of P + 3. The query comes last because only the last token sees
-everything; the answer is read from its output.
+Why causal, and why in this order? The paper gives no reason, but together they make sampling cheap:
+a token sees only what comes before it, so the prefix cannot depend on the timestep or on the noise.
+Its keys and values are computed once per caption, and each of the 64 denoising steps runs three
+tokens instead of P + 3. The answer is read at the query, which is last because only the last token
+sees everything.
 
-Why predict the embedding and not the noise? The paper found it better (sec. 2.2). Embeddings lie
-near a few directions, noise fills all D of them, and predicting noise means carrying all of x_t
-through the network; lab/findings.py measures the difference (F7).
+Why predict the embedding and not the noise? The paper found it better (sec. 2.2). A likely reason:
+embeddings lie near a few directions, noise fills all D, and to predict noise the network must carry
+all of x_t through; lab/findings.py measures the difference (F7).
 
 Letters: B batch, D CLIP embedding, L caption tokens, W width of CLIP's token features, M width of
-this transformer, P prefix length, K noised copies of an embedding. Read next: decoder.py.
+this transformer, P prefix length, K noised copies of an embedding.
 """
 
 import functools
@@ -35,8 +35,8 @@ from networks import Block, causal_mask, run_blocks, timestep_embedding
 
 
 def embedding_scale(dim):
-    """The paper multiplies its 1024-d unit embeddings by 17.2 (app. C), which gives every dimension
-    a standard deviation of 17.2 / sqrt(1024) = 0.54, about that of pixels. The same for any dim."""
+    """Unit embeddings are multiplied by 17.2 at 1024 dimensions (paper app. C): each dimension then
+    has a standard deviation of 0.54, like pixels, for which the schedules were made."""
     return 17.2 * math.sqrt(dim / 1024)
 
 
@@ -50,28 +50,27 @@ class PriorConfig:
     heads: int = 4
     predict: str = "x_0"  # "noise" is there to compare with (F7)
     variance: str = "analytic"  # of sampling, as in the paper (table 3); or "fixed_small"
-    copies: int = 4  # K noised copies that share one caption prefix in training. Paper: 1
+    copies: int = 4  # K noised copies that share a caption's prefix in training. Paper: 1
     drop_text: float = 0.1  # share of examples trained without their caption, for guidance
     diffusion_steps: int = 1000  # T
     sample_steps: int = 64
 
 
 class CaptionPrefix(nn.Module):
-    """[caption tokens] [text embedding] as tokens of the transformer. Both priors begin with it."""
+    """[caption tokens] [text embedding] as transformer tokens, with which both priors begin."""
 
     def __init__(self, config):
         super().__init__()
-        M = config.width
-        self.text_enc_in = nn.Linear(config.text_width, M)
-        self.text_emb_in = nn.Linear(config.dim, M)
-        self.null_text_emb = nn.Parameter(torch.randn(config.dim) / math.sqrt(config.dim))
+        D, M = config.dim, config.width
+        self.text_enc_in, self.text_emb_in = nn.Linear(config.text_width, M), nn.Linear(D, M)
+        self.null_text_emb = nn.Parameter(torch.randn(D) / math.sqrt(D))
         self.position = nn.Parameter(0.02 * torch.randn(config.text_len + 1, M))
 
     def forward(self, text_emb, text_enc, text_mask, keep=None):
         """text_emb (B, D), text_enc (B, L, W), text_mask (B, L) -> tokens (B, P, M), mask (B, P).
 
-        keep (B,) bool: where it is False the caption is dropped. Its tokens are masked out and a
-        learned vector replaces the text embedding. The noised image embedding is never dropped.
+        Where keep (B,) is False, the caption is dropped, and nothing else: its tokens are masked
+        out, and a learned vector replaces the text embedding.
         """
         if keep is not None:
             text_emb = torch.where(keep[:, None], text_emb, self.null_text_emb.to(text_emb.dtype))
@@ -83,13 +82,23 @@ class CaptionPrefix(nn.Module):
         return tokens + position, F.pad(text_mask, (0, 1), value=True)
 
 
+def cosines(prior, batches):
+    """Figures for either prior's preview: is a drawn embedding closer to the true one than to the
+    caption's, or to another picture's?"""
+    batch, _ = batches.look()
+    text_emb, true = batch["text_emb"], batch["image_emb"]
+    drawn = prior.sample(text_emb, batch["text_enc"], batch["text_mask"],
+                         noise=SeededNoise(range(len(true))))
+    others = {"cos_true": true, "cos_text": text_emb, "cos_unrelated": true.roll(1, 0)}
+    return {k: (drawn * x).sum(dim=1).mean().item() for k, x in others.items()}, None, None
+
+
 class DiffusionPrior(nn.Module):
     """A causal transformer that predicts the clean image embedding (paper sec. 2.2, table 3)."""
 
-    # Default guidance when drawing from captions; 1 switches it off. The paper guides its prior but
-    # does not say how much, and found that it hurt aesthetics (sec. 5.5). Here 4, chosen on shapes:
-    # more pairs of colour and shape come out right that were never seen together in training, for a
-    # little less variety (lab/README.md).
+    # Default guidance when drawing; 1 is off. The paper does not say how much it guides its prior,
+    # and found that guidance hurt aesthetics (sec. 5.5). On shapes, 4 gets more of the pairs of
+    # colour and shape right that training left out, for a little less variety (lab/README.md).
     usual_scale = 4.0
 
     def __init__(self, config):
@@ -106,12 +115,10 @@ class DiffusionPrior(nn.Module):
         self.out = nn.Linear(M, config.dim)
         # Pixels end at -1 and 1, embeddings have no such limits: x_0 is not clipped.
         self.diffusion = GaussianDiffusion(
-            T=config.diffusion_steps, schedule="cosine", predict=config.predict,
-            variance=config.variance, clip_x_0=False,
-        )
+            config.diffusion_steps, "cosine", config.predict, config.variance, clip_x_0=False)
 
     def encode_caption(self, text_emb, text_enc, text_mask, keep=None):
-        """Run the prefix. Returns its keys and values, and which of its tokens are real."""
+        """Run the prefix: its keys and values, and which of its tokens are real."""
         tokens, key_mask = self.prefix(text_emb, text_enc, text_mask, keep)
         _, cache = run_blocks(self.blocks, tokens, causal_mask(key_mask))
         return {"cache": cache, "key_mask": key_mask}
@@ -119,18 +126,16 @@ class DiffusionPrior(nn.Module):
     def forward(self, x_t, t, cache, key_mask):
         """Predict the clean embeddings behind x_t (B * K, D) at noise levels t (B * K,).
 
-        cache and key_mask: encode_caption() of B captions. Row b * K + k is copy k of example b.
-        Training shows K copies to one prefix, sampling one; either way a copy sees the prefix and
-        itself, never another copy.
+        cache, key_mask: encode_caption of B captions. Row b * K + k is copy k of example b: in
+        training K copies share a prefix, in sampling K = 1. No copy sees another.
         """
-        B = len(key_mask)
-        K = len(x_t) // B
+        B, K = len(key_mask), len(x_t) // len(key_mask)
         time = self.time(timestep_embedding(t, self.config.width).to(x_t.dtype))
         suffix = torch.stack([time, self.noised_in(x_t), self.query.expand_as(time)], dim=1)
         suffix = (suffix + self.position).view(B, 3 * K, -1)
-        # Each copy's three tokens are causal among themselves: K triangles on the diagonal.
-        own = torch.ones(3, 3, device=x_t.device).tril()
-        own = torch.kron(torch.eye(K, device=x_t.device), own).bool().expand(B, -1, -1)
+        # A copy's three tokens are causal among themselves: K triangles on the diagonal.
+        triangle, each = torch.ones(3, 3, device=x_t.device).tril(), torch.eye(K, device=x_t.device)
+        own = torch.kron(each, triangle).bool().expand(B, -1, -1)
         mask = torch.cat([key_mask[:, None].expand(-1, 3 * K, -1), own], dim=2)  # (B, 3K, P + 3K)
         x, _ = run_blocks(self.blocks, suffix, mask, past=cache)
         return self.out(self.norm(x[:, 2::3])).reshape(B * K, -1)  # read at each copy's query
@@ -143,10 +148,8 @@ class DiffusionPrior(nn.Module):
         return embeddings.batch(indices, rng)
 
     def loss(self, batch, t=None):
-        """Mean squared error of the predicted embedding (paper sec. 2.2), a scalar.
-
-        t (B,): a noise level for each example; by default one for each of its copies is drawn.
-        """
+        """Mean squared error of the predicted embedding (paper sec. 2.2), a scalar. t (B,): the
+        examples' noise levels; by default one is drawn for each copy."""
         x_0 = batch["image_emb"] * embedding_scale(self.config.dim)  # a new tensor: never in place
         keep = torch.rand(len(x_0), device=x_0.device) >= self.config.drop_text
         cond = self.encode_caption(batch["text_emb"], batch["text_enc"], batch["text_mask"], keep)
@@ -155,54 +158,39 @@ class DiffusionPrior(nn.Module):
 
     @torch.no_grad()
     def finish(self, batch):
-        """After training: measure what the analytic variance needs on a batch of data."""
+        """After training: measure the analytic variance on a batch."""
         if self.config.variance == "analytic":
             cond = self.encode_caption(batch["text_emb"], batch["text_enc"], batch["text_mask"])
             x_0 = batch["image_emb"] * embedding_scale(self.config.dim)
             self.diffusion.estimate_variance(functools.partial(self, **cond), x_0)
 
-    def preview(self, batches):
-        return cosines(self, batches)
+    preview = cosines
 
     # --- sampling ---
 
     @torch.no_grad()
     def sample(self, text_emb, text_enc, text_mask, scale=1.0, steps=None, noise=None,
                candidates=2, on_step=None):
-        """Draw an image embedding (B, D) of unit norm for each of B captions.
+        """Draw an image embedding (B, D) of unit norm for each of B captions, as CLIP encodes them.
 
-        text_emb (B, D) unit norm, text_enc (B, L, W), text_mask (B, L): from the frozen CLIP.
-        scale: classifier-free guidance, off at 1. steps: of the T noise levels (default: the
-        config's). noise: see diffusion.py. candidates: the paper draws two embeddings for each
-        caption and keeps the one closer to the text embedding.
+        scale: guidance, off at 1. steps: by default the config's. candidates: as in the paper, two
+        are drawn for each caption, and the one closer to the text embedding is kept.
         """
         B, D = text_emb.shape
-        cond = self.encode_caption(text_emb, text_enc, text_mask)
-        nobody = torch.zeros(B, dtype=torch.bool, device=text_emb.device)
-        uncond = cond if scale == 1 else self.encode_caption(text_emb, text_enc, text_mask, nobody)
-        cond, uncond = (
-            {k: v.repeat_interleave(candidates, 0) for k, v in c.items()} for c in (cond, uncond)
-        )
+        cond = uncond = self.encode_caption(text_emb, text_enc, text_mask)
+        if scale != 1:
+            keep = torch.zeros(B, dtype=torch.bool, device=text_emb.device)
+            uncond = self.encode_caption(text_emb, text_enc, text_mask, keep)
+        cond, uncond = ({k: v.repeat_interleave(candidates, 0) for k, v in c.items()}
+                        for c in (cond, uncond))
         x_0 = self.diffusion.sample(
-            guided(self, cond, uncond, scale), (B * candidates, D),
-            steps=steps or self.config.sample_steps, noise=noise, on_step=on_step,
-        )
+            guided(self, cond, uncond, scale), (B * candidates, D), noise=noise, on_step=on_step,
+            steps=steps or self.config.sample_steps)
         return rerank(F.normalize(x_0.float(), dim=-1).view(B, candidates, D), text_emb)
 
 
 def rerank(image_emb, text_emb):
-    """Keep the closest of each caption's candidates (B, candidates, D) to text_emb (B, D)."""
-    # A sum, not a matrix product: autocast would round that to bfloat16, and ties would decide.
+    """The closest to text_emb (B, D) of each caption's candidates (B, candidates, D): (B, D)."""
+    # A sum, as autocast would round a matrix product to bfloat16, and ties would decide.
     best = (image_emb.float() * text_emb.float()[:, None]).sum(dim=-1).argmax(dim=1)
     return image_emb[torch.arange(len(best), device=best.device), best]
-
-
-def cosines(prior, batches):
-    """A training's figures for either prior: is a drawn embedding closer to the true one than to
-    the caption's, or to another picture's? Returns (figures, no pictures, no captions)."""
-    batch, _ = batches.look()
-    text_emb, true = batch["text_emb"], batch["image_emb"]
-    noise = SeededNoise(range(len(true)))
-    drawn = prior.sample(text_emb, batch["text_enc"], batch["text_mask"], noise=noise)
-    others = {"cos_true": true, "cos_text": text_emb, "cos_unrelated": true.roll(1, 0)}
-    return {k: (drawn * x).sum(dim=1).mean().item() for k, x in others.items()}, None, None

@@ -1,7 +1,6 @@
 """Claims about the small CLIP, its loss, and what any frozen CLIP hands to the other stages."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -14,6 +13,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from clip_model import FrozenClip, SmallClip, SmallClipConfig, clip_loss, freeze_small_clip
+from helpers import FakeBatches, pictures, unit
 from support.openclip import weights_hash
 from support.sheets import to_tensor
 from support.tokenizer import Tokenizer, make_vocab
@@ -56,16 +56,8 @@ def clip(request):
     return make_clip(request.param)
 
 
-def unit(*shape):
-    return F.normalize(torch.randn(*shape), dim=-1)
-
-
-def pictures(B):
-    return torch.rand(B, 3, 32, 32) * 2 - 1
-
-
-def batch_of(small, B=4):
-    return {"image": pictures(B), "tokens": Tokenizer(L, small.config.vocab)(CAPTIONS[:B])}
+def batch_of(small):
+    return {"image": pictures(5, 32), "tokens": Tokenizer(L, small.config.vocab)(CAPTIONS)[:5]}
 
 
 @pytest.mark.parametrize("N, scale", [(4, 1.0), (8, 3.0), (8, 100.0)])
@@ -79,35 +71,28 @@ def test_loss_of_orthonormal_pairs_and_of_collapsed_ones(N, scale):
 def plain_loss(image_emb, text_emb, scale):
     """CLIP fig. 3, written out."""
     logits = scale * image_emb @ text_emb.T
-    return (logits.logsumexp(dim=1) + logits.logsumexp(dim=0) - 2 * logits.diag()).mean() / 2
+    both = logits.logsumexp(dim=1) + logits.logsumexp(dim=0) - 2 * logits.diag()
+    return both.mean() / 2
 
 
-def test_small_clip_normalises_and_exponentiates_its_scale_once():
-    small = make_small().eval()
-    small.model.logit_scale.data.fill_(math.log(20))
-    batch = batch_of(small)
+def test_small_clip_normalises_exponentiates_its_scale_once_and_clamps_it_at_100():
+    small, batch = make_small().eval(), batch_of(make_small())
     with torch.no_grad():  # exponentiated twice, it gives a loss of 1.5e5
         embs = small.model.encode_image(batch["image"]), small.model.encode_text(batch["tokens"])
-        wanted = plain_loss(*(F.normalize(emb, dim=1) for emb in embs), 20.0)
-        assert_close(small.loss(batch), wanted, rtol=1e-4, atol=1e-5)
+        for value, scale in ((math.log(20), 20.0), (10.0, 100.0)):
+            small.model.logit_scale.data.fill_(value)
+            wanted = plain_loss(*(F.normalize(emb, dim=1) for emb in embs), scale)
+            assert_close(small.loss(batch), wanted, rtol=1e-4, atol=1e-4)
+    assert_close(small.model.logit_scale.exp().item(), 100.0)
 
 
 def test_loss_is_its_formula_both_ways_and_in_float32_under_autocast(monkeypatch):
-    """In bfloat16 the loss of this batch would be off by about a hundredth."""
     small, a, b = make_small(), unit(6, D), unit(6, D)
     for rows in ((a, b), (b, a)):
         monkeypatch.setattr(small.model, "forward", lambda *_, rows=rows: (*rows, 100.0))
         with torch.autocast("cpu", torch.bfloat16):
             loss = small.loss({"image": None, "tokens": None})
         assert_close(loss, plain_loss(a, b, 100.0))
-
-
-def test_scale_is_clamped_at_100():
-    small = make_small()
-    for value, wanted in ((10.0, 100.0), (2.0, math.exp(2.0))):
-        small.model.logit_scale.data.fill_(value)
-        small.loss(SmallClip.batch(small.config, Data(), None, range(2), np.random.default_rng(0)))
-        assert_close(small.model.logit_scale.data.exp(), torch.tensor(wanted))
 
 
 def gradients(small, batch):
@@ -134,22 +119,19 @@ def one_process(rank, world, folder):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_processes_together_have_the_loss_and_gradients_of_one(world, tmp_path):
-    small = make_small()
-    torch.save(batch := batch_of(small), tmp_path / "batch.pt")
+    small, batch = make_small(), {name: x[:4] for name, x in batch_of(make_small()).items()}
+    torch.save(batch, tmp_path / "batch.pt")
     wanted = gradients(small, batch)
-    together = torch.multiprocessing.start_processes
-    together(one_process, (world, tmp_path), world, start_method="fork")
+    start = torch.multiprocessing.start_processes
+    start(one_process, (world, tmp_path), world, start_method="fork")
     for rank in range(world):
         *found, alone = torch.load(tmp_path / f"{rank}.pt")
         assert_close(found, list(wanted), rtol=1e-3, atol=1e-6)
         assert_close(alone, wanted[0])
 
 
-class Data:
+class Data(list):
     """Pictures of one grey, which says which picture it is and where its square was taken."""
-
-    def __len__(self):
-        return 5
 
     def captions(self, i):
         return [CAPTIONS[i], CAPTIONS[i - 1], CAPTIONS[i - 2]]
@@ -159,58 +141,51 @@ class Data:
 
 
 def test_a_batch_draws_all_captions_and_then_all_places():
-    small, indices, rng = make_small(), [3, 0, 4], np.random.default_rng(7)
-    batch = SmallClip.batch(small.config, Data(), None, indices, np.random.default_rng(7))
-    captions = [Data().captions(i)[rng.integers(3)] for i in indices]
+    small, data, indices, rng = make_small(), Data(range(5)), [3, 0, 4], np.random.default_rng(7)
+    batch = SmallClip.batch(small.config, data, None, indices, np.random.default_rng(7))
+    captions = [data.captions(i)[rng.integers(3)] for i in indices]
     assert_close(batch["tokens"], Tokenizer(L, small.config.vocab)(captions))
     for i, image in zip(indices, batch["image"], strict=True):
         assert_close(image, torch.full((3, 32, 32), i + rng.random()))
-
-
-def test_a_fresh_clip_knows_the_words_of_its_data_and_is_later_shown_the_same_pixels():
-    assert SmallClip.fresh(SIZES, Data(), None, None).config == make_small().config
-    clip, x = make_clip("small"), pictures(2)
-    assert_close(((x + 1) / 2 - clip.mean) / clip.std, x, rtol=0, atol=1e-6)
+    # A fresh CLIP knows the words of its data.
+    assert SmallClip.fresh(SIZES, data, None, None).config == small.config
 
 
 def test_preview_counts_how_often_the_right_caption_is_nearest(monkeypatch):
-    small, emb = make_small(), torch.eye(5, D)
-    batch = SmallClip.batch(small.config, Data(), None, range(5), np.random.default_rng(0))
-    batches = SimpleNamespace(look=lambda: (batch, None))
+    small, emb, batches = make_small(), torch.eye(5, D), FakeBatches(batch_of(make_small()))
     for text_emb, right in ((emb, 1.0), (emb[[0, 1, 2, 4, 3]], 0.6)):
         monkeypatch.setattr(small.model, "forward", lambda *_, t=text_emb: (emb, t, None))
         assert small.preview(batches) == ({"match_of_16": pytest.approx(right)}, None, None)
 
 
 def test_embeddings_are_those_of_the_model_at_unit_norm(clip):
-    x, ids = pictures(4), clip.tokenizer(CAPTIONS)
+    x, ids = pictures(4, 32), clip.tokenizer(CAPTIONS)
     with torch.no_grad():
         wanted = (clip.model.encode_image(((x + 1) / 2 - clip.mean) / clip.std, normalize=True),
                   clip.model.encode_text(ids, normalize=True))
     for emb, theirs in zip((clip.encode_image(x), clip.encode_text(CAPTIONS)[0]), wanted):
         assert_close(emb, theirs, rtol=0, atol=1e-5)
-        assert_close(emb.norm(dim=1), torch.ones(len(emb)))
         assert emb.shape[1] == clip.dim
 
 
-def test_text_mask_ends_at_the_token_that_the_pooled_embedding_is_made_of(clip):
+def test_mask_goes_to_the_end_of_text_whose_features_make_the_pooled_embedding(clip):
     captions = [*CAPTIONS, "red star " * 20]
     text_emb, text_enc, text_mask = clip.encode_text(captions)
-    ends = [min(len(clip.tokenizer.bpe.encode(c)) + 2, L) - 1 for c in captions]
-    for row, end in zip(text_mask, ends, strict=True):
-        assert row.tolist() == [True] * (end + 1) + [False] * (L - end - 1)
+    for row, caption in zip(text_mask, captions, strict=True):
+        n = min(len(clip.tokenizer.bpe.encode(caption)) + 2, L)
+        assert row.tolist() == [True] * n + [False] * (L - n)
     assert text_enc.shape == (len(captions), clip.text_len, clip.text_width)
-    pooled = text_enc[range(len(captions)), ends] @ text_tower(clip.model).text_projection
-    assert_close(F.normalize(pooled, dim=-1), text_emb, rtol=0, atol=1e-5)
+    end = text_enc[torch.arange(len(captions)), text_mask.sum(dim=1) - 1]
+    pooled = F.normalize(end @ text_tower(clip.model).text_projection, dim=-1)
+    assert_close(pooled, text_emb, rtol=0, atol=1e-5)
 
 
 def test_what_follows_the_end_is_masked_and_changes_nothing_before_it(clip):
     ids = clip.tokenizer(CAPTIONS)
     text_emb, text_enc, text_mask = clip.encode_ids(ids)
-    junk_emb, junk_enc, junk_mask = clip.encode_ids(
-        torch.where(text_mask, ids, torch.randint(2, 8, ids.shape)))
-    assert_close(junk_emb, text_emb, rtol=0, atol=1e-5)
-    assert_close(junk_mask, text_mask)
+    junk = torch.where(text_mask, ids, torch.randint(2, 8, ids.shape))
+    junk_emb, junk_enc, junk_mask = clip.encode_ids(junk)
+    assert_close((junk_emb, junk_mask), (text_emb, text_mask), rtol=0, atol=1e-5)
     assert_close(junk_enc[text_mask], text_enc[text_mask], rtol=0, atol=1e-5)
     # The features behind it do change, which is why the mask must hide them.
     assert (junk_enc - text_enc)[~text_mask].abs().amax(1).min() > 1e-3
@@ -220,7 +195,7 @@ def test_the_clip_is_frozen_and_no_hook_stays_behind(clip):
     torch.nn.Sequential(clip).train()
     assert not any(module.training for module in clip.modules())
     assert not any(p.requires_grad for p in clip.parameters())
-    outputs = clip.encode_image(pictures(2).requires_grad_()), *clip.encode_text(CAPTIONS)
+    outputs = clip.encode_image(pictures(2, 32).requires_grad_()), *clip.encode_text(CAPTIONS)
     assert not any(x.requires_grad for x in outputs)
     assert not text_tower(clip.model).ln_final._forward_hooks
 
@@ -239,12 +214,13 @@ def test_preprocessing_is_that_of_open_clip(monkeypatch, side, kind):
     clip.encode_image(to_tensor(picture)[None])
     # Theirs is rounded to 8 bits after resizing; compared in [0, 1].
     assert_close(seen[0][0] * clip.std, theirs(picture) * clip.std, rtol=0, atol=0.01)
+    # Without settings the range stays [-1, 1], on which the small CLIP is trained.
+    small, x = make_clip("small"), pictures(2, 32)
+    assert_close(((x + 1) / 2 - small.mean) / small.std, x, rtol=0, atol=1e-6)
 
 
 def test_identity_is_that_of_the_weights_even_stored_in_half():
     small, before = make_small(), weights_hash(make_small())
-    for p in small.parameters():
-        p.data = p.data.half().float()
-    assert weights_hash(small) == before == weights_hash(small.half())
-    small.float().model.positional_embedding.data[3, 3] += 0.1
+    assert before == weights_hash(small.half()) == weights_hash(small.float())
+    small.model.positional_embedding.data[3, 3] += 0.1
     assert weights_hash(small) != before

@@ -10,8 +10,8 @@ from torch.testing import assert_close
 
 from helpers import differs, flags, randomise
 from networks import (
-    Attention, Block, ResBlock, TimeEmbedding, UNet, attention, causal_mask, evaluating,
-    group_norm, run_blocks, timestep_embedding,
+    Attention, Block, GroupNorm, ResBlock, TimeEmbedding, UNet, attention, causal_mask, evaluating,
+    run_blocks, timestep_embedding,
 )
 
 M, E, X = 32, 32, 32  # widths: transformer, timestep embedding, context
@@ -177,7 +177,7 @@ def test_residual_block_is_scaled_and_shifted_by_the_embedding():
 def test_group_norm_is_done_in_float32_whatever_the_network_runs_in(monkeypatch):
     seen, real = [], F.group_norm
     monkeypatch.setattr(F, "group_norm", lambda x, *rest: seen.append(x.dtype) or real(x, *rest))
-    layer, x = randomise(group_norm(16)), 3 + 5 * torch.randn(2, 16, 4, 4)
+    layer, x = randomise(GroupNorm(16)), 3 + 5 * torch.randn(2, 16, 4, 4)
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         out = layer.to(torch.promote_types(dtype, torch.float32))(x.to(dtype))
         assert out.dtype == dtype
