@@ -30,6 +30,7 @@ from manipulate import blend, edit, invert, psnr, redraw, text_diff
 from sample import PRIOR_SCALE_HELP, Pipeline, default_weights, noise_for
 from stages import STAGES, clip_of, load_clip, load_stage, needs_clip
 from support.cache import embed
+from support.drawing import sampling_steps
 from support.pictures import load_data
 from support.shapes import (
     BACKGROUNDS, COLOURS, SHAPES, Shapes, parse_caption, render, with_article,
@@ -367,8 +368,8 @@ OPTIONS = {
     "--prior-scale": dict(type=finite, help=PRIOR_SCALE_HELP),
     "--scale": dict(type=finite, default=2.0, help="guidance of the decoder; off at 1"),
     "--candidates": dict(type=positive, default=2, help="pictures drawn, CLIP keeps the best"),
-    "--prior-steps": dict(type=int, help="sampling steps of the prior (default: the model's)"),
-    "--steps": dict(type=int, help="sampling steps of the decoder (default: the model's)"),
+    "--prior-steps": dict(type=sampling_steps, help="steps of the prior (default: the model's)"),
+    "--steps": dict(type=sampling_steps, help="steps of the decoder (default: the model's)"),
     "--rows": dict(nargs="+", choices=ROWS, default=list(ROWS)[:3], help="what to draw from"),
     "--out": dict(help="folder for pictures"),
     "--edits": dict(type=positive, default=20, help="number of text diffs"),

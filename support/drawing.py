@@ -1,5 +1,6 @@
 """What the drawing commands share: their options, which weights they find, the files they write."""
 
+import argparse
 import itertools
 from pathlib import Path
 
@@ -7,21 +8,25 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from support.sheets import draw_grid, save_film, save_picture, to_pil, to_tensor
+from support.sheets import check_folder, draw_grid, save_film, save_picture, to_pil, to_tensor
 from support.tools import UserError, choose_device, positive, seed_number
 
 
 def default_weights():
     """weights/shapes if it is there, else the newest folder under runs/ with a decoder in it."""
-    shipped = Path(__file__).parent.parent / "weights/shapes"
-    if (shipped / "decoder.pt").exists():
-        return shipped
-    runs = sorted(Path("runs").glob("*/decoder.pt"), key=lambda p: p.stat().st_mtime)
-    if not runs:
-        raise UserError(
-            "no weights found: train with 'python train.py all --preset tiny', or give --weights"
-        )
-    return runs[-1].parent
+    shipped = Path(__file__).parent.parent / "weights/shapes/decoder.pt"
+    runs = sorted(Path("runs").glob("*/decoder.pt"), key=lambda path: path.stat().st_mtime)
+    found = [shipped] if shipped.exists() else runs
+    if not found:
+        raise UserError("no weights found: give --weights, or 'python train.py all --preset tiny'")
+    return found[-1].parent
+
+
+def sampling_steps(text):
+    """An argument's type: how many of a stage's 1000 noise levels its sampling visits."""
+    if not 1 <= int(text) <= 1000:
+        raise argparse.ArgumentTypeError(f"{text} sampling steps: choose 1 to 1000")
+    return int(text)
 
 
 def drawing_options(parser):
@@ -30,7 +35,7 @@ def drawing_options(parser):
     add("--weights", help="folder of checkpoints (default: weights/shapes, else newest run)")
     add("--size", type=positive, default=64, help="side of the pictures: 64, 256 or 1024")
     add("--seed", type=seed_number, default=0, help="of the first picture; the next has one more")
-    add("--out", default="samples", help="folder for the pictures")
+    add("--out", type=check_folder, default="samples", help="folder for the pictures")
     add("--device", type=choose_device, default="auto", help="auto, cpu or cuda")
     add("--clip", help="MODEL:TAG=FILE, the CLIP that the stages were trained with, from a file "
         "(default: as in training)")
@@ -54,15 +59,16 @@ def slugs(captions):
         words = "".join(c if c.isalnum() else " " for c in caption.lower()).split()
         # Also cut at 180 bytes: a file name may have 255, with what is put around it.
         name = "-".join(words)[:60].encode()[:180].decode(errors="ignore") or "caption"
-        numbered = (f"{name}-{n}" for n in itertools.count(2))
-        names.append(next(x for x in itertools.chain([name], numbered) if x not in names))
+        numbered = (f"{name}-{n}" if n > 1 else name for n in itertools.count(1))
+        names.append(next(x for x in numbered if x not in names))
     return names
 
 
-def write_drawings(pipeline, size, args):
+def write_drawings(pipeline, args):
     """sample.py's files: a PNG for each picture, a grid of all, and with --film a GIF for each."""
     pipeline.text(args.caption)  # an empty one is refused before the work
-    names, grid, films = slugs(args.caption), Path(args.out), [] if args.film else None
+    size, names = reachable_size(pipeline, args.size), slugs(args.caption)
+    grid, films = args.out, [] if args.film else None
     if grid.suffix != ".png":
         grid = grid / f"grid_{names[0]}_{args.seed}.png"
     jobs = [(caption, seed, grid.parent / f"{name}_{seed}.png")
@@ -90,15 +96,15 @@ def write_drawings(pipeline, size, args):
     print(grid)
 
 
-def write_strip(pipeline, size, pictures, labels, seed, path, film=None):
-    """manipulate.py's files: pictures (n, 3, H, W), enlarged to `size`, side by side as a PNG; and
-    those in the slice `film` as a GIF, there and back."""
+def write_strip(pipeline, size, pictures, labels, seed, path, film=False):
+    """manipulate.py's files: pictures (n, 3, H, W), enlarged to `size`, side by side as a PNG; with
+    film, all but the first and last as a GIF, there and back."""
     pictures = torch.cat([pipeline.upsample(p[None], [seed], size).cpu() for p in pictures])
     save_picture(draw_grid(pictures, labels, columns=len(pictures)), path)
     print(path)
     if film:
         frames = [to_pil(p).resize((max(size, 256),) * 2, Image.Resampling.BICUBIC)
-                  for p in pictures[film]]
+                  for p in pictures[1:-1]]
         frames += frames[-2:0:-1]
         save_film(frames, path.with_suffix(".gif"), 120)
         print(path.with_suffix(".gif"))

@@ -69,14 +69,15 @@ def draw_grid(pictures, captions=None, columns=4, cell=None):
 
 
 def check_folder(path):
-    """UserError if nothing can be written into `path`. Called before the work starts, so it does
-    not make the folder: a command that fails for another reason should leave nothing behind."""
+    """An argument's type: a folder to write into, or a .png in one. UserError if that cannot work.
+    It does not make the folder: a command that fails later should leave nothing behind."""
     there = Path(path).absolute()
-    while not there.exists():
+    while not there.exists() or there.suffix == ".png" and there.is_file():
         there = there.parent
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f"cannot write into {path}: {there} is not a folder that you may write to; "
                         "give another --out")
+    return Path(path)
 
 
 def save_picture(picture, path, **options):
