@@ -8,14 +8,13 @@ A picture x has a *bipartite latent* (image_emb, x_T):
     x_T         from DDIM inversion: everything else, such as places, angles and shades
 
 The one idea: the decoder turns that pair back into x, and manipulations change the pair. The same
-pair with noise added on the way is a variation; another embedding with the same x_T is an edit;
-points between two pairs make a blend; an embedding reduced to a few components shows what CLIP
-knows. (Inpainting is different: it keeps pixels.)
+pair with noise added on the way is a variation, another embedding with the same x_T an edit, and
+points between two pairs make a blend. (Inpainting is different: it keeps pixels.)
 
 Why can x_T be found? With eta = 0, DDIM adds no noise: it follows an ODE from x_T down to x, and
-such a path can be followed in both directions. It must be the path of the network that draws, so
-the decoder here sees the embedding alone, unguided: guidance multiplies the network's errors, and
-following a guided network upwards ends in an x_T that is no noise and does not lead back.
+such a path can be followed in both directions. Both ways need the same network. So the decoder sees
+the embedding alone, unguided: guidance multiplies the network's errors, and following a guided
+network upwards ends in an x_T that is no noise and does not lead back.
 
 Letters: B pictures, D CLIP embedding, H, W sides of the decoder's pictures, T noise levels.
 """
@@ -33,8 +32,9 @@ from sample import PRIOR_SCALE_HELP, Pipeline
 from support.drawing import drawing_options, reachable_size, sampling_steps, slugs, write_strip
 from support.pictures import fit, open_picture
 from support.sheets import to_tensor
-from support.tools import Parser, UserError, autocast, finite, fraction, positive, two_or_more
-from support.tools import user_errors
+from support.tools import (
+    Parser, UserError, autocast, finite, fraction, positive, two_or_more, user_errors,
+)
 
 INVERSION_STEPS = 50  # each way; a step up runs the network four times
 INVERSIONS, GOOD_ENOUGH = 4, 30.0  # attempts at a picture until one reproduces it, PSNR in dB
@@ -43,7 +43,7 @@ INVERSIONS, GOOD_ENOUGH = 4, 30.0  # attempts at a picture until one reproduces 
 
 
 @torch.no_grad()
-def ddim_invert(diffusion, network, x_0, steps, start=0, corrections=0, noise=None):
+def ddim_invert(diffusion, network, x_0, steps, start=0, corrections=0, noise=torch.randn):
     """Run DDIM backwards (2010.02502 sec. 4.3): the x_T (B, ...) from which ddim_sample with the
     same network and steps returns x_0.
 
@@ -53,14 +53,14 @@ def ddim_invert(diffusion, network, x_0, steps, start=0, corrections=0, noise=No
         level `start`, where there is real noise to predict, and inversion begins there.
     corrections: a step up assumes that the noise predicted at its lower end holds at its upper end.
         Each correction asks the network at the upper end, as the step down will, and repeats the
-        step; after the first it goes only halfway, as the whole way overshoots.
+        step; all but the first go only halfway, as the whole way overshoots.
     """
     x = at_least_float32(x_0)
     first = start if start > 0 else -1  # -1: the data
     levels = [first] + [t for t in reversed(diffusion.timesteps(steps)) if t > first]
     levels = torch.tensor(levels, device=x.device)[:, None].expand(-1, len(x))
     if start > 0:
-        x = diffusion.q_sample(x, levels[0], (noise or torch.randn)(x.shape).to(x))
+        x = diffusion.q_sample(x, levels[0], noise(x.shape).to(x))
     for t_prev, t in itertools.pairwise(levels):
         level = t_prev.clamp(min=0)  # no network was trained at -1; 0 is next to it
         pred_x_0, pred_noise = diffusion.predictions(network(x, level), x, level)
@@ -89,8 +89,7 @@ def invert(pipeline, pictures, image_emb, steps=INVERSION_STEPS):
     in every run, so a picture has one x_T, up to rounding.
     """
     diffusion = pipeline.decoder.diffusion
-    x_T = torch.full_like(pictures, math.nan)
-    best = pictures.new_full((len(pictures),), -math.inf)
+    x_T, best = torch.zeros_like(pictures), pictures.new_full((len(pictures),), -math.inf)
     for attempt in range(INVERSIONS):
         left = (best < GOOD_ENOUGH).nonzero().flatten()
         if len(left) == 0:
@@ -120,8 +119,8 @@ def slerp(a, b, theta):
         (sin((1 - theta) omega) a + sin(theta omega) b) / sin(omega),  omega the angle between them
 
     Embeddings lie on a sphere, and noise very nearly does: |x_T| is close to the square root of its
-    number of dimensions. A straight line would leave the sphere: the middle of two noises has a
-    standard deviation of 0.71, which the decoder was never trained to start from.
+    number of dimensions. A straight line would leave the sphere: halfway between two noises it has
+    a standard deviation of 0.71, which the decoder was never trained to start from.
     """
     flat_a, flat_b = a.flatten(1).double(), b.flatten(1).double()
     omega = torch.acos(F.cosine_similarity(flat_a, flat_b, dim=1).clamp(-1, 1))[:, None]
@@ -153,17 +152,13 @@ def blend(pipeline, ends, embs, seed, frames, noise="slerp", steps=INVERSION_STE
 def text_diff(pipeline, caption, baseline=None):
     """The direction from one caption to another, norm(z_t - z_t0): (1, D) (paper sec. 3.3).
 
-    baseline: a caption of the picture as it is; None for the empty caption.
+    baseline: a caption of the picture as it is; by default the empty caption.
     """
-    text_emb = pipeline.text([caption])[0]
-    if baseline is None:  # start and end of text with nothing between
-        ids = pipeline.clip.tokenizer([caption])
-        empty = torch.zeros_like(ids)
-        empty[:, 0], empty[:, 1] = ids[:, 0], ids.max()
-        start = pipeline.clip.encode_ids(empty.to(text_emb.device))[0]
-    else:
-        start = pipeline.text([baseline])[0]
-    difference = text_emb - start
+    ids = pipeline.clip.tokenizer([caption, baseline or caption])
+    if not baseline:  # start and end of text with nothing between
+        ids[1, 1:], ids[1, 1] = 0, ids.max()
+    after, before = (pipeline.clip.encode_ids(x.to(pipeline.device))[0] for x in ids.split(1))
+    difference = after - before
     if difference.norm() < 1e-6:
         raise UserError("--from and --to say the same to CLIP: there is no direction to turn to")
     return F.normalize(difference, dim=-1)
@@ -176,16 +171,15 @@ def edit(pipeline, picture, image_emb, direction, thetas, seed, steps=INVERSION_
     embedding to the direction; 0 reconstructs (paper: up to 0.25 .. 0.5).
     """
     x_T = invert(pipeline, picture, image_emb, steps)
-    return torch.cat([
-        redraw(pipeline, slerp(image_emb, direction, theta), x_T, [seed], steps) for theta in thetas
-    ])
+    turned = [slerp(image_emb, direction, theta) for theta in thetas]
+    return torch.cat([redraw(pipeline, emb, x_T, [seed], steps) for emb in turned])
 
 
 # --- inpainting ------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def resample(diffusion, network, x_0, mask, steps, resamples=1, noise=None):
+def resample(diffusion, network, x_0, mask, steps, resamples=1, noise=torch.randn):
     """Ancestral sampling of x_0 (B, ...) where mask is 1, given the rest (RePaint, 2201.09865).
 
     GLIDE (sec. 4.3) trains a network for this; here any trained decoder does it. After each step
@@ -194,7 +188,6 @@ def resample(diffusion, network, x_0, mask, steps, resamples=1, noise=None):
     q(x_t | x_prev) between, until both parts agree (their alg. 1).
     mask: broadcasts to x_0. Where it is 0, x_0 is returned exactly.
     """
-    noise = noise or torch.randn
     x = noise(x_0.shape).to(x_0)
     for t, t_prev in diffusion.pairs(steps, len(x_0), x_0.device):
         last = bool(t_prev[0] < 0)
@@ -211,7 +204,7 @@ def resample(diffusion, network, x_0, mask, steps, resamples=1, noise=None):
     return x
 
 
-# --- the commands: (pipeline, args) -> pictures (n, 3, H, W), a label for each -----------------------
+# --- the commands: (pipeline, args) -> pictures (n, 3, H, W) and a label for each ----------------
 
 
 def read(pipeline, path):
@@ -221,7 +214,7 @@ def read(pipeline, path):
     return pixels, pipeline.look(picture)
 
 
-def vary(pipeline, args):
+def vary_command(pipeline, args):
     """Variations: the latent of a picture, redrawn with noise added on the way (sec. 3.1)."""
     picture, image_emb = read(pipeline, args.image)
     x_T = invert(pipeline, picture, image_emb, args.steps)
@@ -233,7 +226,7 @@ def vary(pipeline, args):
     return torch.cat([picture, again, *varied]), labels
 
 
-def blend_two(pipeline, args):
+def blend_command(pipeline, args):
     """From one picture to another, as a strip and a GIF (sec. 3.2)."""
     (a, emb_a), (b, emb_b) = read(pipeline, args.a), read(pipeline, args.b)
     ends, embs = torch.cat([a, b]), torch.cat([emb_a, emb_b])
@@ -244,7 +237,7 @@ def blend_two(pipeline, args):
     return torch.cat([a, frames, b]), ["source", *labels, "source"]
 
 
-def edit_by_text(pipeline, args):
+def edit_command(pipeline, args):
     """Change what a picture shows by a change of words (sec. 3.3)."""
     picture, image_emb = read(pipeline, args.image)
     direction = text_diff(pipeline, args.caption, args.baseline)
@@ -254,7 +247,7 @@ def edit_by_text(pipeline, args):
     return torch.cat([picture, frames]), ["source"] + [f"theta {theta:.2f}" for theta in thetas]
 
 
-def probe(pipeline, args):
+def probe_command(pipeline, args):
     """A picture from ever more principal components of its embedding (sec. 4, fig. 7)."""
     picture, image_emb = read(pipeline, args.image)
     prior, D = pipeline.prior, image_emb.shape[1]  # the prior was fitted to these components
@@ -266,20 +259,18 @@ def probe(pipeline, args):
     return torch.cat([*frames, picture]), [f"{n} of {D}" for n in counts] + ["source"]
 
 
-def inpaint(pipeline, args):
+def inpaint_command(pipeline, args):
     """Redraw a picture where the mask is white, and keep it where it is black."""
     picture, _ = read(pipeline, args.image)
-    mask = to_tensor(fit(open_picture(args.mask), pipeline.sizes[0]))[None, :1] > 0
-    if mask.all() or not mask.any():
-        raise UserError(f"{args.mask}: the mask must be white where to draw, black where to keep, "
-                        "and have some of both")
-    mask, text = mask.to(pipeline.device), pipeline.text([args.caption])
-    image_emb, decoder = pipeline.embed(text, [args.seed], args.prior_scale), pipeline.decoder
-    steps = args.steps or decoder.config.sample_steps
+    mask = read(pipeline, args.mask)[0][:, :1] > 0
+    if not mask.any():
+        raise UserError(f"{args.mask}: the mask must be white where to draw, and is black all over")
+    text, decoder = pipeline.text([args.caption]), pipeline.decoder
+    image_emb = pipeline.embed(text, [args.seed], args.prior_scale)
+    steps, noise = args.steps or decoder.config.sample_steps, SeededNoise([args.seed])
     with autocast(pipeline.device):
         network = decoder.network(image_emb, *text[1:], scale=args.scale)
-        drawn = resample(decoder.diffusion, network, picture, mask, steps, args.resamples,
-                         SeededNoise([args.seed]))
+        drawn = resample(decoder.diffusion, network, picture, mask, steps, args.resamples, noise)
     kept = picture.masked_fill(mask, 0)
     return torch.cat([picture, kept, drawn]), ["source", "kept", args.caption]
 
@@ -295,28 +286,26 @@ def main(argv=None):
         add = drawing_options(sub)
         for picture in pictures:
             add(picture, help="any picture file; its middle square is used")
-        add("--steps", type=sampling_steps, default=steps, help="DDIM steps each way" if steps else
-            "sampling steps of the decoder (default: the model's)")
+        add("--steps", type=sampling_steps, default=steps, help="of the decoder, and of inversion")
         return add
 
-    add = command("vary", vary)
+    add = command("vary", vary_command)
     add("-n", type=positive, default=4, help="how many")
     add("--eta", type=fraction, default=1.0, help="0 reconstructs, larger varies more, up to 1")
 
-    add = command("blend", blend_two, ("a", "b"))
+    add = command("blend", blend_command, ("a", "b"))
     add("--frames", type=two_or_more, default=7, help="how many, both ends counted")
-    add("--noise", choices=("slerp", "fixed"), default="slerp",
-        help="x_T: from one inverted noise to the other, or one random noise for all")
+    add("--noise", choices=("slerp", "fixed"), default="slerp", help="x_T: from one inverted noise "
+        "to the other, or one random noise for all")
 
-    add = command("edit", edit_by_text)
+    add = command("edit", edit_command)
     add("--to", dest="caption", required=True, help="of the picture as it should become")
     add("--from", dest="baseline", help="caption of the picture as it is (default: the empty one)")
     add("--theta", type=fraction, default=0.5, help="how far to turn, 0 to 1 (paper: 0.25 to 0.5)")
     add("--frames", type=two_or_more, default=6, help="how many, from theta 0 on")
 
-    command("probe", probe, prior="ar_prior", steps=None)
-
-    add = command("inpaint", inpaint, prior="prior", steps=None)
+    command("probe", probe_command, prior="ar_prior", steps=None)
+    add = command("inpaint", inpaint_command, prior="prior", steps=None)
     add("mask", help="a picture file: white where to draw, black where to keep")
     add("caption", help="what the whole picture should show")
     add("--prior-scale", type=finite, help=PRIOR_SCALE_HELP)
@@ -327,8 +316,8 @@ def main(argv=None):
     pipeline = Pipeline(args.weights, args.device, args.size, args.prior, clip=args.clip)
     size = reachable_size(pipeline, args.size)
     pictures, labels = args.function(pipeline, args)
-    name = [args.command, *(Path(getattr(args, picture)).stem for picture in args.pictures)]
-    path = args.out / ("_".join(name + slugs([args.caption] if args.caption else [])) + ".png")
+    names = [Path(getattr(args, x)).stem for x in args.pictures] + slugs(filter(None, [args.caption]))
+    path = args.out / f"{'_'.join([args.command, *names])}.png"
     write_strip(pipeline, size, pictures, labels, args.seed, path, film=args.command == "blend")
 
 

@@ -1,5 +1,6 @@
 """Captions as numbers: CLIP's byte-pair encoding."""
 
+import functools
 import sys
 
 import numpy as np
@@ -63,12 +64,10 @@ def make_vocab(captions):
     return tuple(sorted(ids))
 
 
-WARNINGS = set()  # that were shown
-
-
+@functools.lru_cache  # so a caption that is read twice warns once
 def warn(message, limit=5):
-    """Print to stderr, each message once and the first few only: data sets can be full of them."""
-    if message not in WARNINGS and len(WARNINGS) < limit:
-        WARNINGS.add(message)
-        last = " (further warnings are not shown)" if len(WARNINGS) == limit else ""
+    """Print to stderr the first few times only: a data set can have thousands of long captions."""
+    warn.count = getattr(warn, "count", 0) + 1
+    if warn.count <= limit:
+        last = " (further warnings are not shown)" if warn.count == limit else ""
         print(f"warning: {message}{last}", file=sys.stderr)
