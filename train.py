@@ -144,22 +144,20 @@ def validate(model, batches, device, count=256):
     For diffusion models also by quarter of the noise levels: val_q1 is the cleanest, val_q4 the
     noisiest. The total hides that a model learns them one after another.
     """
-    diffusion, n = getattr(model, "diffusion", None), len(batches.data)
-    # The other losses may compare the pictures of a batch (CLIP's): one batch, without repetition.
-    size = 32 if diffusion else min(count, n)
-    order, losses = np.random.default_rng(0).permutation(n), {}
-    for start in range(0, count if diffusion else size, size):
+    n, T = len(batches.data), model.diffusion.T if hasattr(model, "diffusion") else None
+    if T is None:  # such a loss may compare the pictures of a batch (CLIP's): one batch of them
+        count = min(count, n)
+    size, order, losses = 32 if T else count, np.random.default_rng(0).permutation(n), {}
+    for start in range(0, count, size):
         indices = [order[i % n] for i in range(start, min(start + size, count))]
         batch = to_device(batches.of(indices, np.random.default_rng(start)), device)
-        for q in range(4) if diffusion else [None]:
+        for q in range(4) if T else [None]:
             torch.manual_seed(start)
-            t = None
-            if diffusion:
-                levels = q * diffusion.T // 4, (q + 1) * diffusion.T // 4
-                t = torch.randint(*levels, (len(indices),), device=device)
+            levels = T and (q * T // 4, (q + 1) * T // 4)
+            t = T and torch.randint(*levels, (len(indices),), device=device)
             with autocast(device):
                 loss = model.loss(batch, t).item()
-            losses.setdefault(f"val_q{q + 1}" if diffusion else "val_loss", []).append(loss)
+            losses.setdefault(f"val_q{q + 1}" if T else "val_loss", []).append(loss)
     figures = {name: sum(x) / len(x) for name, x in losses.items()}
     return figures | {"val_loss": sum(figures.values()) / len(figures)}
 
@@ -250,28 +248,28 @@ def train(run, model, batches, val_batches, settings, device, checkpoint=None):
 # --- the command line ----------------------------------------------------------------------------
 
 
-SETTINGS = ("data", "root", "limit", "preset", "seed", "steps", "batch_size", "lr", "muon", "focus")
+# What a resumed training keeps unless the command line says otherwise.
+KEPT = ("data", "root", "limit", "preset", "seed", "steps", "batch_size", "lr", "muon", "focus")
 
 
 def settle(stage, args, before):
     """The settings of a training: what the command line says, else what the training began with
     (`before`), else the preset's. Refuses or notes what --resume would change."""
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    before = {name: before[name] for name in SETTINGS if name in before}
+    given = {name: getattr(args, name, None) for name in KEPT}
+    given = {name: value for name, value in given.items() if value is not None}
+    before = {name: before[name] for name in KEPT if name in before}
     for name in before.keys() & given.keys():
         if before[name] != given[name]:
             changed = f"{name} was {before[name]}, is {given[name]} now"
             if name in ("data", "preset", "seed"):
                 raise UserError(f"--resume: {changed}; leave it out, or give another --out")
             print(f"note: {stage}: {changed}")
-    settings = {"data": "shapes", "root": None, "limit": None, "preset": "tiny", "seed": 0}
-    settings |= before | {name: given[name] for name in SETTINGS if name in given}
-    settings = {"muon": None, "focus": None} | recipe(settings["preset"], stage)[1] | settings
-    steps = settings["steps"]
-    return settings | {
-        "log_every": max(1, min(50, steps // 20)),
-        "save_every": args.save_every or max(1, min(500, steps // 10)),
-        "sample_every": args.sample_every or max(1, steps // 5),
+    settings = {"data": "shapes", "preset": "tiny", "seed": 0} | before | given
+    settings = recipe(settings["preset"], stage)[1] | settings
+    return dict.fromkeys(KEPT) | settings | {
+        "log_every": max(1, min(50, settings["steps"] // 20)),
+        "save_every": args.save_every or max(1, min(500, settings["steps"] // 10)),
+        "sample_every": args.sample_every or max(1, settings["steps"] // 5),
         "workers": args.workers, "compile": args.compile, "command": args.command,
     }
 
@@ -279,20 +277,27 @@ def settle(stage, args, before):
 def run_stage(stage, args, device, rank, world):
     """Prepare and train one stage, unless --resume finds it finished."""
     path, checkpoint = Path(args.out) / f"{stage}.pt", {}
-    if path.exists() and not args.resume:
-        raise UserError(f"{path} is there: --resume continues it, another --out starts afresh")
     if path.exists():
+        if not args.resume:
+            raise UserError(f"{path} is there: --resume continues it, another --out starts afresh")
         checkpoint = load_checkpoint(path, stage)
-    before = checkpoint.get("run") or {}
-    settings = settle(stage, args, before)
-    if checkpoint and checkpoint["step"] >= settings["steps"]:
+    settings = settle(stage, args, checkpoint.get("run") or {})
+    steps, size = settings["steps"], settings["batch_size"]
+    if checkpoint and checkpoint["step"] >= steps:
         print(f"{stage}: already trained to step {checkpoint['step']} in {path}")
         return
-    size = settings["batch_size"]
     if size % world or stage == "clip" and size < 2 * world:
         raise UserError(f"--batch-size {size}: choose a multiple of the {world} processes; CLIP, "
                         "which tells pictures apart, needs 2 or more in each")
-    data, val = load_both(settings)
+    if settings["data"] == "shapes":  # drawn as needed
+        limits = settings["limit"] or PRESETS[settings["preset"]]["data"], 512
+    else:
+        limits = settings["limit"], settings["limit"]
+    data, val = (load_data(settings["data"], settings["root"], split, limit)
+                 for split, limit in zip(("train", "val"), limits))
+    settings |= {"fingerprint": data.fingerprint(), "world": world}
+    if (checkpoint.get("run") or settings).get("fingerprint") != settings["fingerprint"]:
+        print(f"note: {stage}: the data is not the same as when this training began")
     clip, trained_for, embeddings = None, None, (None, None)
     if needs_clip(stage):
         spec = args.clip or (checkpoint.get("clip") or {}).get("spec", "small")
@@ -302,29 +307,14 @@ def run_stage(stage, args, device, rank, world):
         with autocast(device):
             embeddings = [embed(clip, d, path.parent / "cache") for d in (data, val)]
     torch.manual_seed(settings["seed"])
-    if checkpoint:
-        model = build(checkpoint, path)
-    else:
-        model = fresh_model(stage, settings["preset"], data, clip, embeddings[0])
-    settings |= {"fingerprint": data.fingerprint(), "world": world}
-    if before.get("fingerprint", settings["fingerprint"]) != settings["fingerprint"]:
-        print(f"note: {stage}: the data is not the same as when this training began")
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{stage}: {millions:.1f}M parameters, {settings['steps']} steps of {size} on {device}, "
-          f"to {path}")
+    model = (build(checkpoint, path) if checkpoint
+             else fresh_model(stage, settings["preset"], data, clip, embeddings[0]))
+    print(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {steps} "
+          f"steps of {size} on {device}, to {path}")
     batches, val_batches = (Batches(model, d, e, size, settings["seed"], device, rank, world)
                             for d, e in zip((data, val), embeddings))
     run = Run(stage, path.parent, model, settings, trained_for, checkpoint)
     train(run, model, batches, val_batches, settings, device, checkpoint)
-
-
-def load_both(settings):
-    """The training and the validation pictures."""
-    limit, name, root = settings["limit"], settings["data"], settings["root"]
-    if name == "shapes":  # drawn as needed: so many scenes
-        return (load_data(name, None, "train", limit or PRESETS[settings["preset"]]["data"]),
-                load_data(name, None, "val", 512))
-    return [load_data(name, root, split, limit) for split in ("train", "val")]
 
 
 @user_errors
@@ -337,24 +327,22 @@ def main(argv=None):
     add("--preset", choices=PRESETS, help="sizes and training budget (default: tiny)")
     add("--data", choices=DATA, help="captioned pictures (default: shapes)")
     add("--root", help="folder of the data (not for shapes)")
-    add("--limit", type=positive, help="train on this many pictures at most (default: all; for "
-        "shapes, which are drawn as needed, the preset's)")
+    add("--limit", type=positive, help="train on this many pictures (default: all, or the preset's "
+        "number of shapes)")
     add("--clip", help="small, trained here (default), or open_clip's MODEL:TAG_OR_FILE")
     add("--out", help="folder of the run (default: runs/DATA-PRESET)")
     add("--to", help="folder for export")
-    add("--resume", action="store_true", help="continue from the checkpoints in --out; what is not "
-        "said stays as it was")
+    add("--resume", action="store_true", help="continue the training in --out; what is not said "
+        "stays as it was")
     add("--steps", type=positive, help="training steps (default: the preset's)")
-    add("--batch-size", type=positive, help="pictures a step, over all processes (default: the "
-        "preset's)")
+    add("--batch-size", type=positive, help="pictures a step, of all processes (default: preset's)")
     add("--lr", type=positive_number, help="highest learning rate (default: the preset's)")
     add("--save-every", type=positive, help="steps between checkpoints (default: a tenth of the "
         "training, at most 500)")
     add("--sample-every", type=positive, help="steps between sample grids (default: a fifth)")
     add("--workers", type=natural, default=min(8, usable_cores()),
         help="processes that prepare batches")
-    add("--compile", action="store_true", help="torch.compile the loss: faster steps on a GPU, "
-        "after a few minutes")
+    add("--compile", action="store_true", help="torch.compile the loss: faster steps on a GPU")
     add("--device", type=choose_device, default="auto", help="auto, cpu or cuda")
     add("--seed", type=seed_number, help="of weights, batches and noise (default: 0)")
     args = parser.parse_args(argv)

@@ -21,7 +21,7 @@ from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 from lab.findings import report
-from lab.judge import S, judge, score, scores, shares
+from lab.judge import S, judge, scores, shares
 from lab.measures import (
     draw_batches, frechet, in_batches, judged_pipeline, linear_probe, look,
     mixed_captions, pairs_shown, precision_recall, prefers, wrong_captions,
@@ -41,7 +41,8 @@ from support.tools import (
 )
 from train import Batches, validate
 
-# How a column is printed; every other one is a share, in percent.
+THETAS = (0.0, 0.125, 0.25, 0.375, 0.5)  # how far text diffs turn the embedding
+# How columns are printed; all others are shares, in percent.
 FORMATS = {"n": "d", "evaluations": "d", "frechet": ".2f", "ms": ".1f", "psnr": ".2f",
            **dict.fromkeys(("cosine", "clip_score", "clip_score_true"), ".3f"),
            **dict.fromkeys(("val_q1", "val_q2", "val_q3", "val_q4", "val_loss"), ".4f")}
@@ -85,9 +86,8 @@ def trained(folder):
 def judge_clip(args):
     """Does CLIP prefer a scene's true caption to one with a single thing wrong?
 
-    What CLIP cannot tell apart, its embedding cannot tell the decoder (paper sec. 7). And does what
-    it knows lie open in the embedding? A linear probe, fitted to 40 n training scenes, must name
-    exactly the colour-shape pairs that a scene of two objects shows.
+    And does what it knows lie open in the embedding? A linear probe, fitted to 40 n training
+    scenes, must name exactly the colour-shape pairs that a scene of two objects shows.
     """
     clip = a_clip(args)
     data, right = Shapes(args.n, "val", args.seed), {"binding": [], "shape": [], "relation": []}
@@ -116,23 +116,18 @@ def a_clip(args):
 
 def draw(pipeline, captions, args, given="prior", size=S):
     """measures.draw_batches with the settings of the command line."""
-    return draw_batches(
-        pipeline, captions, args.seed, given, size, scale=args.scale, steps=args.steps,
-        prior=(args.prior_scale, args.prior_steps), candidates=args.candidates,
-    )
+    return draw_batches(pipeline, captions, args.seed, given, size, scale=args.scale,
+                        steps=args.steps, prior=(args.prior_scale, args.prior_steps),
+                        candidates=args.candidates)
 
 
 ROWS = {  # of `captions`: (which scenes, what the decoder is given, which stages)
-    # CLIP's embedding of the scene itself shows what the decoder loses, all of unCLIP what the
-    # prior loses on top, held_out the same for colour-shape pairs that no training picture had.
     "true_embedding": ("val", "truth", {"prior": None}),
     "text": ("val", "prior", {}),
     "held_out": ("held_out", "prior", {}),
     "ar_prior": ("val", "prior", {"prior": "ar_prior"}),
-    # The text embedding in place of an image embedding; no embedding at all.
     "text_emb": ("val", "text_emb", {"prior": None}),
     "caption": ("val", "caption", {"prior": None}),
-    # Decoders trained on text embeddings, and on captions alone.
     "trained_text": ("val", "text_emb", {"prior": None, "decoder": "decoder_text_emb"}),
     "glide": ("val", "caption", {"prior": None, "decoder": "decoder_caption"}),
 }
@@ -176,8 +171,7 @@ def judge_priors(args):
                                           **settings))
         drawn = torch.cat(drawn).cpu()  # waits for a GPU before the clock is read
         table[row] = {
-            "frechet": frechet(drawn, true),
-            "cosine": (drawn * true).sum(1).mean().item(),
+            "frechet": frechet(drawn, true), "cosine": (drawn * true).sum(1).mean().item(),
             "evaluations": evaluations * (1 if args.prior_scale == 1 else 2),
             "ms": 1000 * (time.perf_counter() - started) / args.n, "n": args.n,
         }
@@ -207,32 +201,27 @@ def judge_upsamplers(args):
         raise UserError(f"{args.weights} has no upsampler from {low} to {args.size} pixels: train "
                         f"upsampler1, or give a --size above {low}")
     for size in pipeline.sizes[1:]:
-        found = {"upsamplers": [], "bicubic": [], "truth": []}
+        errors, found = np.zeros((args.n, 3)), []
         for i in tqdm(range(args.n), f"to {size}", disable=None):
-            true = data.image(i, size)[None]
+            true, scene = data.image(i, size)[None], data.scene(i)
             small = F.avg_pool2d(true, size // low)
             drawn = pipeline.upsample(small.to(args.device), [args.seed + i], size).cpu()
             bicubic = F.interpolate(small, size=size, mode="bicubic").clamp(-1, 1)
-            for way, picture in zip(found, (drawn, bicubic, true), strict=True):
-                result = score(judge(picture[0]), data.scene(i))
-                found[way].append((psnr(picture, true).item(), result))
-        for way, rows in found.items():
-            errors, results = zip(*rows, strict=True)
-            error = None if way == "truth" else sum(errors) / args.n
-            table[f"{way} {size}"] = {"psnr": error, **shares(results)}
+            pictures = torch.cat([drawn, bicubic, true])
+            errors[i] = psnr(pictures, true)
+            found.append(scores(pictures, [scene] * 3))
+        for k, way in enumerate(("upsamplers", "bicubic", "truth")):
+            error = None if way == "truth" else errors[:, k].mean()
+            table[f"{way} {size}"] = {"psnr": error, **shares([row[k] for row in found])}
     return table
 
 
 def measure_losses(args):
-    """The validation loss of every trained stage but CLIP, as training logs it at its end.
-
-    CLIP is left out because its loss depends on the batch size of its training.
-    """
-    data, table = load_data(args.data, args.root, "val", args.n, args.seed), {}
+    """The validation loss of every trained stage, on the pictures that training looked at."""
+    limit = max(512, args.n) if args.data == "shapes" else None
+    data, table = load_data(args.data, args.root, "val", limit, args.seed), {}
     with tempfile.TemporaryDirectory() as cache:
         for stage in trained(args.weights):
-            if stage == "clip":
-                continue
             model, embeddings = load_stage(args.weights, stage, args.device), None
             if needs_clip(stage):
                 clip = clip_of(model, args.weights, stage, args.device, args.clip)
@@ -243,15 +232,9 @@ def measure_losses(args):
     return table
 
 
-THETAS = (0.0, 0.125, 0.25, 0.375, 0.5)
-
-
 def single_edits(data, n):
-    """n scenes of one object with one attribute to change: (i, part, before, after, claim).
-
-    before, after: captions that differ in one word; claim: the scene after the edit. Colour, shape
-    and background take turns.
-    """
+    """n scenes of one object, colour, shape and background changed in turn: (i, part, captions
+    before and after, the changed scene)."""
     edits, values = [], {"colour": COLOURS, "shape": SHAPES, "background": BACKGROUNDS}
     for i, scene in enumerate(map(data.scene, range(len(data)))):
         if len(scene.things) == 1 and not scene.word and len(edits) < n:
@@ -316,15 +299,13 @@ def changed_and_kept(seen, claim, part):
 
 
 def drawn_from(args):
-    """Draw a picture for each validation caption of --data, at --size or the largest below it:
-    (pipeline, data, captions, size, batches)."""
+    """Draw a picture for each validation caption of --data: (pipeline, data, captions, size,
+    batches). The size is --size, or the largest below it that these stages draw."""
     pipeline = Pipeline(args.weights, args.device, args.size, clip=args.clip)
-    sizes = [size for size in pipeline.sizes if size <= args.size]
-    if not sizes:
-        raise UserError(f"--size {args.size}: these weights draw {pipeline.sizes[0]} or more")
+    size = max([pipeline.sizes[0], *(size for size in pipeline.sizes if size <= args.size)])
     data = load_data(args.data, args.root, "val", args.n, args.seed)
     captions = [data.captions(i)[0] for i in range(len(data))]
-    return pipeline, data, captions, sizes[-1], draw(pipeline, captions, args, size=sizes[-1])
+    return pipeline, data, captions, size, draw(pipeline, captions, args, size=size)
 
 
 def judge_real(args):
@@ -405,7 +386,7 @@ def main(argv=None):
             sub.add_argument(option, **OPTIONS[option])
         sub.set_defaults(run=run, **defaults)
     args = parser.parse_args(argv)
-    for path in filter(None, (args.json and Path(args.json).parent, getattr(args, "out", None))):
+    for path in (Path(args.json or ".").parent, getattr(args, "out", None) or "."):
         check_folder(path)  # now, not after hours of work
     if "weights" in args:
         args.weights = Path(args.weights or default_weights())

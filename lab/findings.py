@@ -1,20 +1,15 @@
 """The paper's findings, one by one, on the toy world: `python -m lab.evaluate findings`.
 
 A finding is a question, a table with 95% intervals, a picture, and a verdict that is computed,
-never written by hand. It claims that some differences are above zero, and it is
-
-    reproduced                       if every interval lies above zero
-    not reproduced                   if one lies below zero
-    can't be decided at this scale   otherwise: more scenes (-n) or better weights would tell
-    not measured here                if nothing could be compared
-
-Its docstring is its text in FINDINGS.md: the question, the setup, the paper's figure. F1 to F7, on
-the prior, the decoder and guidance, are here; F8 to F10 are in probing.py.
+never written by hand (Result.verdict): some differences are claimed to be above zero, and their
+intervals decide. A finding's docstring is its text in FINDINGS.md: the question, the setup, the
+paper's figure. F1 to F7, on the prior, the decoder and guidance, are here, F8 to F10 in probing.py.
 
 n: number of scenes; D: size of a CLIP embedding.
 """
 
 import os
+import re
 import tempfile
 import time
 from datetime import date
@@ -42,9 +37,6 @@ from support.shapes import (
 from support.sheets import save_picture
 from support.tools import UserError, autocast
 
-# --- F1 to F3: what the prior is good for ----------------------------------------------------
-
-
 def draw_ways(lab, ways, **settings):
     """Draw the lab's captions in several ways, {name: settings of Lab.draw}: {name: (pictures,
     binding right (n,), CLIP's embeddings (n, D))}, and a sheet of them."""
@@ -61,13 +53,10 @@ def f1(lab):
     paper: FID 7.99 with the prior, 9.16 trained on text embeddings, 16.55 text embedding put in
     """
     ways = {"prior": {}, "text embedding put in": {"given": "text_emb"}}
-    result = Result(["system", "guidance", "binding right", "Frechet distance (CLIP) x 1000"])
+    result = Result(["system", "guidance", "binding right", "Frechet distance (CLIP) x 1000"],
+                    **lab.caveat("decoder_text_emb"))
     if lab.has("decoder_text_emb"):
         ways["trained on text embeddings"] = {"given": "text_emb", "decoder": "decoder_text_emb"}
-        result.note, result.lacks = lab.unequal("decoder_text_emb")
-    else:
-        result.note = "For the decoder trained on text embeddings: train.py decoder_text_emb"
-        result.lacks = "without the decoder trained on text embeddings"
     true = lab.true_emb(lab.data)
     for scale in (1.0, 2.0):
         drawn, result.picture = draw_ways(lab, ways, scale=scale)
@@ -117,15 +106,15 @@ def f3(lab):
                      "cosine with the true one", "Frechet x 1000", "binding right"])
     drawn, result.picture = draw_ways(lab, {"prior": {}, "ar_prior": {"prior": "ar_prior"}})
     for name, (_, bound, _) in drawn.items():
-        model, config = lab.pipeline(prior=name).prior, lab.pipeline(prior=name).prior.config
+        model = lab.pipeline(prior=name).prior
+        config, parameters = model.config, sum(p.numel() for p in model.parameters())
         lab.prior_emb(captions[:1], name)  # the first call pays for starting up
         begun = time.perf_counter()
         embs[name] = lab.prior_emb(captions, name)
         ms = 1000 * (time.perf_counter() - begun) / len(data)  # with CLIP's share, in both rows
         steps = 2 * config.sample_steps if name == "prior" else config.components
         result.table.append([
-            name, f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M",
-            f"{lab.examples(name):,}", str(steps), f"{ms:.1f}",
+            name, f"{parameters / 1e6:.2f}M", f"{lab.examples(name):,}", str(steps), f"{ms:.1f}",
             number(bootstrap(np.mean, (embs[name] * true).sum(1)), 3),
             frechet_cell(embs[name], true), share(bound)])
     result.claim("Frechet distance x 1000: autoregressive prior minus diffusion prior", farther,
@@ -135,25 +124,23 @@ def f3(lab):
     return result
 
 
-# --- F4 and F5: guidance, fidelity and diversity ---------------------------------------------
-
 GUIDANCE = (1.0, 1.25, 2.0, 3.0, 4.0, 6.0)
 # Captions that leave colour or shape open, and always size, background, place and shade. There are
 # only six, so that each is drawn often enough to see how its pictures differ.
 OPEN = [with_article(words) for words in (*SHAPES[:3], *(f"{c} shape" for c in list(COLOURS)[:3]))]
+# What the judge sees of a picture: colour, shape, size, background.
 PARTS = (tuple(COLOURS), SHAPES, tuple(SIZES), tuple(BACKGROUNDS))
 
 
 def attributes(pictures):
-    """What the judge sees in pictures of one object: (n, 4), colour, shape, size and background as
-    indices into PARTS, -1 where there is not exactly one object or no name fits."""
-    rows = []
-    for seen in map(judge, pictures):
+    """What the judge sees in pictures of one object: (n, 4), indices into PARTS, -1 where there is
+    not exactly one object or no name fits."""
+    def values(seen):
         thing = seen.things[0] if len(seen.things) == 1 else Thing()
-        values = thing.colour, thing.shape, thing.size, seen.background  # as in PARTS
-        rows.append([part.index(v) if v in part else -1
-                     for part, v in zip(PARTS, values, strict=True)])
-    return np.array(rows)
+        return thing.colour, thing.shape, thing.size, seen.background
+
+    return np.array([[part.index(v) if v in part else -1
+                      for part, v in zip(PARTS, values(judge(p)), strict=True)] for p in pictures])
 
 
 @cache
@@ -193,7 +180,7 @@ def slope(values):
 
 
 def open_captions(n):
-    return np.array([OPEN[k % len(OPEN)] for k in range(max(2 * len(OPEN), n // 2))])
+    return np.array([OPEN[k % len(OPEN)] for k in range(max(12, n // 2))])
 
 
 def f4(lab):
@@ -206,9 +193,10 @@ def f4(lab):
     how far a figure falls with each doubling of guidance, fitted to all six.
     paper: figs. 9 to 11: unCLIP's diversity survives guidance, since the embedding holds it
     """
-    rival, systems, captions = lab.glide(), lab.systems(), open_captions(lab.n)
+    systems, captions = lab.systems(), open_captions(lab.n)
+    _, rival = systems
     result = Result(["system", "guidance", "fidelity", "diversity", "distance in CLIP's space"],
-                    note=rival.note, lacks=rival.lacks)
+                    **lab.caveat("decoder_caption"))
     curves, rows, embs = ({name: [] for name in systems} for _ in range(3))
     for name, scale in product(systems, GUIDANCE):
         pictures = lab.draw(list(captions), scale=scale, **systems[name])
@@ -220,12 +208,12 @@ def f4(lab):
         result.table.append([name, f"{scale:g}", share(fit), number(varied), number(apart, 3)])
         curves[name].append((varied[0], fit.mean()))
     for what, figure, x in (("diversity", diversity, rows), ("distance", spread, embs)):
-        def difference(captions, *six_and_six, figure=figure):
-            values = [figure(x, captions) for x in six_and_six]
-            return slope(values[:6]) - slope(values[6:])  # a loss is a negative slope
+        def difference(captions, *both, figure=figure):  # a loss is a negative slope
+            values = [figure(x, captions) for x in both]
+            return slope(values[:6]) - slope(values[6:])
 
-        result.claim(f"{what}: {rival.name}'s loss with each doubling of guidance minus unCLIP's",
-                     difference, captions, *x["unCLIP"], *x[rival.name], biased=True)
+        result.claim(f"{what}: {rival}'s loss with each doubling of guidance minus unCLIP's",
+                     difference, captions, *x["unCLIP"], *x[rival], biased=True)
     result.picture = chart(curves, "guidance 1 to 6: fidelity against diversity", "diversity",
                            "fidelity", points=True, ends=("1", "6"))
     return result
@@ -238,21 +226,21 @@ def f5(lab):
     faithful" allows 5 points less), precision in CLIP's space for realism.
     paper: preferred over GLIDE in 48.9% (realism), 45.3% (caption), 70.5% (diversity)
     """
-    rival, true, captions = lab.glide(), lab.true_emb(lab.data), open_captions(lab.n)
+    true, captions, (_, rival) = lab.true_emb(lab.data), open_captions(lab.n), lab.systems()
     drawn, picture = draw_ways(lab, lab.systems())
     result = Result(["system", "realism (precision)", "binding right", "diversity"],
-                    note=rival.note, lacks=rival.lacks, picture=picture)
+                    picture=picture, **lab.caveat("decoder_caption"))
     rows = {name: attributes(lab.draw(list(captions), **settings))
             for name, settings in lab.systems().items()}
     for name, (_, bound, emb) in drawn.items():
         varied = number(bootstrap(diversity, rows[name], captions, biased=True))
         result.table.append([name, f"{precision_recall(emb, true)[0]:.1%}", share(bound), varied])
-    result.claim(f"diversity: unCLIP minus {rival.name}",
+    result.claim(f"diversity: unCLIP minus {rival}",
                  lambda u, g, captions: diversity(u, captions) - diversity(g, captions),
-                 rows["unCLIP"], rows[rival.name], captions, biased=True)
-    result.claim(f"binding, points: unCLIP minus {rival.name}, plus 5",
+                 rows["unCLIP"], rows[rival], captions, biased=True)
+    result.claim(f"binding, points: unCLIP minus {rival}, plus 5",
                  lambda u, g: np.nanmean(u - g) + 0.05,
-                 drawn["unCLIP"][1], drawn[rival.name][1], unit=100)
+                 drawn["unCLIP"][1], drawn[rival][1], unit=100)
     return result
 
 
@@ -270,9 +258,6 @@ def f6(lab):
     ], note="The protocol: 30,000 validation captions, one picture each, not chosen by CLIP, at "
             "256 pixels, with the decoder's guidance at 1.25 as in the paper. The paper does not "
             "state the prior's guidance; here it is off.")
-
-
-# --- F7: what the prior predicts -------------------------------------------------------------
 
 
 def short_prior(lab, predict, embeddings, steps):
@@ -303,12 +288,13 @@ def guesses(prior, image_emb, text, seed):
     """One look at image_emb (n, D), noised to each of LEVELS: {level: cosine of the predicted with
     the true embedding (n,)}. text: as clip.encode_text returns it."""
     diffusion, x_0 = prior.diffusion, image_emb * embedding_scale(image_emb.shape[1])
+    caption = prior.encode_caption(*text)
     noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed)).to(x_0)
     found = {}
     for level in LEVELS:
         t = torch.full((len(x_0),), level, device=x_0.device)
         x_t = diffusion.q_sample(x_0, t, noise)
-        pred_x_0, _ = diffusion.predictions(prior(x_t, t, *text), x_t, t)
+        pred_x_0, _ = diffusion.predictions(prior(x_t, t, **caption), x_t, t)
         found[level] = F.cosine_similarity(pred_x_0, x_0).cpu()
     return found
 
@@ -348,14 +334,11 @@ def f7(lab, scenes=3000, steps=300):
     result.claim("cosine after one look, mean of the three levels: predicting x_0 minus predicting "
                  "noise", lambda *c: np.mean(c[:3]) - np.mean(c[3:]),
                  *looks["x_0"].values(), *looks["noise"].values())
-    curves = {name: [(t, float(c.mean())) for t, c in found.items()]
-              for name, found in looks.items()}
+    curves = {name: [(t, c.mean().item()) for t, c in x.items()] for name, x in looks.items()}
     result.picture = chart(curves, "one look at a noised embedding", "noise level t",
                            "cosine with the true embedding", points=True)
     return result
 
-
-# --- the report ------------------------------------------------------------------------------
 
 FINDINGS = {f"F{k}": f for k, f in enumerate((f1, f2, f3, f4, f5, f6, f7, f8, f9, f10), 1)}
 HEAD = """# The paper's findings, measured here
@@ -372,9 +355,8 @@ Written by `python -m lab.evaluate findings` on {date}: weights {weights}, n = {
 
 def explained(finding):
     """A finding's docstring -> (question, setup, the paper's figure)."""
-    question, rest = finding.__doc__.strip().split("\n", 1)
-    setup, paper = rest.split("paper:")
-    return question, " ".join(setup.split()), " ".join(paper.split())
+    text = " ".join(finding.__doc__.replace("\n\n", "\0", 1).split())
+    return [part.strip() for part in re.split("\0|paper:", text)]
 
 
 def as_table(header, rows):
@@ -397,9 +379,8 @@ def as_markdown(name, result, seconds):
 def report(args):
     """The paper's findings, one by one; writes FINDINGS.md (of some, for example F4_F5.md)."""
     names = [name.upper() for name in args.names] or list(FINDINGS)
-    for name in names:
-        if name not in FINDINGS:
-            raise UserError(f"unknown finding '{name}': use {', '.join(FINDINGS)}")
+    for name in set(names) - set(FINDINGS):
+        raise UserError(f"unknown finding '{name}': use {', '.join(FINDINGS)}")
     if args.n < 8:
         raise UserError(f"-n {args.n}: findings need at least 8 scenes")
     lab, out, sections, found = Lab(args), Path(args.out), [], {}

@@ -37,8 +37,8 @@ SPECK = 40  # pixels of S x S: a smaller patch is no object; the smallest star h
 class Seen:
     """What a picture shows."""
 
-    background: str | None  # None if it is neither black nor white nor gray
-    things: tuple  # of Things, with every field known (but no shape if it looks like none)
+    background: str | None  # None if it has a colour
+    things: tuple  # of Things, with every field known, but no shape if it looks like none
 
 
 def judge(image):
@@ -81,14 +81,13 @@ def name_colours(pixels, ground):
     pure, plane = hue_plane(np.array(list(COLOURS.values())) / 255), hue_plane(pixels)
     chroma = np.linalg.norm(pure, axis=-1)
     index = (plane @ (pure / chroma[:, None]).T).argmax(-1)  # nearest angle = largest cosine
-    # A pixel half covered by an object, as on its outline, has half its chroma. Shades go down to
-    # 0.85 of a colour.
+    # On an outline, half of a pixel is covered: half the chroma. 0.85: the darkest shade.
     coloured = np.linalg.norm(plane, axis=-1) > 0.5 * 0.85 * chroma[index]
     return np.where(coloured & (np.abs(pixels - ground).max(-1) > 0.1), index, -1)
 
 
 def connected(index):
-    """Find patches of equal index >= 0, joined along edges -> list of (index, (S, S) mask)."""
+    """Patches of equal index >= 0, joined along edges: a list of (index, (S, S) mask)."""
     width = S + 2  # a frame of -1 gives every pixel four neighbours
     todo = np.pad(index, 1, constant_values=-1).ravel()
     starts, todo, patches = np.flatnonzero(todo >= 0).tolist(), todo.tolist(), []
@@ -116,10 +115,7 @@ def grow(mask, n):
 
 
 def measure(pixels, ground, index, mask, taken):
-    """A patch -> Thing: colour from its hue, shape and radius from its silhouette.
-
-    mask: (S, S) the patch's pixels; taken: (S, S) the pixels of all patches
-    """
+    """A patch -> Thing. mask, taken: (S, S), the pixels of this patch and of all patches."""
     core = ~grow(~mask, 1)  # away from the mixed colours of the edge
     ink = np.median(pixels[core if core.sum() >= 9 else mask], axis=0)
     # How much of each pixel the object covers: 0 shows the ground's colour, 1 the object's. Only

@@ -73,17 +73,15 @@ def mixed_captions(data):
     return [data.captions(i)[i % 3] for i in range(len(data))]
 
 
-OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
-
-
 def wrong_captions(scene):
     """A two-object scene -> its plain caption, and {what is wrong: a caption with that wrong}."""
     a, b = scene.things
+    opposite = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 
     def say(a, b, relation):
         return f" {relation} ".join(with_article(f"{t.colour} {t.shape}") for t in (a, b))
 
-    wrong = {"relation": say(a, b, OPPOSITE[scene.relation])}
+    wrong = {"relation": say(a, b, opposite[scene.relation])}
     if a.colour != b.colour and a.shape != b.shape:
         # The same words with the colours exchanged: only the binding has changed.
         swapped = replace(a, colour=b.colour), replace(b, colour=a.colour)
@@ -95,10 +93,7 @@ def wrong_captions(scene):
 
 def prefers(clip, emb, true, wrong):
     """1 where an embedding (n, D) is closer to its true caption than to its wrong one, else 0; 0.5
-    if they are equally close, which would be a guess.
-
-    true, wrong: n captions each, or one true caption and embedding against n wrong captions.
-    """
+    for a tie. true, wrong: n captions each, or one true caption and embedding for all."""
     difference = clip.encode_text(true)[0] - clip.encode_text(wrong)[0]
     gap = (difference.cpu() * emb.cpu()).sum(1).numpy()
     return np.where(np.abs(gap) < 1e-6, 0.5, gap > 0)
@@ -112,9 +107,8 @@ def pairs_shown(data):
 
 
 def linear_probe(emb, labels, rounds=300):
-    """Logistic regression from embeddings (n, D) to labels (n, k) of zeros and ones: the fitted
-    function, embeddings (m, D) -> log-odds (m, k). It finds what lies open in the embedding.
-    """
+    """Logistic regression from embeddings (n, D) to labels (n, k) of zeros and ones: what lies open
+    in the embedding? Returns the fitted function, embeddings (m, D) -> log-odds (m, k)."""
     weight = torch.zeros(emb.shape[1], labels.shape[1], device=emb.device, requires_grad=True)
     bias = torch.zeros(labels.shape[1], device=emb.device, requires_grad=True)
     # A convex problem: there is one best fit, wherever the search starts.
@@ -149,11 +143,9 @@ def frechet(a, b):
 
 
 def precision_recall(drawn, true, k=3):
-    """Share of drawn points (n, D) that lie among the true ones (m, D), and the reverse: precision
-    falls with bad pictures, recall with missing variety (1904.06991).
-
-    A point lies among others if one of them is no farther away than its own k-th nearest neighbour.
-    """
+    """Share of drawn points (n, D) among the true ones (m, D), and the reverse (1904.06991): bad
+    pictures lower precision, missing variety recall. A point is among others if one of them is no
+    farther away than its own k-th nearest neighbour."""
     def radii(points):  # distance to the k-th nearest of the others; the 0th is the point itself
         return torch.cdist(points, points).kthvalue(k + 1, dim=1).values
 
@@ -187,9 +179,8 @@ def bootstrap(statistic, *rows, biased=False, times=1000, seed=0):
 
 
 def share_interval(values):
-    """The share of ones among zeros and ones (n,), NaNs left out, with Wilson's 95% interval:
-    (share, low, high). Unlike the bootstrap's, it does not shrink to a point at 0 or 1.
-    """
+    """The share of ones (n,), NaNs left out, with Wilson's 95% interval: (share, low, high). Unlike
+    the bootstrap's, that does not shrink to a point at 0 or 1."""
     values = values[~np.isnan(values)]
     n, z = len(values), 1.959964  # a normal variable is within +- z in 95% of cases
     if n == 0:

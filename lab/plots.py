@@ -6,6 +6,7 @@
 import json
 import math
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -27,8 +28,8 @@ def ticks(low, high, count=5):
 
 def log_ticks(low, high):
     """Logarithms of the numbers 1, 2, 5, 10, 20, ... between 10 ** low and 10 ** high."""
-    powers = range(math.floor(low), math.ceil(high) + 1)
-    logs = [math.log10(m) + power for power in powers for m in (1, 2, 5)]
+    logs = [math.log10(m) + power for power in range(math.floor(low), math.ceil(high) + 1)
+            for m in (1, 2, 5)]
     return [y for y in logs if low <= y <= high]
 
 
@@ -40,11 +41,9 @@ def widened(values):
 
 
 def chart(series, title, x_label, y_label, log_y=False, size=(640, 400), points=False, ends=()):
-    """Curves as a PIL image.
+    """Curves {name: [(x, y), ...]} as a PIL image; values that have no place on it are left out.
 
-    series: {name: [(x, y), ...]}; values that are not finite are left out, and with a logarithmic
-    y axis those that are not positive. points: draw a dot at each value. ends: two labels, for the
-    first and the last value of every curve.
+    points: draw a dot at each value. ends: labels for the first and the last value of each curve.
     """
     scale = math.log10 if log_y else float
     curves = {name: [(x, scale(y)) for x, y in values if math.isfinite(y) and (y > 0 or not log_y)]
@@ -78,23 +77,20 @@ def chart(series, title, x_label, y_label, log_y=False, size=(640, 400), points=
         for (x, y), text in zip(dots[::max(1, len(dots) - 1)], ends):  # noqa: B905
             write(x + 6, y, text, "lm", colour)
         write(left + (right - left) // 2 * (k % 2), bottom + 40 + 16 * (k // 2), name, "la", colour)
-    pen.text((left, 6), title, fill="black", font=ImageFont.load_default(14))
+    write(left, 8, title, "la")
     write((left + right) / 2, bottom + 20, x_label, "ma")
     write(4, top - 17, y_label, "la")
     return sheet
 
 
 def read_metrics(run):
-    """A run's metrics.jsonl -> list of dicts, without a line that a killed training left broken."""
-    path, lines = Path(run) / "metrics.jsonl", []
+    """The lines of a run's metrics.jsonl, without one that a killed training left broken."""
+    path = Path(run) / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"no metrics at {path}: give the --out folder of a training")
     for line in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return lines
+        with suppress(ValueError):
+            yield json.loads(line)
 
 
 def plot_runs(runs):
@@ -109,10 +105,10 @@ def plot_runs(runs):
         raise UserError(f"{runs[0]} has no losses yet: train a little first")
     charts = [chart({name: sorted(curve.items()) for name, curve in names.items()}, stage,
                     "training step", "loss", log_y=True) for stage, names in curves.items()]
-    columns, (width, height) = min(2, len(charts)), charts[0].size
-    sheet = Image.new("RGB", (columns * width, -(-len(charts) // columns) * height), "white")
+    width, height = charts[0].size
+    sheet = Image.new("RGB", (min(2, len(charts)) * width, -(-len(charts) // 2) * height), "white")
     for k, image in enumerate(charts):
-        sheet.paste(image, (k % columns * width, k // columns * height))
+        sheet.paste(image, (k % 2 * width, k // 2 * height))
     return sheet
 
 

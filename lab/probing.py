@@ -23,22 +23,15 @@ from support.shapes import (
 )
 from support.sheets import to_tensor
 
-# --- F8 and F9: what CLIP does not bind ------------------------------------------------------
-
-
 def pairs_of(lab):
-    """n validation scenes of two objects that differ in colour and in shape.
-
-    The pairs with exchanged colours must occur in training too: CLIP would recognise a pair that it
-    has never seen by that alone.
-    """
-    data, scenes = Shapes(max(200, 8 * lab.n), "val", lab.seed + 2), []
-    for scene in map(data.scene, range(len(data))):
-        if len(scene.things) == 2 and "binding" in wrong_captions(scene)[1]:
-            a, b = scene.things
-            if {(a.colour, b.shape), (b.colour, a.shape)} <= set(TRAIN_PAIRS):
-                scenes.append(scene)
-    return scenes[:lab.n]
+    """n validation scenes of two objects that differ in colour and in shape. The pairs with
+    exchanged colours occur in training too, or CLIP would recognise them by their novelty."""
+    data = Shapes(max(200, 8 * lab.n), "val", lab.seed + 2)
+    scenes = [s for s in map(data.scene, range(len(data)))
+              if len(s.things) == 2 and "binding" in wrong_captions(s)[1]]
+    return [s for s in scenes if {(s.things[0].colour, s.things[1].shape),
+                                  (s.things[1].colour, s.things[0].shape)} <= set(TRAIN_PAIRS)
+            ][:lab.n]
 
 
 def pair_study(lab):
@@ -73,9 +66,9 @@ def f8(lab):
     paper: figs. 14, 15: unCLIP binds worse than GLIDE, since CLIP does not bind
     """
     captions, wrong, embs, drawn = pair_study(lab)
-    rival = lab.glide()
+    _, rival = lab.systems()
     result = Result(["who", "binding right", "binding right, if both colours and shapes are shown",
-                     "chance"], lacks=rival.lacks)
+                     "chance"], **lab.caveat("decoder_caption"))
     for name, emb in embs.items():
         answers = prefers(lab.pipeline().clip, emb, captions, [w["binding"] for w in wrong])
         result.table.append([name, share(answers), "-", "50%"])
@@ -86,11 +79,11 @@ def f8(lab):
         bound[name] = np.where((colours == 1) & (shapes == 1), whole, np.nan)
         result.table.append([f"pictures, {name}", share(whole), share(bound[name]), "-"])
     result.claim("binding, if both colours and shapes are shown, points: "
-                 f"{rival.name} minus unCLIP", lambda g, u: np.nanmean(g) - np.nanmean(u),
-                 bound[rival.name], bound["unCLIP"], unit=100)
-    result.note = rival.note + (" Where CLIP itself binds well (first row), the paper's reason for "
-                                "its finding is absent: this world has 26 colour-shape pairs, the "
-                                "paper's is open.")
+                 f"{rival} minus unCLIP", lambda g, u: np.nanmean(g) - np.nanmean(u),
+                 bound[rival], bound["unCLIP"], unit=100)
+    result.note += (
+        " Where CLIP itself binds well (first row), the paper's reason for its finding is absent: "
+        "this world has 26 colour-shape pairs, the paper's is open.")
     result.picture = sheet(drawn, captions)
     return result
 
@@ -106,7 +99,7 @@ def f9(lab):
     """
     captions, wrong, embs, drawn = pair_study(lab)
     pipeline, clip = lab.pipeline(), lab.pipeline().clip
-    result = Result(["who", "right", "chance"], note=lab.glide().note)
+    result = Result(["who", "right", "chance"], note=lab.caveat("decoder_caption").get("note", ""))
     reversed_ones = [w["relation"] for w in wrong]
     knows = {name: prefers(clip, emb, captions, reversed_ones) for name, emb in embs.items()}
     result.table += [[f"relation: {name}", share(v), "50%"] for name, v in knows.items()]
@@ -151,10 +144,8 @@ def sign_scene(word, x=0.5, y=0.5, radius=0.37):
 
 @lru_cache
 def word_views():
-    """Every word on signs of every size, at whole and half pixels.
-
-    Returns {half sides of a window: (its words, its drawings (words, height * width))}.
-    """
+    """Every word on signs of every size, at whole and half pixels: {half sides of a window: (its
+    words, its drawings (words, height * width))}."""
     views = {}
     for radius in (0.34, 0.37, 0.40):
         half, words, drawings = (round(0.75 * radius * S), round(0.28 * radius * S)), [], []
@@ -167,11 +158,8 @@ def word_views():
 
 
 def read_word(picture):
-    """The word of WORDS whose drawing is most like the sign in a picture, or None without a sign.
-
-    Likeness is correlation, so brightness and contrast do not matter. The judge knows the sign's
-    place to a pixel or two, so each drawing is tried at several.
-    """
+    """The word whose drawings correlate best with the sign in a picture, or None without a sign.
+    The judge knows the sign's place to a pixel or two, so each drawing is tried at several."""
     signs = [t for t in judge(picture).things if t.shape == "sign"]
     if not signs:
         return None
@@ -194,20 +182,16 @@ def window(picture, x, y, half):
     return pixels / (np.linalg.norm(pixels) + 1e-6)
 
 
-# --- F10: what an embedding holds ------------------------------------------------------------
-
-
-CHANCE = {"colour": 1 / 6, "shape": 1 / 5, "size": 1 / 2, "place, across": 1 / 2,
-          "place, down": 1 / 2, "rotation": 1 / 2, "shade": 1 / 2}
-MENTIONED = ("colour", "shape", "size")  # captions never mention the others
+CHANCE = {"colour": 1 / 6, "shape": 1 / 5, "size": 1 / 2,  # captions mention these, never the rest
+          **dict.fromkeys(("place, across", "place, down", "rotation", "shade"), 1 / 2)}
+MENTIONED = ("colour", "shape", "size")
 
 
 def kept(seen, true):
     """Which attributes of scenes came through: {name: (n,) of 1, 0, or NaN where none is seen}.
 
-    seen: the judge's things (or None), true: the scenes' things. A category is right or wrong. A
-    number is right if it is on the same side of the median as the true one, so chance is 1/2; it
-    counts only where the shape came out right, because a wrong shape has nothing to compare.
+    seen: the judge's things (or None), true: the scenes'. A number is right if it is on the same
+    side of the median as the true one. It counts only where the shape came out right.
     """
     pairs = list(zip(seen, true, strict=True))
 
@@ -292,19 +276,16 @@ def with_sign(scene, word):
 
 
 def typographic_attack(lab, scenes, result):
-    """Paste a sign on each object, and add to the result: CLIP's zero-shot label before and after,
-    and what the decoder draws. Returns the attacked pictures and the drawn ones.
-
-    The labels are "a COLOUR SHAPE" for every pair and "a sign that says WORD" for every word.
-    """
+    """Paste a sign on each object. Adds to the result how CLIP labels the picture, as "a COLOUR
+    SHAPE" or "a sign that says WORD", and what the decoder draws; returns both pictures."""
     pipeline, rng = lab.pipeline(), np.random.default_rng(lab.seed)
     labels = [with_article(f"{c} {s}") for c in COLOURS for s in SHAPES]
     labels += [f"a sign that says {word}" for word in WORDS]
     text_emb = pipeline.clip.encode_text(labels)[0].cpu()
-    colours, attacked = [scene.things[0].colour for scene in scenes], []
-    for scene, colour in zip(scenes, colours, strict=True):
-        others = [word for word in WORDS if word != colour]
-        attacked.append(with_sign(scene, others[rng.integers(len(others))]))
+    colours = [scene.things[0].colour for scene in scenes]
+    others = [[word for word in WORDS if word != colour] for colour in colours]
+    attacked = [with_sign(scene, words[rng.integers(len(words))])
+                for scene, words in zip(scenes, others, strict=True)]
     emb = look_at(pipeline, attacked)
     drawn = lab.draw([""] * len(scenes), given=emb, scale=1.0, say=False)
 

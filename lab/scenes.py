@@ -8,8 +8,8 @@ n: number of scenes; D: size of a CLIP embedding; S = 64: side at which pictures
 
 import math
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -43,8 +43,8 @@ class Result:
 
     @property
     def verdict(self):
-        """Computed from the claims alone. An interval without width means that all scenes gave the
-        same answer: too few were looked at to say anything."""
+        """Reproduced if every interval lies above zero, not reproduced if one lies below. One
+        without width decides nothing: too few scenes, which all gave the same answer."""
         if not self.claims:
             return "not measured here"
         sides = [(low > 0) - (high < 0) if low < high else 0 for _, (_, low, high) in self.claims]
@@ -56,9 +56,6 @@ class Result:
     def said(self):
         """The verdict, and what it had to do without."""
         return ", ".join(filter(None, (self.verdict, self.lacks)))
-
-
-# --- cells of tables -------------------------------------------------------------------------
 
 
 def percent(interval):
@@ -106,38 +103,22 @@ def sheet(sets, captions=None):
     return draw_grid(pictures, labels, columns=count, cell=128)
 
 
-# --- the laboratory --------------------------------------------------------------------------
-
-
-class Rival(NamedTuple):
-    """The system that unCLIP is compared with."""
-
-    name: str
-    settings: dict  # for Lab.draw
-    note: str  # for Result.note and Result.lacks: empty if nothing stands in the way
-    lacks: str
-
-
 class Lab:
     """Trained stages, validation scenes, and every picture drawn so far."""
 
     def __init__(self, args):
         self.folder, self.device = Path(args.weights), args.device
         self.n, self.seed = args.n, args.seed
-        self.pipelines, self.drawn = {}, {}
+        self.drawn = {}
         self.data = Shapes(self.n, "val", self.seed)
         self.captions = mixed_captions(self.data)
 
+        # Loaded once for each decoder and prior.
+        self.pipeline = cache(lambda decoder="decoder", prior="prior": judged_pipeline(
+            self.folder, self.device, decoder=decoder, prior=prior))
+
     def has(self, stage):
         return (self.folder / f"{stage}.pt").exists()
-
-    def pipeline(self, decoder="decoder", prior="prior"):
-        """The trained stages with this decoder and this prior, loaded once."""
-        key = decoder, prior
-        if key not in self.pipelines:
-            self.pipelines[key] = judged_pipeline(self.folder, self.device, decoder=decoder,
-                                                  prior=prior)
-        return self.pipelines[key]
 
     def true_emb(self, data):
         """CLIP's embeddings (n, D) of a data set's true pictures."""
@@ -168,25 +149,21 @@ class Lab:
         """How many examples a stage was trained on, repetitions counted."""
         return examples_seen(load_checkpoint(self.folder / f"{stage}.pt", stage))
 
-    def unequal(self, stage):
-        """(note, lacks) if `stage` was not trained on as many pictures as the decoder."""
+    def caveat(self, stage):
+        """What a comparison with another decoder has to be read with (fields of a Result)."""
+        if not self.has(stage):
+            return {"note": f"There is no {stage}: python train.py {stage}.",
+                    "lacks": f"without {stage}"}
         ours, theirs = self.examples("decoder"), self.examples(stage)
         if ours == theirs:
-            return "", ""
-        return (f"The decoder was trained on {ours:,} pictures, {stage} on {theirs:,}.",
-                "after unequal trainings")
-
-    def glide(self):
-        """GLIDE, a decoder trained on captions alone, or the nearest thing if it is not here."""
-        if self.has("decoder_caption"):
-            settings = {"given": "caption", "decoder": "decoder_caption"}
-            return Rival("GLIDE", settings, *self.unequal("decoder_caption"))
-        return Rival("unCLIP without embedding", {"given": "caption"}, (
-            "GLIDE's weights are not here (train.py decoder_caption). In its place stands unCLIP's "
-            "own decoder with the caption alone, which made up 5% of its training: the verdict is "
-            "about that."), "with a stand-in for GLIDE")
+            return {}
+        return {"note": f"The decoder was trained on {ours:,} pictures, {stage} on {theirs:,}.",
+                "lacks": "after unequal trainings"}
 
     def systems(self):
-        """What is compared, {name: settings of draw}: unCLIP and its rival."""
-        rival = self.glide()
-        return {"unCLIP": {}, rival.name: rival.settings}
+        """What F4, F5, F8 and F9 compare, {name: settings of draw}: unCLIP and GLIDE, a decoder
+        trained on captions alone. Without that one, unCLIP's own decoder with the caption alone
+        takes its place: a case that made up 5% of its training."""
+        if self.has("decoder_caption"):
+            return {"unCLIP": {}, "GLIDE": {"given": "caption", "decoder": "decoder_caption"}}
+        return {"unCLIP": {}, "unCLIP without embedding": {"given": "caption"}}

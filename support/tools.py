@@ -17,6 +17,11 @@ from pathlib import Path
 
 import torch
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 
 class UserError(Exception):
     """A user's mistake in one line: the value, the rule, the fix."""
@@ -29,13 +34,11 @@ def choose_device(name):
     """ "auto", "cpu", "cuda", "cuda:1", ... -> torch.device. Raises UserError if it isn't there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]?))?", name):
-        raise UserError(f"--device {name}: not a device; use auto, cpu, cuda or cuda:N")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA "
-                        "devices; use --device cpu or auto")
-    return device
+    found = re.fullmatch(r"cpu|cuda(?::(0|[1-9][0-9]?))?", name)
+    if not found or name != "cpu" and int(found[1] or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: this machine has the device cpu and "
+                        f"{torch.cuda.device_count()} of the kind cuda; use --device cpu or auto")
+    return torch.device(name)
 
 
 def autocast(device):
@@ -50,8 +53,8 @@ def autocast(device):
 def cpu_is_fast_in_bf16():
     """Whether this CPU multiplies bfloat16 faster than float32: not all that can do it are.
 
-    AMX is made for it, and AMD's AVX512-BF16 was twice as fast. Intel's AVX512-BF16 without AMX
-    (as in some virtual machines) was not: 150 against 263 GFLOP/s. tests/bench.py prints both.
+    AMX is made for it, and AMD's AVX512-BF16 is fast. Intel's AVX512-BF16 without AMX, as in some
+    virtual machines, is slower than float32. `python -m lab.bench` prints both.
     """
     if getattr(torch.cpu, "_is_amx_tile_supported", bool)():
         return True
@@ -64,19 +67,16 @@ def cpu_is_fast_in_bf16():
 
 def usable_cores():
     """Processor cores that this process may use, which `taskset` can make fewer than there are."""
-    try:
+    if hasattr(os, "sched_getaffinity"):  # Linux
         return len(os.sched_getaffinity(0))
-    except AttributeError:  # not Linux
-        return os.cpu_count() or 1
+    return os.cpu_count() or 1
 
 
 def peak_memory(device):
     """Most memory this process has held so far, GB: the GPU's, or on a CPU the process's own."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource
-    except ImportError:  # Windows
+    if resource is None:
         return math.nan
     unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
@@ -180,40 +180,24 @@ def user_errors(main):
     return wrapped
 
 
-def at_least(least, bits=48):
-    """An argument's type: whole numbers from `least` up, below 2^bits."""
+def number(kind, least, most, rule):
+    """An argument's type: an int or a float from `least` to `most`."""
 
-    def whole_number(text):
-        value = int(text)
-        if not least <= value < 2**bits:
-            allowed = f"{least} or more, and below 2^{bits}"
-            raise argparse.ArgumentTypeError(f"{value}: must be {allowed}")
+    def parse(text):
+        value = kind(text)
+        if not least <= value <= most:  # also where it is not a number
+            raise argparse.ArgumentTypeError(f"{text}: must be {rule}")
         return value
 
-    return whole_number
+    parse.__name__ = kind.__name__  # argparse says it
+    return parse
 
 
-natural, positive, two_or_more = at_least(0), at_least(1), at_least(2)
+natural = number(int, 0, 2**48, "0 or more, and at most 2^48")
+positive = number(int, 1, 2**48, "1 or more, and at most 2^48")
+two_or_more = number(int, 2, 2**48, "2 or more, and at most 2^48")
 # sample.noise_for multiplies seeds by 8, and PyTorch's CPU generator uses 32 bits of the result.
-seed_number = at_least(0, bits=29)
-
-
-def finite(text):
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text}: must be a finite number")
-    return value
-
-
-def positive_number(text):
-    value = finite(text)
-    if not 0 < value < 1e30:  # beyond, float32 would soon be at its end
-        raise argparse.ArgumentTypeError(f"{text}: must be above 0 and below 1e30")
-    return value
-
-
-def fraction(text):
-    value = finite(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be between 0 and 1")
-    return value
+seed_number = number(int, 0, 2**29 - 1, "0 or more, and below 2^29")
+finite = number(float, -1e30, 1e30, "finite")
+positive_number = number(float, 1e-30, 1e30, "above 0 and below 1e30")
+fraction = number(float, 0, 1, "between 0 and 1")

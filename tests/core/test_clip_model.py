@@ -60,12 +60,12 @@ def unit(*shape):
     return F.normalize(torch.randn(*shape), dim=-1)
 
 
-def pictures(B, size=32):
-    return torch.rand(B, 3, size, size) * 2 - 1
+def pictures(B):
+    return torch.rand(B, 3, 32, 32) * 2 - 1
 
 
-def batch_of(small):
-    return {"image": pictures(5), "tokens": Tokenizer(L, small.config.vocab)(CAPTIONS)[:5]}
+def batch_of(small, B=4):
+    return {"image": pictures(B), "tokens": Tokenizer(L, small.config.vocab)(CAPTIONS[:B])}
 
 
 @pytest.mark.parametrize("N, scale", [(4, 1.0), (8, 3.0), (8, 100.0)])
@@ -79,8 +79,7 @@ def test_loss_of_orthonormal_pairs_and_of_collapsed_ones(N, scale):
 def plain_loss(image_emb, text_emb, scale):
     """CLIP fig. 3, written out."""
     logits = scale * image_emb @ text_emb.T
-    both = logits.logsumexp(dim=1) + logits.logsumexp(dim=0) - 2 * logits.diag()
-    return both.mean() / 2
+    return (logits.logsumexp(dim=1) + logits.logsumexp(dim=0) - 2 * logits.diag()).mean() / 2
 
 
 def test_small_clip_normalises_and_exponentiates_its_scale_once():
@@ -136,8 +135,7 @@ def one_process(rank, world, folder):
 @pytest.mark.parametrize("world", [1, 2])
 def test_processes_together_have_the_loss_and_gradients_of_one(world, tmp_path):
     small = make_small()
-    batch = {name: x[:4] for name, x in batch_of(small).items()}
-    torch.save(batch, tmp_path / "batch.pt")
+    torch.save(batch := batch_of(small), tmp_path / "batch.pt")
     wanted = gradients(small, batch)
     together = torch.multiprocessing.start_processes
     together(one_process, (world, tmp_path), world, start_method="fork")
@@ -169,8 +167,10 @@ def test_a_batch_draws_all_captions_and_then_all_places():
         assert_close(image, torch.full((3, 32, 32), i + rng.random()))
 
 
-def test_a_fresh_clip_knows_the_words_of_its_data():
+def test_a_fresh_clip_knows_the_words_of_its_data_and_is_later_shown_the_same_pixels():
     assert SmallClip.fresh(SIZES, Data(), None, None).config == make_small().config
+    clip, x = make_clip("small"), pictures(2)
+    assert_close(((x + 1) / 2 - clip.mean) / clip.std, x, rtol=0, atol=1e-6)
 
 
 def test_preview_counts_how_often_the_right_caption_is_nearest(monkeypatch):
@@ -193,19 +193,15 @@ def test_embeddings_are_those_of_the_model_at_unit_norm(clip):
         assert emb.shape[1] == clip.dim
 
 
-def test_text_mask_is_true_up_to_and_including_the_end(clip):
+def test_text_mask_ends_at_the_token_that_the_pooled_embedding_is_made_of(clip):
     captions = [*CAPTIONS, "red star " * 20]
-    for row, caption in zip(clip.encode_text(captions)[2], captions, strict=True):
-        n = min(len(clip.tokenizer.bpe.encode(caption)) + 2, L)
-        assert row.tolist() == [True] * n + [False] * (L - n)
-
-
-def test_text_enc_is_what_the_pooled_embedding_is_made_of(clip):
-    text_emb, text_enc, text_mask = clip.encode_text(CAPTIONS)
-    assert text_enc.shape == (len(CAPTIONS), clip.text_len, clip.text_width)
-    end = text_enc[torch.arange(len(CAPTIONS)), text_mask.sum(dim=1) - 1]
-    pooled = F.normalize(end @ text_tower(clip.model).text_projection, dim=-1)
-    assert_close(pooled, text_emb, rtol=0, atol=1e-5)
+    text_emb, text_enc, text_mask = clip.encode_text(captions)
+    ends = [min(len(clip.tokenizer.bpe.encode(c)) + 2, L) - 1 for c in captions]
+    for row, end in zip(text_mask, ends, strict=True):
+        assert row.tolist() == [True] * (end + 1) + [False] * (L - end - 1)
+    assert text_enc.shape == (len(captions), clip.text_len, clip.text_width)
+    pooled = text_enc[range(len(captions)), ends] @ text_tower(clip.model).text_projection
+    assert_close(F.normalize(pooled, dim=-1), text_emb, rtol=0, atol=1e-5)
 
 
 def test_what_follows_the_end_is_masked_and_changes_nothing_before_it(clip):
@@ -245,15 +241,8 @@ def test_preprocessing_is_that_of_open_clip(monkeypatch, side, kind):
     assert_close(seen[0][0] * clip.std, theirs(picture) * clip.std, rtol=0, atol=0.01)
 
 
-def test_the_small_clip_is_shown_the_range_it_was_trained_on():
-    clip, x = make_clip("small"), pictures(2)  # SmallClip.loss is given [-1, 1]
-    assert_close(((x + 1) / 2 - clip.mean) / clip.std, x, rtol=0, atol=1e-6)
-
-
 def test_identity_is_that_of_the_weights_even_stored_in_half():
-    small = make_small()
-    before = weights_hash(small)
-    assert weights_hash(make_small()) == before
+    small, before = make_small(), weights_hash(make_small())
     for p in small.parameters():
         p.data = p.data.half().float()
     assert weights_hash(small) == before == weights_hash(small.half())

@@ -184,7 +184,7 @@ def test_every_preset_gives_models_that_fit_each_other(preset):
 
 
 def arguments(**given):
-    names = (*train.SETTINGS, "save_every", "sample_every")
+    names = (*train.KEPT, "save_every", "sample_every")
     return SimpleNamespace(**dict.fromkeys(names) | {
         "workers": 0, "compile": False, "command": "python train.py", **given})
 

@@ -179,7 +179,7 @@ def test_losses_are_what_training_logged_last(micro_run, tmp_path, capsys):
     lines = map(json.loads, (micro_run / "metrics.jsonl").read_text().splitlines())
     logged = {line["stage"]: line for line in lines if "val_loss" in line}
     table = run(tmp_path, "losses", "--weights", tmp_path)
-    assert set(table) == {"prior", "upsampler1"}
+    assert set(table) == {"clip", "prior", "upsampler1"}
     for stage, figures in table.items():
         for name, value in figures.items():
             assert value == pytest.approx(logged[stage][name], rel=1e-4), (stage, name)

@@ -15,7 +15,6 @@ from lab.judge import Seen, at_judging_size, connected, judge, score, smooth
 from support.shapes import (
     BACKGROUNDS, COLOURS, SHAPES, Scene, Shapes, Thing, parse_caption, render,
 )
-from support.sheets import to_tensor
 
 
 def draw(*things, background="black", size=64):
@@ -45,31 +44,21 @@ def test_every_colour_shape_and_size_is_seen_on_every_background_at_every_angle(
                 assert seen.things[0].y == pytest.approx(0.55, abs=0.005)
 
 
-def test_touching_objects_of_different_colours_are_told_apart():
-    picture = draw(("red", "square", 0.2, 0.36, 0.5, 0), ("blue", "circle", 0.2, 0.7, 0.5, 0))
-    gap = np.asarray(picture)[32]  # the middle row: the square's right side meets the circle
-    assert (gap[24:44].max(-1) > 60).all()  # no black pixel between
-    found = {(thing.colour, thing.shape) for thing in judge(picture).things}
-    assert found == {("red", "square"), ("blue", "circle")}
+@pytest.mark.parametrize("shape, colour, r, x", [("circle", "blue", 0.2, 0.36),
+                                                 ("square", "red", 0.24, 0.245)])
+def test_touching_colours_and_close_objects_of_one_colour_are_told_apart(shape, colour, r, x):
+    picture = draw(("red", "square", r, x, 0.5, 0), (colour, shape, r, x + 2 * r, 0.5, 0))
+    found = [(thing.colour, thing.shape) for thing in judge(picture).things]
+    assert sorted(found) == sorted([("red", "square"), (colour, shape)])
 
 
-def test_close_objects_of_the_same_colour_are_told_apart():
-    picture = draw(("red", "circle", 0.24, 0.245, 0.5, 0), ("red", "circle", 0.24, 0.755, 0.5, 0))
-    found = [(thing.colour, thing.shape, thing.size) for thing in judge(picture).things]
-    assert found == [("red", "circle", "large")] * 2
-
-
-def test_specks_are_not_objects():
-    picture = draw(("green", "star", 0.2, 0.6, 0.6, 0))
-    ImageDraw.Draw(picture).ellipse((5, 5, 10, 10), fill=COLOURS["red"])  # 6 pixels wide
-    assert [thing.colour for thing in judge(picture).things] == ["green"]
-
-
-def test_a_blob_has_no_shape():
-    picture = Image.new("RGB", (64, 64))
+def test_specks_are_not_objects_and_blobs_have_no_shape():
+    picture = draw(("green", "star", 0.2, 0.6, 0.7, 0))
     pen = ImageDraw.Draw(picture)
-    pen.rectangle((10, 30, 54, 33), fill=COLOURS["red"])  # a long thin bar
-    assert [(thing.colour, thing.shape) for thing in judge(picture).things] == [("red", None)]
+    pen.ellipse((5, 30, 10, 35), fill=COLOURS["red"])  # 6 pixels wide
+    pen.rectangle((10, 10, 54, 13), fill=COLOURS["red"])  # a long thin bar
+    found = {(thing.colour, thing.shape) for thing in judge(picture).things}
+    assert found == {("green", "star"), ("red", None)}
 
 
 def test_signs_are_seen_and_no_other_picture_has_one():
@@ -86,12 +75,6 @@ def test_a_grey_patch_too_small_or_too_tall_is_no_sign():
         assert judge(picture).things == ()
 
 
-def test_an_empty_silhouette_does_not_divide_by_zero():
-    view, area, x, y = judging.standard(np.zeros((64, 64)))
-    assert_close(view, np.zeros(24 * 24, dtype=np.float32))
-    assert np.isfinite([area, x, y]).all()
-
-
 def test_a_coloured_background_is_none_of_the_three():
     seen = judge(Image.new("RGB", (64, 64), COLOURS["red"]))
     assert seen == Seen(None, ())
@@ -101,12 +84,9 @@ def test_a_coloured_background_is_none_of_the_three():
 def test_the_size_of_the_picture_does_not_matter(size):
     shapes = Shapes(12, "val")
     for i in range(12):
-        assert score(judge(shapes.image(i, size)), shapes.scene(i))["all"]
-
-
-def test_a_tensor_and_its_pil_picture_are_judged_alike():
-    picture = render(Shapes(9, "val").scene(4), 64)
-    assert judge(picture) == judge(to_tensor(picture))
+        seen = judge(shapes.image(i, size))
+        assert score(seen, shapes.scene(i))["all"]
+        assert seen == judge(render(shapes.scene(i), size))  # a PIL picture
 
 
 def test_larger_pictures_are_area_averaged():
@@ -206,14 +186,10 @@ def test_sizes_on_the_wrong_objects_fail_only_the_whole(caption, things):
 def test_each_claimed_object_needs_its_own_seen_object():
     twins = Seen("black", (RED_BALL, Thing("red", "star", "small", 0.8, 0.8)))
     assert score(twins, parse_caption("a red star and a red circle"))["binding"]
-    alone = Seen("black", (RED_BALL, BLUE_BOX))
-    assert not score(alone, parse_caption("a red circle and a red shape"))["binding"]
-
-
-def test_an_extra_object_is_wrong_only_in_number():
+    assert not score(SEEN, parse_caption("a red circle and a red shape"))["binding"]
     crowd = Seen("black", (BLUE_BOX, RED_BALL, Thing("green", "star", "small", 0.8, 0.2)))
     result = score(crowd, parse_caption("a red circle above a blue square"))
-    assert result["binding"] and result["relation"] and not result["objects"] and not result["all"]
+    assert [column for column in result if result[column] is False] == ["objects", "all"]
 
 
 def test_shares_count_only_captions_that_mention_the_thing():

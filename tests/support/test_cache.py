@@ -140,16 +140,23 @@ def cut(length):
     return lambda path: path.write_bytes(path.read_bytes()[:length])
 
 
-def changed(change):
-    return lambda path: torch.save({k: change(x) + 0 for k, x in torch.load(path).items()}, path)
+def changed(name, change):
+    def damage(path):
+        arrays = torch.load(path)
+        torch.save(arrays | {name: change(arrays[name]) + 0}, path)
+    return damage
 
 
-@pytest.mark.parametrize("name", ["pictures-00001", "captions-00002", "index"])
-@pytest.mark.parametrize("damage", [
-    cut(-20), cut(0), changed(lambda x: x[:-1]), changed(lambda x: 0 * x),
-    changed(lambda x: x[..., :-1]), changed(lambda x: x / 0 if x.is_floating_point() else x[1:]),
+@pytest.mark.parametrize("name, damage", [
+    ("pictures-00001", cut(-20)), ("captions-00002", cut(0)), ("index", cut(-20)),
+    ("pictures-00001", changed("image_emb", lambda x: x[:-1])),
+    ("pictures-00001", changed("image_emb", lambda x: x / 0)),
+    ("captions-00002", changed("text_emb", lambda x: 0.9 * x)),
+    ("captions-00002", changed("text_enc", lambda x: 0 * x)),
+    ("captions-00002", changed("starts", lambda x: x[1:])),
+    ("index", changed("caption_ids", lambda x: x[1:])),
 ])
-def test_a_damaged_shard_is_noticed_and_computed_again(damage, name, tmp_path, capsys):
+def test_a_damaged_shard_is_noticed_and_computed_again(name, damage, tmp_path, capsys):
     clip = Clip()
     wanted = embed(clip, Data(), tmp_path / "whole")
     embed(clip, Data(), tmp_path)
@@ -169,16 +176,15 @@ def test_a_clip_that_gives_no_numbers_is_refused_and_nothing_is_kept(tmp_path):
     assert not list(tmp_path.glob("*/pictures-*"))
 
 
-def test_a_full_disk_is_an_os_error_and_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
+def test_a_full_disk_is_an_os_error_and_leaves_no_file(tmp_path, monkeypatch):
     def full(path, content):
         path.touch()
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as m, pytest.raises(OSError):
-        m.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError):
         embed(Clip(), Data(), tmp_path)
     assert not list(tmp_path.glob("*/*"))
-    assert len(embed(Clip(), Data(), tmp_path)) == 6
 
 
 def test_two_passes_at_once_do_no_harm(tmp_path, monkeypatch):
