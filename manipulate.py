@@ -29,11 +29,12 @@ import torch.nn.functional as F
 
 from diffusion import SeededNoise, at_least_float32, expand
 from sample import PRIOR_SCALE_HELP, Pipeline
-from support.drawing import drawing_options, reachable_size, sampling_steps, slugs, write_strip
+from support.drawing import drawing_options, reachable_size, slugs, write_strip
 from support.pictures import fit, open_picture
 from support.sheets import to_tensor
 from support.tools import (
-    Parser, UserError, autocast, finite, fraction, positive, two_or_more, user_errors,
+    Parser, UserError, autocast, finite, fraction, positive, sampling_steps, two_or_more,
+    user_errors,
 )
 
 INVERSION_STEPS = 50  # each way; a step up runs the network four times
@@ -316,8 +317,8 @@ def main(argv=None):
     pipeline = Pipeline(args.weights, args.device, args.size, args.prior, clip=args.clip)
     size = reachable_size(pipeline, args.size)
     pictures, labels = args.function(pipeline, args)
-    names = [Path(getattr(args, x)).stem for x in args.pictures] + slugs(filter(None, [args.caption]))
-    path = args.out / f"{'_'.join([args.command, *names])}.png"
+    name = [args.command, *(Path(getattr(args, picture)).stem for picture in args.pictures)]
+    path = args.out / ("_".join(name + slugs(filter(None, [args.caption]))) + ".png")
     write_strip(pipeline, size, pictures, labels, args.seed, path, film=args.command == "blend")
 
 

@@ -22,12 +22,12 @@ import torch
 from diffusion import SeededNoise
 from prior import DiffusionPrior
 from stages import check_clip, clip_of, load_stage
-from support.drawing import (
-    default_weights, drawing_options, reachable_size, sampling_steps, write_drawings,
-)
+from support.drawing import default_weights, drawing_options, reachable_size, write_drawings
 from support.pictures import fit
 from support.sheets import Film, to_pil, to_tensor
-from support.tools import Parser, UserError, autocast, choose_device, finite, positive, user_errors
+from support.tools import (
+    Parser, UserError, autocast, choose_device, finite, positive, sampling_steps, user_errors,
+)
 
 STAGE_SEEDS = {"prior": 1, "decoder": 2, "upsampler1": 3, "upsampler2": 4}
 BASELINES = {"decoder_text_emb": "text_emb", "decoder_caption": "none"}  # and their --prior

@@ -30,14 +30,14 @@ from manipulate import blend, edit, invert, psnr, redraw, text_diff
 from sample import PRIOR_SCALE_HELP, Pipeline, default_weights, noise_for
 from stages import STAGES, clip_of, load_clip, load_stage, needs_clip
 from support.cache import embed
-from support.drawing import sampling_steps
 from support.pictures import load_data
 from support.shapes import (
     BACKGROUNDS, COLOURS, SHAPES, Shapes, parse_caption, render, with_article,
 )
 from support.sheets import check_folder, draw_grid, save_picture, to_pil
 from support.tools import (
-    Parser, UserError, autocast, choose_device, user_errors, finite, positive, seed_number,
+    Parser, UserError, autocast, choose_device, finite, positive, sampling_steps, seed_number,
+    user_errors,
 )
 from train import Batches, validate
 

@@ -1,14 +1,8 @@
 """Pictures as tensors, as sheets with captions, as files and as films.
 
 Inside the program a picture is a float32 tensor (3, H, W) in [-1, 1]; outside it is a Pillow image
-with whole numbers from 0 to 255. `to_tensor` and `to_pil` are the only bridges between the two, and
-both use fixed limits: a picture's own minimum and maximum play no part, so a pale drawing stays
-pale.
-
-Every picture file is written by `save_picture`: under another name beside its place and then
-renamed, so that a full disk or Ctrl-C never leaves half a picture behind.
-
-Letters: H, W a picture's sides in pixels; a cell is one picture's square on a sheet.
+with whole numbers from 0 to 255. `to_tensor` and `to_pil` convert between the two with fixed
+limits, not by a picture's own minimum and maximum: a pale drawing stays pale.
 """
 
 import os
@@ -20,8 +14,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from support.tools import UserError
-
-# --- a picture -------------------------------------------------------------------------------
 
 
 def to_tensor(picture):
@@ -55,13 +47,13 @@ def draw_grid(pictures, captions=None, columns=4, cell=None):
     rows = -(-len(pictures) // columns)  # rounded up
     sheet = Image.new("RGB", (columns * (cell + 4) + 4, rows * (cell + under + 4) + 4), "white")
     pen = ImageDraw.Draw(sheet)
-    for k, picture in enumerate(pictures):
+    for k, (picture, words) in enumerate(zip(pictures, lines)):
         x, y = 4 + k % columns * (cell + 4), 4 + k // columns * (cell + under + 4)
         whole = cell % picture.shape[-1] == 0  # then each pixel becomes a square
         resample = Image.Resampling.NEAREST if whole else Image.Resampling.BICUBIC
         sheet.paste(to_pil(picture).resize((cell, cell), resample), (x, y))
-        for i, words in enumerate(lines[k]):
-            pen.text((x, y + cell + 2 + i * line), words, fill="black", font=font)
+        for i, text in enumerate(words):
+            pen.text((x, y + cell + 2 + i * line), text, fill="black", font=font)
     return sheet
 
 
@@ -69,19 +61,19 @@ def draw_grid(pictures, captions=None, columns=4, cell=None):
 
 
 def check_folder(path):
-    """An argument's type: a folder to write into, or a .png in one. UserError if that cannot work.
-    It does not make the folder: a command that fails later should leave nothing behind."""
+    """An argument's type: a folder to write into, or a .png in one, as a Path. The folder is not
+    made yet: a command that fails later should leave nothing behind."""
     there = Path(path).absolute()
     while not there.exists() or there.suffix == ".png" and there.is_file():
         there = there.parent
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"cannot write into {path}: {there} is not a folder that you may write to; "
-                        "give another --out")
+        raise UserError(f"cannot write into {path}: {there} is no folder that you may write to")
     return Path(path)
 
 
 def save_picture(picture, path, **options):
-    """Write a PIL picture, all of it or nothing. UserError for a full disk or a bad path."""
+    """Write a PIL picture under another name beside `path`, then rename it: neither a full disk nor
+    Ctrl-C leaves half a picture behind. Returns the path."""
     path = Path(path)
     beside = path.with_name(f".{path.name}")  # keeps the suffix, which tells Pillow the format
     try:
@@ -93,12 +85,13 @@ def save_picture(picture, path, **options):
             beside.unlink(missing_ok=True)
     except (OSError, ValueError) as e:
         raise UserError(f"cannot write {path}: {e}") from e
+    return path
 
 
 def save_film(frames, path, milliseconds):
-    """Write PIL pictures as an endless GIF; milliseconds: of each frame, or a list of one each."""
-    save_picture(frames[0], path, save_all=True, append_images=frames[1:],
-                 duration=milliseconds, loop=0)
+    """Write PIL pictures as an endless GIF. milliseconds: of every frame, or a list."""
+    return save_picture(frames[0], path, save_all=True, append_images=frames[1:],
+                        duration=milliseconds, loop=0)
 
 
 class Film:
@@ -112,4 +105,4 @@ class Film:
         self.frames.append(both.resize((both.width * 4, both.height * 4), Image.Resampling.NEAREST))
 
     def save(self, path):
-        save_film(self.frames, path, [80] * (len(self.frames) - 1) + [1500])  # rest on the last
+        return save_film(self.frames, path, [80] * (len(self.frames) - 1) + [1500])  # rest on the last
