@@ -12,7 +12,6 @@ of four pictures is the one that its seed gives alone, and a large picture start
 Letters: B pictures, D CLIP embedding, L caption tokens, W text width, H, W picture sides.
 """
 
-import functools
 import itertools
 import sys
 from pathlib import Path
@@ -26,7 +25,7 @@ from support.drawing import default_weights, drawing_options, reachable_size, wr
 from support.pictures import fit
 from support.sheets import Film, to_pil, to_tensor
 from support.tools import (
-    Parser, UserError, autocast, choose_device, finite, positive, sampling_steps, user_errors,
+    Parser, autocast, choose_device, finite, positive, sampling_steps, user_errors,
 )
 
 STAGE_SEEDS = {"prior": 1, "decoder": 2, "upsampler1": 3, "upsampler2": 4}
@@ -35,11 +34,9 @@ PRIOR_SCALE_HELP = f"prior's guidance, off at 1 (default: {DiffusionPrior.usual_
 
 
 def noise_for(seeds, stage, attempt=0):
-    """One stage's noise for the pictures of these seeds: a function shape -> (B, ...).
-
-    attempt: 0, 1, ... give different pictures of the same seed. Each adds 10^9: more than people
-    type as a seed, and still within the 32 bits that PyTorch's generator uses.
-    """
+    """One stage's noise for the pictures of these seeds: a function shape -> (B, ...). Attempts 0, 1,
+    ... at a picture differ by 10^9: more than people type as a seed, and it fits into the 32 bits
+    that PyTorch's generator uses."""
     return SeededNoise([STAGE_SEEDS[stage] + attempt * 10**9 + seed * 8 for seed in seeds])
 
 
@@ -55,31 +52,29 @@ class Pipeline:
     def __init__(self, folder=None, device="auto", size=1024, prior="prior", decoder="decoder",
                  clip=None):
         self.folder, self.device = Path(folder or default_weights()), choose_device(str(device))
-        self.source = BASELINES.get(decoder, prior)  # a baseline draws from what it learned from
-        load = functools.partial(load_stage, self.folder, device=self.device)
-        self.prior = load(self.source) if self.source in ("prior", "ar_prior") else None
-        self.decoder = load(decoder)
-        # Embeddings of another CLIP would mean nothing to these stages.
+        self.decoder = load_stage(self.folder, decoder, self.device)
         self.clip = clip_of(self.decoder, self.folder, decoder, self.device, clip)
-        if self.prior:
+        self.source = BASELINES.get(decoder, prior)  # a baseline draws from what it learned from
+        self.prior = None
+        if self.source in ("prior", "ar_prior"):
+            self.prior = load_stage(self.folder, self.source, self.device)
             check_clip(self.prior.clip, self.clip, self.folder / f"{self.source}.pt")
         self.upsamplers, self.sizes = {}, [self.decoder.config.size]  # the sides it can draw
         for stage in ("upsampler1", "upsampler2"):
             if self.sizes[-1] < size and (self.folder / f"{stage}.pt").exists():
-                model = load(stage)
+                model = load_stage(self.folder, stage, self.device)
                 if model.config.low_size == self.sizes[-1]:  # the next link of the chain
                     self.upsamplers[stage] = model
                     self.sizes.append(model.config.size)
 
     def draw(self, captions, seeds=(0,), size=64, scale=2.0, steps=None, prior_scale=None,
              prior_steps=None, candidates=2, stages=False, films=None):
-        """The whole of unCLIP: a caption or several -> a list of PIL pictures, one for each caption
-        and seed: all seeds of the first caption, then of the next.
+        """The whole of unCLIP: one caption or several -> PIL pictures, all seeds of each caption.
 
-        size: one of `sizes`. scale, prior_scale: guidance, off at 1 (None: the prior's
-        usual_scale). steps, prior_steps: sampling steps (None: as in the configs). candidates: how
-        many pictures the decoder draws for CLIP to choose from. stages: return each picture at
-        every size it had, smallest first. films: a list to which a Film of each is added.
+        size: one of `sizes`. scale, prior_scale: guidance, off at 1 (None: the prior's usual one).
+        steps, prior_steps: sampling steps (None: as in the configs). candidates: how many pictures
+        the decoder draws for CLIP to choose from. stages: return each picture at every size it had,
+        smallest first. films: a list to which a Film of each picture is added.
         """
         size, pictures = reachable_size(self, size), []
         sides = [side for side in self.sizes if side <= size] if stages else [size]
@@ -123,18 +118,16 @@ class Pipeline:
     def decode(self, image_emb, text, seeds, scale=2.0, attempt=0, **settings):
         """The decoder: image_emb (B, D), or None for the caption alone; text(), or None for the
         embedding alone -> (B, 3, H, W) in [-1, 1]. settings: Decoder.sample's."""
-        given = [image_emb, *text[1:]] if text else [image_emb]
-        settings |= {"scale": scale, "noise": noise_for(seeds, "decoder", attempt)}
+        given, noise = [image_emb, *(text or ())[1:]], noise_for(seeds, "decoder", attempt)
         with autocast(self.device):
-            return self.decoder.sample(*given, **settings)
+            return self.decoder.sample(*given, scale=scale, noise=noise, **settings)
 
     def decode_best(self, candidates, image_emb, text, seeds, films=None, **settings):
         """Decode each picture `candidates` times and keep the attempt in which CLIP sees most of
         image_emb, or without it of the caption: (B, 3, H, W), and the attempt's number (B,).
 
-        The paper chooses only between embeddings of the prior (sec. 2.2). Here also between
+        The paper chooses only between embeddings of the prior (sec. 2.2). We also choose between
         pictures: a small decoder sometimes gives an object the wrong shape, and CLIP notices.
-        films: an on_step for each attempt.
         """
         drawn = torch.stack([
             self.decode(image_emb, text, seeds, attempt=attempt, on_step=film, **settings)
@@ -143,7 +136,7 @@ class Pipeline:
         wanted = text[0] if image_emb is None else image_emb
         seen = torch.stack([self.clip.encode_image(pictures) for pictures in drawn])
         best = (seen * wanted).sum(dim=-1).argmax(dim=0)
-        return drawn[best, torch.arange(len(best), device=best.device)], best
+        return drawn[best, torch.arange(len(best))], best
 
     def upsample(self, pictures, seeds, size):
         """Pictures (B, 3, H, W) -> the same at `size`, through as many upsamplers as that takes."""
@@ -162,7 +155,7 @@ def main(argv=None):
     add("-n", type=positive, default=4, help="pictures a caption")
     add("--prior", choices=("prior", "ar_prior", "text_emb", "none"), help="where the decoder's "
         "image embedding comes from (default: prior, or what a baseline was trained with)")
-    add("--decoder", default="decoder", choices=("decoder", *BASELINES), help="or a baseline's")
+    add("--decoder", default="decoder", choices=("decoder", *BASELINES), help="or a baseline")
     add("--prior-scale", type=finite, help=PRIOR_SCALE_HELP)
     add("--scale", type=finite, default=2.0, help="guidance of the decoder, off at 1")
     add("--prior-steps", type=sampling_steps, help="of the prior, 1 to 1000 (default: 64)")
@@ -173,7 +166,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     prior = BASELINES.get(args.decoder, args.prior or "prior")
     if args.prior not in (None, prior):
-        raise UserError(f"--prior {args.prior}: {args.decoder} needs {prior}; leave --prior out")
+        parser.error(f"--prior {args.prior}: {args.decoder} needs {prior}; leave --prior out")
     pipeline = Pipeline(args.weights, args.device, args.size, prior, args.decoder, args.clip)
     write_drawings(pipeline, args)
 

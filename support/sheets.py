@@ -28,9 +28,6 @@ def to_pil(picture):
     return Image.fromarray(picture.permute(1, 2, 0).cpu().numpy())
 
 
-# --- a sheet ---------------------------------------------------------------------------------
-
-
 def draw_grid(pictures, captions=None, columns=4, cell=None):
     """n pictures (3, H, W) in rows, each with its caption below -> PIL picture.
 
@@ -57,9 +54,6 @@ def draw_grid(pictures, captions=None, columns=4, cell=None):
     return sheet
 
 
-# --- files -----------------------------------------------------------------------------------
-
-
 def check_folder(path):
     """An argument's type: a folder to write into, or a .png in one, as a Path. The folder is not
     made yet: a command that fails later should leave nothing behind."""
@@ -78,13 +72,12 @@ def save_picture(picture, path, **options):
     beside = path.with_name(f".{path.name}")  # keeps the suffix, which tells Pillow the format
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            picture.save(beside, **options)
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        picture.save(beside, **options)
+        os.replace(beside, path)
     except (OSError, ValueError) as e:
         raise UserError(f"cannot write {path}: {e}") from e
+    finally:
+        beside.unlink(missing_ok=True)
     return path
 
 
@@ -105,4 +98,4 @@ class Film:
         self.frames.append(both.resize((both.width * 4, both.height * 4), Image.Resampling.NEAREST))
 
     def save(self, path):
-        return save_film(self.frames, path, [80] * (len(self.frames) - 1) + [1500])  # rest on the last
+        return save_film(self.frames, path, [80] * (len(self.frames) - 1) + [1500])  # rests at last
