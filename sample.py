@@ -34,9 +34,9 @@ PRIOR_SCALE_HELP = f"prior's guidance, off at 1 (default: {DiffusionPrior.usual_
 
 
 def noise_for(seeds, stage, attempt=0):
-    """One stage's noise for the pictures of these seeds: a function shape -> (B, ...). Attempts 0, 1,
-    ... at a picture differ by 10^9: more than people type as a seed, and it fits into the 32 bits
-    that PyTorch's generator uses."""
+    """One stage's noise for the pictures of these seeds: a function shape -> (B, ...). The attempts
+    at a picture lie 10^9 apart: more than people type as a seed, and a few of them still fit the
+    32 bits that PyTorch's generator uses."""
     return SeededNoise([STAGE_SEEDS[stage] + attempt * 10**9 + seed * 8 for seed in seeds])
 
 
