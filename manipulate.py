@@ -12,7 +12,7 @@ pair with noise added on the way is a variation, another embedding with the same
 points between two pairs make a blend. (Inpainting is different: it keeps pixels.)
 
 Why can x_T be found? With eta = 0, DDIM adds no noise: it follows an ODE from x_T down to x, and
-such a path can be followed in both directions. Both ways need the same network. So the decoder sees
+such a path can be followed in both directions, by the same network. Here that is the decoder given
 the embedding alone, unguided: guidance multiplies the network's errors, and following a guided
 network upwards ends in an x_T that is no noise and does not lead back.
 
@@ -89,7 +89,7 @@ def invert(pipeline, pictures, image_emb, steps=INVERSION_STEPS):
     goes where, a small error is sometimes enough to lose the picture. The fresh noise is the same
     in every run, so a picture has one x_T, up to rounding.
     """
-    diffusion = pipeline.decoder.diffusion
+    decoder, diffusion = pipeline.decoder, pipeline.decoder.diffusion
     x_T, best = torch.zeros_like(pictures), pictures.new_full((len(pictures),), -math.inf)
     for attempt in range(INVERSIONS):
         left = (best < GOOD_ENOUGH).nonzero().flatten()
@@ -97,9 +97,8 @@ def invert(pipeline, pictures, image_emb, steps=INVERSION_STEPS):
             break
         x_0, emb, seeds = pictures[left], image_emb[left], [attempt] * len(left)
         with autocast(pipeline.device):  # as in redraw: the same network both ways
-            network = pipeline.decoder.network(emb, None, None)
-            found = ddim_invert(diffusion, network, x_0, steps, diffusion.T // 50, corrections=3,
-                                noise=SeededNoise(seeds))
+            found = ddim_invert(diffusion, decoder.network(emb, None, None), x_0, steps,
+                                diffusion.T // 50, corrections=3, noise=SeededNoise(seeds))
         ratio = psnr(x_0, redraw(pipeline, emb, found, seeds, steps))
         better = ratio > best[left]
         x_T[left[better]], best[left[better]] = found[better], ratio[better]
@@ -124,11 +123,9 @@ def slerp(a, b, theta):
     a standard deviation of 0.71, which the decoder was never trained to start from.
     """
     flat_a, flat_b = a.flatten(1).double(), b.flatten(1).double()
-    omega = torch.acos(F.cosine_similarity(flat_a, flat_b, dim=1).clamp(-1, 1))[:, None]
-    near = omega.sin() < 1e-4  # where sin(omega) would divide by 0, the line is the arc
-    safe = torch.where(near, torch.ones_like(omega), omega)
-    left = torch.where(near, 1 - theta, ((1 - theta) * safe).sin() / safe.sin())
-    right = torch.where(near, theta, (theta * safe).sin() / safe.sin())
+    cosine = F.cosine_similarity(flat_a, flat_b, dim=1)[:, None]
+    omega = torch.acos(cosine.clamp(-1 + 5e-9, 1 - 5e-9))  # keeps sin(omega) above 0
+    left, right = ((share * omega).sin() / omega.sin() for share in (1 - theta, theta))
     return (left * flat_a + right * flat_b).to(a.dtype).view_as(a)
 
 
@@ -143,18 +140,14 @@ def blend(pipeline, ends, embs, seed, frames, noise="slerp", steps=INVERSION_STE
         x_T = invert(pipeline, ends, embs, steps)
     else:
         x_T = SeededNoise([seed])(ends[:1].shape).to(ends).repeat(2, 1, 1, 1)
-    pictures = []
-    for theta in (k / (frames - 1) for k in range(frames)):
-        between = slerp(embs[:1], embs[1:], theta), slerp(x_T[:1], x_T[1:], theta)
-        pictures.append(redraw(pipeline, *between, [seed], steps))
-    return torch.cat(pictures)
+    thetas = [k / (frames - 1) for k in range(frames)]
+    latents = [(slerp(*embs.split(1), theta), slerp(*x_T.split(1), theta)) for theta in thetas]
+    return torch.cat([redraw(pipeline, *latent, [seed], steps) for latent in latents])
 
 
 def text_diff(pipeline, caption, baseline=None):
-    """The direction from one caption to another, norm(z_t - z_t0): (1, D) (paper sec. 3.3).
-
-    baseline: a caption of the picture as it is; by default the empty caption.
-    """
+    """The direction from a caption of the picture as it is, `baseline` (None: the empty caption),
+    to another: norm(z_t - z_t0), (1, D) (paper sec. 3.3)."""
     ids = pipeline.clip.tokenizer([caption, baseline or caption])
     if not baseline:  # start and end of text with nothing between
         ids[1, 1:], ids[1, 1] = 0, ids.max()
@@ -287,7 +280,8 @@ def main(argv=None):
         add = drawing_options(sub)
         for picture in pictures:
             add(picture, help="any picture file; its middle square is used")
-        add("--steps", type=sampling_steps, default=steps, help="of the decoder, and of inversion")
+        add("--steps", type=sampling_steps, default=steps,
+            help="of DDIM, each way" if steps else "of the decoder (default: the model's)")
         return add
 
     add = command("vary", vary_command)
@@ -301,7 +295,8 @@ def main(argv=None):
 
     add = command("edit", edit_command)
     add("--to", dest="caption", required=True, help="of the picture as it should become")
-    add("--from", dest="baseline", help="caption of the picture as it is (default: the empty one)")
+    add("--from", dest="baseline", metavar="CAPTION",
+        help="of the picture as it is (default: the empty caption)")
     add("--theta", type=fraction, default=0.5, help="how far to turn, 0 to 1 (paper: 0.25 to 0.5)")
     add("--frames", type=two_or_more, default=6, help="how many, from theta 0 on")
 

@@ -34,9 +34,8 @@ PRIOR_SCALE_HELP = f"prior's guidance, off at 1 (default: {DiffusionPrior.usual_
 
 
 def noise_for(seeds, stage, attempt=0):
-    """One stage's noise for the pictures of these seeds: a function shape -> (B, ...). The attempts
-    at a picture lie 10^9 apart: more than people type as a seed, and a few of them still fit the
-    32 bits that PyTorch's generator uses."""
+    """One stage's noise for the pictures of these seeds: a function shape -> (B, ...). Attempts at
+    a picture are 10^9 apart, which is more than people type as a seed."""
     return SeededNoise([STAGE_SEEDS[stage] + attempt * 10**9 + seed * 8 for seed in seeds])
 
 
@@ -155,12 +154,12 @@ def main(argv=None):
     add("-n", type=positive, default=4, help="pictures a caption")
     add("--prior", choices=("prior", "ar_prior", "text_emb", "none"), help="where the decoder's "
         "image embedding comes from (default: prior, or what a baseline was trained with)")
-    add("--decoder", default="decoder", choices=("decoder", *BASELINES), help="or a baseline")
+    add("--decoder", default="decoder", choices=("decoder", *BASELINES), help="or a baseline, sec. 5")
     add("--prior-scale", type=finite, help=PRIOR_SCALE_HELP)
     add("--scale", type=finite, default=2.0, help="guidance of the decoder, off at 1")
     add("--prior-steps", type=sampling_steps, help="of the prior, 1 to 1000 (default: 64)")
     add("--steps", type=sampling_steps, help="of the decoder, 1 to 1000 (default: the model's)")
-    add("--candidates", type=positive, default=2, help="drawings of which CLIP chooses one")
+    add("--candidates", type=positive, default=2, help="pictures drawn; CLIP keeps the best")
     add("--film", action="store_true", help="also write the denoising as animated GIFs")
     add("--stages", action="store_true", help="the grid shows each picture at every size it had")
     args = parser.parse_args(argv)
