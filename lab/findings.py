@@ -9,7 +9,6 @@ n: number of scenes; D: size of a CLIP embedding.
 """
 
 import os
-import re
 import tempfile
 import time
 from datetime import date
@@ -36,6 +35,7 @@ from support.shapes import (
 )
 from support.sheets import save_picture
 from support.tools import UserError, autocast
+
 
 def draw_ways(lab, ways, **settings):
     """Draw the lab's captions in several ways, {name: settings of Lab.draw}: {name: (pictures,
@@ -75,13 +75,14 @@ def f2(lab):
     them.
     paper: fig. 8: the caption alone is worst; sec. 2.1: the text pathway "offers little help"
     """
-    drawn, picture = draw_ways(lab, {"both": {}, "embedding alone": {"say": False},
-                                     "caption alone": {"given": "caption"}})
-    table = [[name, share(bound), frechet_cell(emb, lab.true_emb(lab.data))]
-             for name, (_, bound, emb) in drawn.items()]
-    result = Result(["given", "binding right", "Frechet distance (CLIP) x 1000"], table, note=(
-        "In training, 45% of the examples had both, 45% the embedding alone, 5% the caption alone."
-    ), picture=picture)
+    result = Result(["given", "binding right", "Frechet distance (CLIP) x 1000"])
+    result.note = ("In training, 45% of the examples had both, 45% the embedding alone, 5% the "
+                   "caption alone.")
+    drawn, result.picture = draw_ways(lab, {"both": {}, "embedding alone": {"say": False},
+                                            "caption alone": {"given": "caption"}})
+    true = lab.true_emb(lab.data)
+    result.table = [[name, share(bound), frechet_cell(emb, true)]
+                    for name, (_, bound, emb) in drawn.items()]
     both, alone, caption = (bound for _, bound, _ in drawn.values())
     result.claim("binding, points: embedding alone minus caption alone",
                  lambda e, c: np.nanmean(e - c), alone, caption, unit=100)
@@ -99,7 +100,7 @@ def f3(lab):
     paper: FID 10.39 (diffusion) against 10.63 (autoregressive), with less training compute
     """
     if not lab.has("ar_prior"):
-        return Result(["prior"], note="There is no autoregressive prior: python train.py ar_prior")
+        return Result(["prior"], **lab.caveat("ar_prior"))
     data = Shapes(4 * lab.n, "val", lab.seed + 1)
     captions, true, embs = mixed_captions(data), lab.true_emb(data), {}
     result = Result(["prior", "parameters", "captions seen", "evaluations", "ms an embedding",
@@ -128,8 +129,7 @@ GUIDANCE = (1.0, 1.25, 2.0, 3.0, 4.0, 6.0)
 # Captions that leave colour or shape open, and always size, background, place and shade. There are
 # only six, so that each is drawn often enough to see how its pictures differ.
 OPEN = [with_article(words) for words in (*SHAPES[:3], *(f"{c} shape" for c in list(COLOURS)[:3]))]
-# What the judge sees of a picture: colour, shape, size, background.
-PARTS = (tuple(COLOURS), SHAPES, tuple(SIZES), tuple(BACKGROUNDS))
+PARTS = (tuple(COLOURS), SHAPES, tuple(SIZES), tuple(BACKGROUNDS))  # what the judge names
 
 
 def attributes(pictures):
@@ -193,8 +193,7 @@ def f4(lab):
     how far a figure falls with each doubling of guidance, fitted to all six.
     paper: figs. 9 to 11: unCLIP's diversity survives guidance, since the embedding holds it
     """
-    systems, captions = lab.systems(), open_captions(lab.n)
-    _, rival = systems
+    captions, systems, (_, rival) = open_captions(lab.n), lab.systems(), lab.systems()
     result = Result(["system", "guidance", "fidelity", "diversity", "distance in CLIP's space"],
                     **lab.caveat("decoder_caption"))
     curves, rows, embs = ({name: [] for name in systems} for _ in range(3))
@@ -227,9 +226,9 @@ def f5(lab):
     paper: preferred over GLIDE in 48.9% (realism), 45.3% (caption), 70.5% (diversity)
     """
     true, captions, (_, rival) = lab.true_emb(lab.data), open_captions(lab.n), lab.systems()
-    drawn, picture = draw_ways(lab, lab.systems())
     result = Result(["system", "realism (precision)", "binding right", "diversity"],
-                    picture=picture, **lab.caveat("decoder_caption"))
+                    **lab.caveat("decoder_caption"))
+    drawn, result.picture = draw_ways(lab, lab.systems())
     rows = {name: attributes(lab.draw(list(captions), **settings))
             for name, settings in lab.systems().items()}
     for name, (_, bound, emb) in drawn.items():
@@ -289,8 +288,7 @@ def guesses(prior, image_emb, text, seed):
     the true embedding (n,)}. text: as clip.encode_text returns it."""
     diffusion, x_0 = prior.diffusion, image_emb * embedding_scale(image_emb.shape[1])
     caption = prior.encode_caption(*text)
-    noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed)).to(x_0)
-    found = {}
+    noise, found = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed)).to(x_0), {}
     for level in LEVELS:
         t = torch.full((len(x_0),), level, device=x_0.device)
         x_t = diffusion.q_sample(x_0, t, noise)
@@ -310,7 +308,7 @@ def f7(lab, scenes=3000, steps=300):
     """
     clip = lab.pipeline().clip
     data = Shapes(2 * lab.n, "val", lab.seed)
-    true, text = lab.true_emb(data).to(lab.device), clip.encode_text(mixed_captions(data))
+    true, text = lab.true_emb(data), clip.encode_text(mixed_captions(data))
     last = lab.pipeline().prior.diffusion.alphas_cumprod[-1] ** 0.5
     result = Result(["predicts", *(f"t = {t}" for t in LEVELS), "drawn", "Frechet x 1000"], note=(
         "A likely reason: embeddings lie near few directions, noise fills all D of them, and to "
@@ -326,9 +324,9 @@ def f7(lab, scenes=3000, steps=300):
             prior = short_prior(lab, predict, embeddings, steps)
             noise = noise_for(range(lab.seed, lab.seed + len(data)), "prior")
             with autocast(lab.device):
-                looks[predict] = guesses(prior, true, text, lab.seed)
-                emb = prior.sample(*text, noise=noise, candidates=1)
-            cosines = [*looks[predict].values(), (emb * true).sum(1).cpu()]
+                looks[predict] = guesses(prior, true.to(lab.device), text, lab.seed)
+                emb = prior.sample(*text, noise=noise, candidates=1).cpu()
+            cosines = [*looks[predict].values(), (emb * true).sum(1)]
             result.table.append([predict, *(number(bootstrap(np.mean, c), 3) for c in cosines),
                                  frechet_cell(emb, true)])
     result.claim("cosine after one look, mean of the three levels: predicting x_0 minus predicting "
@@ -355,12 +353,12 @@ Written by `python -m lab.evaluate findings` on {date}: weights {weights}, n = {
 
 def explained(finding):
     """A finding's docstring -> (question, setup, the paper's figure)."""
-    text = " ".join(finding.__doc__.replace("\n\n", "\0", 1).split())
-    return [part.strip() for part in re.split("\0|paper:", text)]
+    question, rest = finding.__doc__.split("\n\n", 1)
+    return [" ".join(part.split()) for part in (question, *rest.split("paper:"))]
 
 
-def as_table(header, rows):
-    lines = header, ["---"] * len(header), *rows
+def as_table(*rows):
+    lines = rows[0], ["---"] * len(rows[0]), *rows[1:]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -370,7 +368,7 @@ def as_markdown(name, result, seconds):
     parts = [f"## {name}: {question}", setup, f"Paper: {paper}.", f"**{result.said}**"]
     parts += [f"- {claim}: {number(interval, 1 if max(map(abs, interval)) >= 1 else 3)}"
               for claim, interval in result.claims]
-    parts += [as_table(result.header, result.table), result.note.strip(),
+    parts += [as_table(result.header, *result.table), result.note.strip(),
               f"![{name}](pictures/finding_{name}.png)" if result.picture else "",
               f"Took {seconds:.0f} s."]
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -384,20 +382,20 @@ def report(args):
     if args.n < 8:
         raise UserError(f"-n {args.n}: findings need at least 8 scenes")
     lab, out, sections, found = Lab(args), Path(args.out), [], {}
-    for name in tqdm(names, "findings", disable=None):
+    for name in tqdm(names, disable=None):
         begun = time.perf_counter()
         found[name] = FINDINGS[name](lab)
         if found[name].picture:
             save_picture(found[name].picture, out / f"pictures/finding_{name}.png")
         sections.append(as_markdown(name, found[name], time.perf_counter() - begun))
         print(sections[-1], flush=True)  # an interrupted run has said what it found
-    verdicts = [[name, explained(FINDINGS[name])[0], found[name].said] for name in names]
+    verdicts = [[name, explained(FINDINGS[name])[0], x.said] for name, x in found.items()]
     head = HEAD.format(date=date.today(), weights=os.path.relpath(args.weights), n=lab.n,
                        seed=lab.seed)
     path = out / ("FINDINGS.md" if len(names) == len(FINDINGS) else f"{'_'.join(names)}.md")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join([head + as_table(["finding", "question", "verdict"], verdicts) + "\n",
-                               *sections]))
+    out.mkdir(parents=True, exist_ok=True)
+    head += as_table(["finding", "question", "verdict"], *verdicts) + "\n"
+    path.write_text("\n".join([head, *sections]))
     print(path)
     return {name: {"verdict": x.said, "header": x.header, "table": x.table,
                    "claims": [[claim, *map(float, interval)] for claim, interval in x.claims]}

@@ -110,8 +110,7 @@ def connected(index):
 
 def grow(mask, n):
     """Widen an (S, S) mask by n pixels in every direction."""
-    wide = F.max_pool2d(torch.from_numpy(mask)[None].float(), 2 * n + 1, stride=1, padding=n)
-    return wide[0].numpy() > 0
+    return F.max_pool2d(torch.from_numpy(mask)[None].float(), 2 * n + 1, 1, n)[0].numpy() > 0
 
 
 def measure(pixels, ground, index, mask, taken):

@@ -1,9 +1,8 @@
 """What is measured, whoever asks: many pictures at once, CLIP's space, intervals, entropy.
 
-A figure without its uncertainty is a rumour, so the tool that matters most here is the bootstrap
-(Efron 1979): draw the scenes again, with repetition, from those at hand, and see how far the figure
-moves. Rows are paired, one row a scene: whatever makes a scene hard for two systems alike cancels
-out of their *difference*, and the difference gets an interval of its own.
+A figure without its uncertainty is a rumour. The bootstrap (Efron 1979) draws the scenes again,
+with repetition, from those at hand, and sees how far the figure moves. Rows are paired, one row a
+scene: whatever makes a scene hard for two systems alike cancels out of their *difference*.
 
 n, m: number of scenes; D: size of a CLIP embedding.
 """
@@ -23,6 +22,7 @@ from lab.judge import S
 from sample import Pipeline
 from support.shapes import COLOURS, SHAPES, with_article
 from support.tools import UserError
+
 
 def in_batches(n, size=16):
     """range(n) in slices of at most `size`, with a progress bar."""
@@ -50,10 +50,8 @@ def draw_batches(pipeline, captions, seed, given, size, say=True, scale=2.0, ste
     for part in in_batches(len(captions)):
         seeds = range(seed + part.start, seed + part.stop)
         text = pipeline.text(captions[part]) if say or isinstance(given, str) else None
-        if isinstance(given, str):
-            emb = pipeline.condition(given, text, seeds, *prior)
-        else:
-            emb = given[part].to(pipeline.device)
+        emb = (pipeline.condition(given, text, seeds, *prior) if isinstance(given, str)
+               else given[part].to(pipeline.device))
         drawn, _ = pipeline.decode_best(candidates, emb, text if say else None, seeds,
                                         scale=scale, steps=steps)
         yield part, pipeline.upsample(drawn, seeds, size).cpu()

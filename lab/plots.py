@@ -6,6 +6,7 @@
 import json
 import math
 import sys
+from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 
@@ -74,7 +75,10 @@ def chart(series, title, x_label, y_label, log_y=False, size=(640, 400), points=
         pen.line(dots, fill=colour, width=2, joint="curve")
         for x, y in dots if points or len(dots) == 1 else []:
             pen.ellipse([x - 3, y - 3, x + 3, y + 3], fill=colour)
-        for (x, y), text in zip(dots[::max(1, len(dots) - 1)], ends):  # noqa: B905
+        marks = list(zip(dots[::max(1, len(dots) - 1)], ends))  # noqa: B905
+        if len(marks) == 2 and math.dist(dots[0], dots[-1]) < 14:  # no label on top of the other
+            marks = [(max(dots[0], dots[-1]), ", ".join(ends))]
+        for (x, y), text in marks:
             write(x + 6, y, text, "lm", colour)
         write(left + (right - left) // 2 * (k % 2), bottom + 40 + 16 * (k // 2), name, "la", colour)
     write(left, 8, title, "la")
@@ -95,12 +99,12 @@ def read_metrics(run):
 
 def plot_runs(runs):
     """Training and validation loss of every stage: one chart a stage, one colour a curve."""
-    curves = {}  # {stage: {name: {step: loss}}}; if a step was done twice, the later one counts
+    curves = defaultdict(lambda: defaultdict(dict))  # {stage: {name: {step: loss}}}
     for run in runs:
         for x in read_metrics(run):
             for key, name in (("loss", str(run)), ("val_loss", f"{run}, validation")):
-                if key in x:
-                    curves.setdefault(x["stage"], {}).setdefault(name, {})[x["step"]] = x[key]
+                if key in x:  # if a step was done twice, the later one counts
+                    curves[x["stage"]][name][x["step"]] = x[key]
     if not curves:
         raise UserError(f"{runs[0]} has no losses yet: train a little first")
     charts = [chart({name: sorted(curve.items()) for name, curve in names.items()}, stage,

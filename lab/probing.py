@@ -23,6 +23,7 @@ from support.shapes import (
 )
 from support.sheets import to_tensor
 
+
 def pairs_of(lab):
     """n validation scenes of two objects that differ in colour and in shape. The pairs with
     exchanged colours occur in training too, or CLIP would recognise them by their novelty."""
@@ -69,10 +70,9 @@ def f8(lab):
     _, rival = lab.systems()
     result = Result(["who", "binding right", "binding right, if both colours and shapes are shown",
                      "chance"], **lab.caveat("decoder_caption"))
-    for name, emb in embs.items():
-        answers = prefers(lab.pipeline().clip, emb, captions, [w["binding"] for w in wrong])
-        result.table.append([name, share(answers), "-", "50%"])
-    bound = {}
+    clip, exchanged, bound = lab.pipeline().clip, [w["binding"] for w in wrong], {}
+    result.table = [[name, share(prefers(clip, emb, captions, exchanged)), "-", "50%"]
+                    for name, emb in embs.items()]
     for name, pictures in drawn.items():
         whole, colours, shapes = (right(pictures, captions, column)
                                   for column in ("binding", "colours", "shapes"))
@@ -111,9 +111,9 @@ def f9(lab):
     words = [WORDS[k % len(WORDS)] for k in range(max(len(WORDS), lab.n))]
     says, scenes = [f"a sign that says {word}" for word in words], list(map(sign_scene, words))
     odds, emb = f"{1 / len(WORDS):.0%}", look_at(pipeline, scenes)
-    names = clip.encode_text(says[:len(WORDS)])[0].cpu()
-    named = [WORDS[k] == word for k, word in zip((emb @ names.T).argmax(1), words, strict=True)]
-    result.table.append(["word: CLIP, true pictures", share(np.array(named, float)), odds])
+    names = (emb @ clip.encode_text(says[:len(WORDS)])[0].cpu().T).argmax(1)
+    named = np.array([float(WORDS[k] == word) for k, word in zip(names, words, strict=True)])
+    result.table.append(["word: CLIP, true pictures", share(named), odds])
     signs = {"true pictures": pictures_of(scenes),
              "true embedding alone": lab.draw(says, given=emb, say=False),
              "unCLIP": lab.draw(says)}
@@ -127,7 +127,7 @@ def f9(lab):
                  "share right", lambda v: 0.75 - v.mean(), knows["CLIP, true pictures"], unit=100)
     result.claim("unCLIP's words, points: 50% minus the share read", lambda v: 0.5 - v.mean(),
                  read["unCLIP"], unit=100)
-    if np.mean(named) > 0.5 > read["unCLIP"].mean():
+    if named.mean() > 0.5 > read["unCLIP"].mean():
         result.note += (" CLIP tells the words of true signs apart, so here it is the decoder that "
                         "cannot write them. The paper's reason, that CLIP's embedding does not "
                         "spell, is absent: this world has a closed list of words.")

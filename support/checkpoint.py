@@ -11,10 +11,9 @@ A checkpoint is a plain dictionary that torch.load(weights_only=True) accepts:
     run       the settings of the training: command, seed, the data's fingerprint, ...
     figures   the last loss and other figures that the training reported
 
-The one idea of this file: a stage is rebuilt from its checkpoint alone, never from flags that
-must be repeated by hand; and writing goes to a second file that replaces the first in one step,
-so a crash or a full disk in the middle leaves the previous checkpoint as it was.
-Read next: train.py, which writes them, and sample.py, which reads them.
+A stage is rebuilt from its checkpoint alone, never from flags that must be repeated by hand.
+Writing goes to a second file that replaces the first in one step, so a crash or a full disk in the
+middle leaves the previous checkpoint as it was.
 """
 
 import dataclasses
@@ -26,6 +25,7 @@ from pathlib import Path
 import torch
 
 from support.tools import UserError
+
 
 def save_checkpoint(path, checkpoint):
     """Write all of it or none: to PATH.tmp, flushed to the disk, then renamed over PATH."""

@@ -1,4 +1,4 @@
-"""Do drawings and trainings still give the same bits? A net under a rewrite; not a test of pytest's.
+"""Do drawings and trainings still give the same bits? A net under a rewrite, not for pytest.
 
     python tests/golden.py           # compare with golden.json; --draw or --train: only that half
     python tests/golden.py --write   # record it: run this on the code as it was, on this machine

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, ImageDraw
 
 from lab import plots
 from lab.plots import CURVES, chart, log_ticks, plot_runs, ticks
@@ -44,6 +44,15 @@ def test_values_that_are_not_finite_are_left_out():
     broken = chart({"": [(0, 1), (0.5, math.nan), (0.6, math.inf), (1, 2)]}, "", "", "")
     assert whole.tobytes() == broken.tobytes()
     chart({"a": [], "b": [(3, 3)]}, "one point, one empty", "", "", log_y=True)
+
+
+def test_a_curve_that_ends_where_it_begins_gets_both_labels_in_one(monkeypatch):
+    written, text = [], ImageDraw.ImageDraw.text
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda self, place, words, *a, **k:
+                        written.append(words) or text(self, place, words, *a, **k))
+    curves = {"a": [(0, 0), (1, 1), (0, 0.001)], "b": [(0, 1), (1, 0)]}
+    chart(curves, "t", "x", "y", ends=("from", "to"))
+    assert "from, to" in written and written.count("from") == written.count("to") == 1
 
 
 def make_run(folder, rate, steps=(0, 1, 2, 3), last=""):
