@@ -5,11 +5,11 @@
 
     caption -> CLIP -> prior -> image_emb -> decoder: 64 px -> upsampler1: 256 -> upsampler2: 1024
 
-The one idea: a picture is a function of the weights, its caption and its own seed. Every stage
-draws its noise from a generator made from (seed, stage), one for each picture. So the third of four
-pictures is the one that its seed gives alone, and a large picture starts from the small one.
+The one idea: a picture depends on the weights, its caption and its own seed, and on nothing else.
+Every stage draws each picture's noise from a generator made from that picture's seed. So the third
+of four pictures is the one that its seed gives alone, and a large picture starts as the small one.
 
-Letters: B pictures, D CLIP embedding, H, W picture sides. manipulate.py starts from a picture.
+Letters: B pictures, D CLIP embedding, L caption tokens, W text width, H, W picture sides.
 """
 
 import itertools
@@ -18,40 +18,31 @@ from pathlib import Path
 
 import torch
 
-from ar_prior import AutoregressivePrior
 from diffusion import SeededNoise
 from prior import DiffusionPrior
 from stages import check_clip, clip_of, load_stage
 from support.drawing import default_weights, drawing_options, reachable_size, write_drawings
 from support.pictures import fit
-from support.sheets import Film, check_folder, to_pil, to_tensor
-from support.tools import Parser, UserError, autocast, choose_device, user_errors, finite, positive
+from support.sheets import Film, to_pil, to_tensor
+from support.tools import (
+    Parser, autocast, choose_device, finite, positive, sampling_steps, user_errors,
+)
 
 STAGE_SEEDS = {"prior": 1, "decoder": 2, "upsampler1": 3, "upsampler2": 4}
 BASELINES = {"decoder_text_emb": "text_emb", "decoder_caption": "none"}  # and their --prior
-PRIOR_SCALE_HELP = (f"guidance of the prior, off at 1 (default: {DiffusionPrior.usual_scale:g}, "
-                    f"of the autoregressive prior {AutoregressivePrior.usual_scale:g})")
+PRIOR_SCALE_HELP = f"prior's guidance, off at 1 (default: {DiffusionPrior.usual_scale}, ar_prior 1)"
 
 
 def noise_for(seeds, stage, attempt=0):
-    """One stage's noise for the pictures of these seeds: a function shape -> (B, ...).
-
-    attempt: 0, 1, ... give different pictures of the same seed. Each adds 10^9: more than people
-    type as a seed, and still within the 32 bits that PyTorch's generator uses.
-    """
+    """One stage's noise for the pictures of these seeds: a function shape -> (B, ...). Attempts at
+    a picture are 10^9 apart, which is more than people type as a seed."""
     return SeededNoise([STAGE_SEEDS[stage] + attempt * 10**9 + seed * 8 for seed in seeds])
-
-
-def check_steps(steps, model):
-    """UserError if a model cannot be sampled in so many steps. None: as its config says."""
-    if steps is not None and not 1 <= steps <= model.config.diffusion_steps:
-        raise UserError(f"{steps} sampling steps: choose 1 to {model.config.diffusion_steps}")
 
 
 class Pipeline:
     """The trained stages of a folder, and the path from a caption to pictures.
 
-    size:  how far to enlarge; an upsampler that is missing is left out
+    size:  the side to enlarge to; an upsampler that is missing is left out
     prior: where the decoder's image embedding comes from: a stage, "prior" or "ar_prior"; else
            "text_emb", CLIP's text embedding in its place, or "none", the caption alone
     clip:  where to load CLIP from, if not from where the training did (clip_model.load_open_clip)
@@ -60,51 +51,43 @@ class Pipeline:
     def __init__(self, folder=None, device="auto", size=1024, prior="prior", decoder="decoder",
                  clip=None):
         self.folder, self.device = Path(folder or default_weights()), choose_device(str(device))
-        self.prior = None if prior in ("text_emb", "none", None) else self.load(prior)
-        self.decoder = self.load(decoder)
-        self.source = "prior" if self.prior else "text_emb" if prior == "text_emb" else "caption"
-        if decoder in BASELINES:  # it draws from what it was trained on
-            self.source = self.decoder.config.condition
-        # Embeddings of another CLIP would mean nothing to these stages.
+        self.decoder = load_stage(self.folder, decoder, self.device)
         self.clip = clip_of(self.decoder, self.folder, decoder, self.device, clip)
-        if self.prior:
-            check_clip(self.prior.clip, self.clip, self.folder / f"{prior}.pt")
+        self.source = BASELINES.get(decoder, prior)  # a baseline draws from what it learned from
+        self.prior = None
+        if self.source in ("prior", "ar_prior"):
+            self.prior = load_stage(self.folder, self.source, self.device)
+            check_clip(self.prior.clip, self.clip, self.folder / f"{self.source}.pt")
         self.upsamplers, self.sizes = {}, [self.decoder.config.size]  # the sides it can draw
         for stage in ("upsampler1", "upsampler2"):
             if self.sizes[-1] < size and (self.folder / f"{stage}.pt").exists():
-                model = self.load(stage)
+                model = load_stage(self.folder, stage, self.device)
                 if model.config.low_size == self.sizes[-1]:  # the next link of the chain
                     self.upsamplers[stage] = model
                     self.sizes.append(model.config.size)
 
-    def load(self, stage):
-        return load_stage(self.folder, stage, self.device)
-
     def draw(self, captions, seeds=(0,), size=64, scale=2.0, steps=None, prior_scale=None,
              prior_steps=None, candidates=2, stages=False, films=None):
-        """The whole of unCLIP: captions, or one string -> a list of PIL pictures, one for each
-        caption and seed: all seeds of the first caption, then of the next.
+        """The whole of unCLIP: one caption or several -> PIL pictures, all seeds of each caption.
 
-        size: the side, one of `sizes`. scale, prior_scale: guidance, off at 1 (default of the
-        prior: its usual_scale). steps, prior_steps: of sampling (default: as in the configs).
-        candidates: how many pictures the decoder draws for CLIP to choose from. stages: return each
-        picture at every size it had, smallest first. films: a list that receives a Film of each.
+        size: one of `sizes`. scale, prior_scale: guidance, off at 1 (None: the prior's usual one).
+        steps, prior_steps: sampling steps (None: as in the configs). candidates: how many pictures
+        the decoder draws for CLIP to choose from. stages: return each picture at every size it had,
+        smallest first. films: a list to which a Film of each picture is added.
         """
-        check_steps(steps, self.decoder)  # now, not after the prior's work
         size, pictures = reachable_size(self, size), []
+        sides = [side for side in self.sizes if side <= size] if stages else [size]
         texts = [self.text([c]) for c in ([captions] if isinstance(captions, str) else captions)]
         for text, seed in itertools.product(texts, seeds):
-            filming = films is not None and [Film() for _ in range(candidates)]
+            takes = None if films is None else [Film() for _ in range(candidates)]
             emb = self.condition(self.source, text, [seed], prior_scale, prior_steps)
-            picture, best = self.decode_best(
-                candidates, emb, text, [seed], filming, scale=scale, steps=steps
-            )
-            if filming:
-                films.append(filming[best.item()])
-            sides = [picture]
-            for side in (s for s in self.sizes[1:] if s <= size):
-                sides.append(self.upsample(sides[-1], [seed], side))
-            pictures += [to_pil(x[0]) for x in (sides if stages else sides[-1:])]
+            picture, best = self.decode_best(candidates, emb, text, [seed], takes, scale=scale,
+                                             steps=steps)
+            if takes:
+                films.append(takes[best])
+            for side in sides:
+                picture = self.upsample(picture, [seed], side)
+                pictures.append(to_pil(picture[0]))
         return pictures
 
     def text(self, captions):
@@ -116,51 +99,43 @@ class Pipeline:
         square = fit(picture, self.clip.image_size, interpolation=self.clip.interpolation)
         return self.clip.encode_image(to_tensor(square)[None].to(self.device))
 
-    def condition(self, name, text, seeds, scale=1.0, steps=None):
-        """The decoder's image_emb (paper fig. 8): the "prior"'s embedding, the "text_emb" of CLIP
-        as if it were an image's, or None: the "caption" alone."""
-        if name == "prior":
+    def condition(self, source, text, seeds, scale=1.0, steps=None):
+        """The decoder's image_emb (paper fig. 8): the prior's, or CLIP's "text_emb" as if it were a
+        picture's, or None, which leaves the caption alone."""
+        if source in ("prior", "ar_prior"):
             return self.embed(text, seeds, scale, steps)
-        return text[0] if name == "text_emb" else None
+        return text[0] if source == "text_emb" else None
 
     def embed(self, text, seeds, scale=1.0, steps=None):
-        """The prior: text() of B captions and B seeds -> image_emb (B, D), unit norm. scale: off at
-        1, None for the prior's usual one. (The autoregressive prior has no sampling steps.)"""
+        """The prior: text() of B captions -> image_emb (B, D), unit norm. scale: off at 1, None for
+        the prior's usual one. The autoregressive prior has no sampling steps."""
         scale = self.prior.usual_scale if scale is None else scale
-        settings = {"scale": scale, "noise": noise_for(seeds, "prior")}
-        if isinstance(self.prior, DiffusionPrior):
-            check_steps(steps, self.prior)
-            settings["steps"] = steps
+        settings = {"steps": steps} if isinstance(self.prior, DiffusionPrior) else {}
         with autocast(self.device):
-            return self.prior.sample(*text, **settings)
+            return self.prior.sample(*text, scale, noise=noise_for(seeds, "prior"), **settings)
 
     def decode(self, image_emb, text, seeds, scale=2.0, attempt=0, **settings):
-        """The decoder: image_emb (B, D) or None, the caption alone; text() or None, the embedding
-        alone (paper fig. 8) -> (B, 3, H, W) in [-1, 1]. settings: Decoder.sample's."""
-        check_steps(settings.get("steps"), self.decoder)
-        text_enc_and_mask = text[1:] if text else (None, None)
+        """The decoder: image_emb (B, D), or None for the caption alone; text(), or None for the
+        embedding alone -> (B, 3, H, W) in [-1, 1]. settings: Decoder.sample's."""
+        given, noise = [image_emb, *(text or ())[1:]], noise_for(seeds, "decoder", attempt)
         with autocast(self.device):
-            return self.decoder.sample(image_emb, *text_enc_and_mask, scale=scale, **settings,
-                                       noise=noise_for(seeds, "decoder", attempt))
+            return self.decoder.sample(*given, scale=scale, noise=noise, **settings)
 
     def decode_best(self, candidates, image_emb, text, seeds, films=None, **settings):
         """Decode each picture `candidates` times and keep the attempt in which CLIP sees most of
-        image_emb, or without it of the caption: (B, 3, H, W), and the number of the attempt (B,).
+        image_emb, or without it of the caption: (B, 3, H, W), and the attempt's number (B,).
 
-        The paper chooses only between embeddings of the prior (sec. 2.2). Here also between
+        The paper chooses only between embeddings of the prior (sec. 2.2). We also choose between
         pictures: a small decoder sometimes gives an object the wrong shape, and CLIP notices.
-        films: an on_step for each attempt. settings: decode's.
         """
         drawn = torch.stack([
             self.decode(image_emb, text, seeds, attempt=attempt, on_step=film, **settings)
             for attempt, film in enumerate(films or [None] * candidates)
         ])  # (candidates, B, 3, H, W)
-        best = torch.zeros(len(seeds), dtype=torch.long, device=drawn.device)
-        if candidates > 1:
-            wanted = text[0] if image_emb is None else image_emb
-            seen = torch.stack([self.clip.encode_image(pictures) for pictures in drawn])
-            best = (seen * wanted).sum(dim=-1).argmax(dim=0)
-        return drawn[best, torch.arange(len(best), device=best.device)], best
+        wanted = text[0] if image_emb is None else image_emb
+        seen = torch.stack([self.clip.encode_image(pictures) for pictures in drawn])
+        best = (seen * wanted).sum(dim=-1).argmax(dim=0)
+        return drawn[best, torch.arange(len(best))], best
 
     def upsample(self, pictures, seeds, size):
         """Pictures (B, 3, H, W) -> the same at `size`, through as many upsamplers as that takes."""
@@ -171,15 +146,6 @@ class Pipeline:
         return pictures
 
 
-def load_pipeline(args, **stages):
-    """The pipeline of --weights on --device, and the size that --size comes to with it."""
-    pipeline = Pipeline(args.weights, args.device, args.size, clip=args.clip, **stages)
-    size = reachable_size(pipeline, args.size)
-    if getattr(args, "out", None):  # a mistake is found before the work
-        check_folder(Path(args.out).parent if args.out.endswith(".png") else args.out)
-    return pipeline, size
-
-
 @user_errors
 def main(argv=None):
     parser = Parser("sample.py", description="Draw pictures of captions.")
@@ -187,25 +153,21 @@ def main(argv=None):
     add("caption", nargs="+", help="what to draw; several captions in one call work")
     add("-n", type=positive, default=4, help="pictures a caption")
     add("--prior", choices=("prior", "ar_prior", "text_emb", "none"), help="where the decoder's "
-        "image embedding comes from: a prior, CLIP's text embedding in its place, or nowhere "
-        "(default: prior, or what a baseline was trained with)")
-    add("--decoder", default="decoder", choices=("decoder", *BASELINES), help="decoder_text_emb "
-        "and decoder_caption (GLIDE) are the paper's baselines")
+        "image embedding comes from (default: prior, or what a baseline was trained with)")
+    add("--decoder", default="decoder", choices=("decoder", *BASELINES), help="or a baseline")
     add("--prior-scale", type=finite, help=PRIOR_SCALE_HELP)
     add("--scale", type=finite, default=2.0, help="guidance of the decoder, off at 1")
-    add("--prior-steps", type=positive, help="sampling steps of the prior, 1 to T (default: 64)")
-    add("--steps", type=positive, help="of the decoder, 1 to T (default: the model's)")
-    add("--candidates", type=positive, default=2, help="pictures that the decoder draws for CLIP "
-        "to choose one from")
+    add("--prior-steps", type=sampling_steps, help="of the prior, 1 to 1000 (default: 64)")
+    add("--steps", type=sampling_steps, help="of the decoder, 1 to 1000 (default: the model's)")
+    add("--candidates", type=positive, default=2, help="pictures drawn; CLIP keeps the best")
     add("--film", action="store_true", help="also write the denoising as animated GIFs")
     add("--stages", action="store_true", help="the grid shows each picture at every size it had")
     args = parser.parse_args(argv)
-    only = BASELINES.get(args.decoder)
-    if only and args.prior not in (None, only):
-        raise UserError(f"--prior {args.prior}: {args.decoder} was trained with {only} alone; "
-                        "leave --prior out")
-    args.prior = args.prior or only or "prior"
-    write_drawings(*load_pipeline(args, prior=args.prior, decoder=args.decoder), args)
+    prior = BASELINES.get(args.decoder, args.prior or "prior")
+    if args.prior not in (None, prior):
+        parser.error(f"--prior {args.prior}: {args.decoder} needs {prior}; leave --prior out")
+    pipeline = Pipeline(args.weights, args.device, args.size, prior, args.decoder, args.clip)
+    write_drawings(pipeline, args)
 
 
 if __name__ == "__main__":

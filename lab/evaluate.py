@@ -36,7 +36,8 @@ from support.shapes import (
 )
 from support.sheets import check_folder, draw_grid, save_picture, to_pil
 from support.tools import (
-    Parser, UserError, autocast, choose_device, user_errors, finite, positive, seed_number,
+    Parser, UserError, autocast, choose_device, finite, positive, sampling_steps, seed_number,
+    user_errors,
 )
 from train import Batches, validate
 
@@ -348,8 +349,8 @@ OPTIONS = {
     "--prior-scale": dict(type=finite, help=PRIOR_SCALE_HELP),
     "--scale": dict(type=finite, default=2.0, help="guidance of the decoder; off at 1"),
     "--candidates": dict(type=positive, default=2, help="pictures drawn, CLIP keeps the best"),
-    "--prior-steps": dict(type=int, help="sampling steps of the prior (default: the model's)"),
-    "--steps": dict(type=int, help="sampling steps of the decoder (default: the model's)"),
+    "--prior-steps": dict(type=sampling_steps, help="steps of the prior (default: the model's)"),
+    "--steps": dict(type=sampling_steps, help="steps of the decoder (default: the model's)"),
     "--rows": dict(nargs="+", choices=ROWS, default=list(ROWS)[:3], help="what to draw from"),
     "--out": dict(help="folder for pictures"),
     "--edits": dict(type=positive, default=20, help="number of text diffs"),

@@ -7,21 +7,18 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from support.sheets import draw_grid, save_film, save_picture, to_pil, to_tensor
+from support.sheets import check_folder, draw_grid, save_film, save_picture, to_pil, to_tensor
 from support.tools import UserError, choose_device, positive, seed_number
 
 
 def default_weights():
     """weights/shapes if it is there, else the newest folder under runs/ with a decoder in it."""
-    shipped = Path(__file__).parent.parent / "weights/shapes"
-    if (shipped / "decoder.pt").exists():
-        return shipped
-    runs = sorted(Path("runs").glob("*/decoder.pt"), key=lambda p: p.stat().st_mtime)
-    if not runs:
-        raise UserError(
-            "no weights found: train with 'python train.py all --preset tiny', or give --weights"
-        )
-    return runs[-1].parent
+    shipped = Path(__file__).parent.parent / "weights/shapes/decoder.pt"
+    runs = sorted(Path("runs").glob("*/decoder.pt"), key=lambda path: path.stat().st_mtime)
+    found = [shipped] if shipped.exists() else runs
+    if not found:
+        raise UserError("no weights found: give --weights, or 'python train.py all --preset tiny'")
+    return found[-1].parent
 
 
 def drawing_options(parser):
@@ -30,10 +27,9 @@ def drawing_options(parser):
     add("--weights", help="folder of checkpoints (default: weights/shapes, else newest run)")
     add("--size", type=positive, default=64, help="side of the pictures: 64, 256 or 1024")
     add("--seed", type=seed_number, default=0, help="of the first picture; the next has one more")
-    add("--out", default="samples", help="folder for the pictures")
+    add("--out", type=check_folder, default="samples", help="folder for the pictures")
     add("--device", type=choose_device, default="auto", help="auto, cpu or cuda")
-    add("--clip", help="MODEL:TAG=FILE, the CLIP that the stages were trained with, from a file "
-        "(default: as in training)")
+    add("--clip", help="MODEL:TAG=FILE, to read the CLIP of the training from a file")
     return add
 
 
@@ -48,57 +44,48 @@ def reachable_size(pipeline, size):
 
 
 def slugs(captions):
-    """Captions as file names: their words, cut at 60 letters, numbered where two are the same."""
+    """Captions as file names: their words, cut at 60 bytes, numbered where two are the same."""
     names = []
     for caption in captions:
         words = "".join(c if c.isalnum() else " " for c in caption.lower()).split()
-        # Also cut at 180 bytes: a file name may have 255, with what is put around it.
-        name = "-".join(words)[:60].encode()[:180].decode(errors="ignore") or "caption"
-        numbered = (f"{name}-{n}" for n in itertools.count(2))
-        names.append(next(x for x in itertools.chain([name], numbered) if x not in names))
+        name = "-".join(words).encode()[:60].decode(errors="ignore") or "caption"
+        numbered = (f"{name}-{n}" if n > 1 else name for n in itertools.count(1))
+        names.append(next(x for x in numbered if x not in names))
     return names
 
 
-def write_drawings(pipeline, size, args):
+def write_drawings(pipeline, args):
     """sample.py's files: a PNG for each picture, a grid of all, and with --film a GIF for each."""
     pipeline.text(args.caption)  # an empty one is refused before the work
-    names, grid, films = slugs(args.caption), Path(args.out), [] if args.film else None
+    size, names, grid = reachable_size(pipeline, args.size), slugs(args.caption), args.out
     if grid.suffix != ".png":
         grid = grid / f"grid_{names[0]}_{args.seed}.png"
-    jobs = [(caption, seed, grid.parent / f"{name}_{seed}.png")
-            for caption, name in zip(args.caption, names, strict=True)
-            for seed in range(args.seed, args.seed + args.n)]
-    if grid in [path for *_, path in jobs]:
+    jobs = {grid.parent / f"{name}_{seed}.png": (caption, seed)
+            for caption, name in zip(args.caption, names)
+            for seed in range(args.seed, args.seed + args.n)}
+    if grid in jobs:
         raise UserError(f"--out {grid}: one of the pictures has this name; choose another")
-    shown, labels = [], []
-    for caption, seed, path in tqdm(jobs, "pictures", disable=None):
-        drawn = pipeline.draw(
-            caption, [seed], size, args.scale, args.steps, args.prior_scale, args.prior_steps,
-            args.candidates, args.stages, films,
-        )
-        save_picture(drawn[-1], path)
-        print(path)
+    shown, labels, films = [], [], [] if args.film else None
+    for path, (caption, seed) in tqdm(jobs.items(), "pictures", disable=None):
+        drawn = pipeline.draw(caption, [seed], size, args.scale, args.steps, args.prior_scale,
+                              args.prior_steps, args.candidates, args.stages, films)
+        print(save_picture(drawn[-1], path))
         if films:
-            films.pop().save(path.with_suffix(".gif"))
-            print(path.with_suffix(".gif"))
+            print(films.pop().save(path.with_suffix(".gif")))
         shown += [to_tensor(picture) for picture in drawn]
         labels += [f"{caption}, {p.width} px" if args.stages else caption for p in drawn]
     columns, cell = args.n if args.n > 1 else 4, None
     if args.stages:  # a row is one picture, equally large at each of its sizes
         columns, cell = len(pipeline.sizes), min(512, max(128, size))
-    save_picture(draw_grid(shown, labels, columns, cell), grid)
-    print(grid)
+    print(save_picture(draw_grid(shown, labels, columns, cell), grid))
 
 
-def write_strip(pipeline, size, pictures, labels, seed, path, film=None):
-    """manipulate.py's files: pictures (n, 3, H, W), enlarged to `size`, side by side as a PNG; and
-    those in the slice `film` as a GIF, there and back."""
+def write_strip(pipeline, size, pictures, labels, seed, path, film=False):
+    """manipulate.py's files: pictures (n, 3, H, W), enlarged to `size`, side by side as a PNG. With
+    film, all but the first and the last also become a GIF, there and back."""
     pictures = torch.cat([pipeline.upsample(p[None], [seed], size).cpu() for p in pictures])
-    save_picture(draw_grid(pictures, labels, columns=len(pictures)), path)
-    print(path)
+    print(save_picture(draw_grid(pictures, labels, columns=len(pictures)), path))
     if film:
-        frames = [to_pil(p).resize((max(size, 256),) * 2, Image.Resampling.BICUBIC)
-                  for p in pictures[film]]
-        frames += frames[-2:0:-1]
-        save_film(frames, path.with_suffix(".gif"), 120)
-        print(path.with_suffix(".gif"))
+        side = max(size, 256)
+        frames = [to_pil(p).resize((side, side), Image.Resampling.BICUBIC) for p in pictures[1:-1]]
+        print(save_film(frames + frames[-2:0:-1], path.with_suffix(".gif"), 120))

@@ -1,14 +1,8 @@
 """Pictures as tensors, as sheets with captions, as files and as films.
 
 Inside the program a picture is a float32 tensor (3, H, W) in [-1, 1]; outside it is a Pillow image
-with whole numbers from 0 to 255. `to_tensor` and `to_pil` are the only bridges between the two, and
-both use fixed limits: a picture's own minimum and maximum play no part, so a pale drawing stays
-pale.
-
-Every picture file is written by `save_picture`: under another name beside its place and then
-renamed, so that a full disk or Ctrl-C never leaves half a picture behind.
-
-Letters: H, W a picture's sides in pixels; a cell is one picture's square on a sheet.
+with whole numbers from 0 to 255. `to_tensor` and `to_pil` convert between the two with fixed
+limits, not by a picture's own minimum and maximum: a pale drawing stays pale.
 """
 
 import os
@@ -21,8 +15,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from support.tools import UserError
 
-# --- a picture -------------------------------------------------------------------------------
-
 
 def to_tensor(picture):
     """PIL RGB picture -> float32 (3, H, W) in [-1, 1]: 0 becomes -1, 255 becomes 1."""
@@ -34,9 +26,6 @@ def to_pil(picture):
     """(3, H, W) in [-1, 1] -> PIL RGB picture; what lies outside of the range is clipped."""
     picture = ((picture.float().clamp(-1, 1) + 1) * 127.5).round().byte()
     return Image.fromarray(picture.permute(1, 2, 0).cpu().numpy())
-
-
-# --- a sheet ---------------------------------------------------------------------------------
 
 
 def draw_grid(pictures, captions=None, columns=4, cell=None):
@@ -55,49 +44,47 @@ def draw_grid(pictures, captions=None, columns=4, cell=None):
     rows = -(-len(pictures) // columns)  # rounded up
     sheet = Image.new("RGB", (columns * (cell + 4) + 4, rows * (cell + under + 4) + 4), "white")
     pen = ImageDraw.Draw(sheet)
-    for k, picture in enumerate(pictures):
+    for k, (picture, words) in enumerate(zip(pictures, lines)):
         x, y = 4 + k % columns * (cell + 4), 4 + k // columns * (cell + under + 4)
         whole = cell % picture.shape[-1] == 0  # then each pixel becomes a square
         resample = Image.Resampling.NEAREST if whole else Image.Resampling.BICUBIC
         sheet.paste(to_pil(picture).resize((cell, cell), resample), (x, y))
-        for i, words in enumerate(lines[k]):
-            pen.text((x, y + cell + 2 + i * line), words, fill="black", font=font)
+        for i, text in enumerate(words):
+            pen.text((x, y + cell + 2 + i * line), text, fill="black", font=font)
     return sheet
 
 
-# --- files -----------------------------------------------------------------------------------
-
-
 def check_folder(path):
-    """UserError if nothing can be written into `path`. Called before the work starts, so it does
-    not make the folder: a command that fails for another reason should leave nothing behind."""
+    """An argument's type: a folder to write into, or a .png in one, as a Path. The folder is not
+    made yet: a command that fails later should leave nothing behind."""
     there = Path(path).absolute()
-    while not there.exists():
+    while not there.exists() or there.suffix == ".png" and there.is_file():
         there = there.parent
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"cannot write into {path}: {there} is not a folder that you may write to; "
-                        "give another --out")
+        raise UserError(f"cannot write into {path}: {there} is no folder that you may write to")
+    return Path(path)
 
 
 def save_picture(picture, path, **options):
-    """Write a PIL picture, all of it or nothing. UserError for a full disk or a bad path."""
+    """Write a PIL picture under another name beside `path`, then rename it: neither a full disk nor
+    Ctrl-C leaves half a picture behind. Returns the path."""
     path = Path(path)
     beside = path.with_name(f".{path.name}")  # keeps the suffix, which tells Pillow the format
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            picture.save(beside, **options)
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        picture.save(beside, **options)
+        os.replace(beside, path)
     except (OSError, ValueError) as e:
         raise UserError(f"cannot write {path}: {e}") from e
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
 
 
 def save_film(frames, path, milliseconds):
-    """Write PIL pictures as an endless GIF; milliseconds: of each frame, or a list of one each."""
-    save_picture(frames[0], path, save_all=True, append_images=frames[1:],
-                 duration=milliseconds, loop=0)
+    """Write PIL pictures as an endless GIF. milliseconds: of every frame, or a list."""
+    return save_picture(frames[0], path, save_all=True, append_images=frames[1:],
+                        duration=milliseconds, loop=0)
 
 
 class Film:
@@ -111,4 +98,4 @@ class Film:
         self.frames.append(both.resize((both.width * 4, both.height * 4), Image.Resampling.NEAREST))
 
     def save(self, path):
-        save_film(self.frames, path, [80] * (len(self.frames) - 1) + [1500])  # rest on the last
+        return save_film(self.frames, path, [80] * (len(self.frames) - 1) + [1500])  # rests at last

@@ -58,6 +58,7 @@ def make_vocab(captions):
     return tuple(sorted(used | {bpe.sot_token_id, bpe.eot_token_id}))
 
 
+@functools.lru_cache  # a caption that is read twice warns once
 def warn(message):
     """Print the first five warnings only: a data set can have thousands of long captions."""
     warn.count = getattr(warn, "count", 0) + 1

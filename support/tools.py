@@ -195,6 +195,7 @@ def number(kind, least, most, rule):
 
 natural = number(int, 0, 2**48, "0 or more, and at most 2^48")
 positive = number(int, 1, 2**48, "1 or more, and at most 2^48")
+sampling_steps = number(int, 1, 1000, "1 to 1000: the stages have 1000 noise levels")
 two_or_more = number(int, 2, 2**48, "2 or more, and at most 2^48")
 # sample.noise_for multiplies seeds by 8, and PyTorch's CPU generator uses 32 bits of the result.
 seed_number = number(int, 0, 2**29 - 1, "0 or more, and below 2^29")

@@ -11,34 +11,27 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import stages
+import train
+from clip_model import SmallClip, SmallClipConfig, freeze_small_clip
+from support.checkpoint import config_dict, save_checkpoint
+from support.tokenizer import make_vocab
 
 # Every stage at a size that trains a step in milliseconds. 16 -> 32 -> 64 pixels.
+SHORT = {"steps": 3, "batch_size": 8, "lr": 1e-3}
 MICRO = {
     "data": 24,
-    "clip": (
-        {"dim": 16, "image_size": 32, "vision_width": 8,
-         "text_width": 16, "text_layers": 1, "text_heads": 2},
-        {"steps": 3, "batch_size": 8, "lr": 1e-3},
-    ),
-    "prior": (
-        {"width": 32, "depth": 1, "heads": 2, "sample_steps": 8},
-        {"steps": 3, "batch_size": 8, "lr": 1e-3},
-    ),
-    "decoder": (
-        {"size": 16, "channels": 8, "multiples": (1, 2), "attention_levels": (1,),
-         "head_channels": 8, "context_width": 32, "text_depth": 1, "sample_steps": 4},
-        {"steps": 3, "batch_size": 8, "lr": 1e-3},
-    ),
-    "upsampler1": (
-        {"low_size": 16, "size": 32, "crop": 16, "channels": 8, "multiples": (1, 2),
-         "sample_steps": 3},
-        {"steps": 3, "batch_size": 4, "lr": 1e-3, "muon": 2.0},  # of all stages, this is resumed
-    ),
-    "upsampler2": (
-        {"low_size": 32, "size": 64, "crop": 16, "channels": 8, "multiples": (1, 2), "stem": 2,
-         "degradation": "bsr", "schedule": "linear", "sample_steps": 3},
-        {"steps": 3, "batch_size": 4, "lr": 1e-3},
-    ),
+    "clip": ({"dim": 16, "image_size": 32, "vision_width": 8, "text_width": 16, "text_layers": 1,
+              "text_heads": 2}, SHORT),
+    "prior": ({"width": 32, "depth": 1, "heads": 2, "sample_steps": 8}, SHORT),
+    "decoder": ({"size": 16, "channels": 8, "multiples": (1, 2), "attention_levels": (1,),
+                 "head_channels": 8, "context_width": 32, "text_depth": 1, "sample_steps": 4},
+                SHORT),
+    "upsampler1": ({"low_size": 16, "size": 32, "crop": 16, "channels": 8, "multiples": (1, 2),
+                    "sample_steps": 3}, SHORT | {"batch_size": 4, "muon": 2.0}),
+    "upsampler2": ({"low_size": 32, "size": 64, "crop": 16, "channels": 8, "multiples": (1, 2),
+                    "stem": 2, "degradation": "bsr", "schedule": "linear", "sample_steps": 3},
+                   SHORT | {"batch_size": 4}),
 }
 
 
@@ -54,9 +47,6 @@ def same_numbers_on_one_thread():
 @pytest.fixture(scope="session")
 def micro_run(tmp_path_factory):
     """A folder with every stage trained for three steps: enough to run, not enough to draw."""
-    import stages
-    import train
-
     stages.PRESETS["micro"] = MICRO
     folder = tmp_path_factory.mktemp("runs") / "micro"
     settings = ["--preset", "micro", "--out", str(folder), "--workers", "0", "--sample-every", "3"]
@@ -68,11 +58,6 @@ def micro_run(tmp_path_factory):
 @pytest.fixture(scope="session")
 def untrained_run(tmp_path_factory):
     """A folder with every stage at the micro preset's size and random weights: enough to draw."""
-    import stages
-    from clip_model import SmallClip, SmallClipConfig, freeze_small_clip
-    from support.checkpoint import config_dict, save_checkpoint
-    from support.tokenizer import make_vocab
-
     class RandomEmbeddings:
         def __len__(self):
             return 64
@@ -80,24 +65,23 @@ def untrained_run(tmp_path_factory):
         def pairs(self, indices, rng):
             return torch.nn.functional.normalize(torch.randn(2, len(indices), 16), dim=-1)
 
+    def save(stage, model):
+        about = {"spec": "small", "identity": clip.identity} if stages.needs_clip(stage) else None
+        save_checkpoint(folder / f"{stage}.pt", {
+            "stage": stage, "config": config_dict(model), "ema": model.state_dict(), "step": 0,
+            "clip": about})
+
     stages.PRESETS["micro"] = MICRO
     folder = tmp_path_factory.mktemp("runs") / "untrained"
     with torch.random.fork_rng():
         torch.manual_seed(0)
         vocab = make_vocab(["a red circle", "a blue circle", "a star, on black"])
-        small = SmallClip(SmallClipConfig(vocab=vocab, **MICRO["clip"][0]))
-        models = {"clip": small}
-        randomise(small)
+        small = randomise(SmallClip(SmallClipConfig(vocab=vocab, **MICRO["clip"][0])))
+        save("clip", small)
         clip = freeze_small_clip(small)
         for stage in (*stages.ORDER[1:], *stages.BASELINES):
-            models[stage] = stages.fresh_model(stage, "micro", None, clip, RandomEmbeddings())
-            randomise(models[stage])
-    for stage, model in models.items():
-        seen = {"spec": "small", "identity": clip.identity} if stages.needs_clip(stage) else None
-        save_checkpoint(folder / f"{stage}.pt", {
-            "stage": stage, "config": config_dict(model), "ema": model.state_dict(), "step": 0,
-            "clip": seen,
-        })
+            save(stage, randomise(
+                stages.fresh_model(stage, "micro", None, clip, RandomEmbeddings())))
     return folder
 
 
@@ -107,3 +91,4 @@ def randomise(model):
     for p in model.parameters():
         if not p.any():
             torch.nn.init.normal_(p, std=0.05)
+    return model

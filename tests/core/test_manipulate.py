@@ -1,6 +1,7 @@
 """Claims about the latent: inversion and back, slerp, blends, text diffs, probes, inpainting."""
 
 import math
+from argparse import Namespace
 
 import pytest
 import torch
@@ -25,6 +26,22 @@ def seed():
 @pytest.fixture(scope="module")
 def pipeline(untrained_run):
     return Pipeline(untrained_run, size=16)
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A folder with two pictures, a mask that is white on its right half, and two mistakes."""
+    monkeypatch.chdir(tmp_path)
+    for name, colour in (("a", "red"), ("b", "blue")):
+        picture = Image.new("RGB", (40, 32), "gray")
+        picture.paste(colour, (8, 8, 24, 24))
+        picture.save(f"{name}.png")
+    mask = Image.new("L", (32, 32))
+    mask.save("black.png")
+    mask.paste(255, (16, 0, 32, 32))
+    mask.save("mask.png")
+    (tmp_path / "words.png").write_text("not a picture")
+    return tmp_path
 
 
 def unit(*shape):
@@ -94,11 +111,10 @@ def test_corrections_lead_to_the_exact_inverse_of_the_steps_down():
 
 def test_inversion_begun_at_the_data_keeps_the_networks_mistakes_in_x_T_and_from_noise_does_not():
     d, x_0 = GaussianDiffusion(predict="x_0", clip_x_0=False), torch.randn(SHAPE).double()
-    network = lambda x_t, t: x_0 + 0.05  # noqa: E731  right, but for a little
-    mistake = -0.05 / (1 - d.alphas_cumprod).sqrt()  # of the predicted noise
-    x_T = ddim_invert(d, network, x_0, 50)
+    mistake = -0.05 / (1 - d.alphas_cumprod).sqrt()  # in the noise, where x_0 is 0.05 too large
+    x_T = ddim_invert(d, lambda x_t, t: x_0 + 0.05, x_0, 50)
     assert_close(x_T.mean(), 2 * mistake[0], rtol=0.01, atol=0)  # made by two steps: 15 sigma
-    x_T = ddim_invert(d, network, x_0, 50, start=20)
+    x_T = ddim_invert(d, lambda x_t, t: x_0 + 0.05, x_0, 50, start=20)
     assert_close(x_T.mean(), mistake[20], rtol=0.15, atol=0)  # and now one
     assert_close(x_T.std().item(), 1.0, rtol=0.1, atol=0)
 
@@ -115,7 +131,7 @@ def test_inverting_and_redrawing_returns_the_picture(bf16, pipeline, monkeypatch
 
 
 def test_a_picture_that_is_missed_is_inverted_again_and_the_best_is_kept(pipeline, monkeypatch):
-    # A stand-in for DDIM: a picture's "noise" is the picture with an error that its tries know.
+    # A stand-in for DDIM: a picture's "noise" is the picture with an error, listed in tries.
     tries = {0: [40.0], 1: [10.0, 25.0, 35.0], 2: [10.0, 22.0, 15.0, 12.0]}  # dB
     pictures = torch.stack([torch.full((3, 16, 16), 0.1 * k) for k in tries])
     asked = []
@@ -130,13 +146,6 @@ def test_a_picture_that_is_missed_is_inverted_again_and_the_best_is_kept(pipelin
     x_T = manipulate.invert(pipeline, pictures, unit(3, 16))
     assert_close(psnr(x_T, pictures), torch.tensor([40.0, 35.0, 22.0]))
     assert asked == [([0, 1, 2], [0] * 3), ([1, 2], [1] * 2), ([1, 2], [2] * 2), ([2], [3])]
-
-
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_only_eta_above_0_varies_with_the_seed(eta, pipeline):
-    latent = unit(1, 16), torch.randn(1, 3, 16, 16)
-    one, two = (manipulate.redraw(pipeline, *latent, [s], 10, eta) for s in (1, 2))
-    assert torch.allclose(one, two, atol=0.05) == (eta == 0)
 
 
 # --- slerp, blends, edits, probes
@@ -154,19 +163,16 @@ def test_slerp_turns_by_its_share_of_the_angle_and_stays_on_the_sphere():
     assert abs(noise.std() - 1) < 0.03  # a straight line gives 0.71
 
 
-def test_psnr_of_a_known_error():
-    error = torch.tensor([0.2, 0.02]).view(2, 1, 1, 1).expand(2, 3, 4, 4)
-    assert_close(psnr(torch.zeros(2, 3, 4, 4), error), torch.tensor([20.0, 40.0]))
-
-
 @pytest.fixture
 def redrawn(monkeypatch):
     """Collects the (image_emb, x_T) of all that is redrawn; inverting doubles the picture."""
+    def redraw(pipeline, image_emb, x_T, *settings):
+        seen.append((image_emb, x_T))
+        return torch.zeros(1, 3, 16, 16)
+
     seen = []
     monkeypatch.setattr(manipulate, "invert", lambda p, pictures, emb, steps: 2 * pictures)
-    monkeypatch.setattr(
-        manipulate, "redraw", lambda p, emb, x_T, *a: seen.append((emb, x_T)) or x_T
-    )
+    monkeypatch.setattr(manipulate, "redraw", redraw)
     return seen
 
 
@@ -192,21 +198,20 @@ def test_text_diff_is_the_unit_vector_between_two_captions(pipeline):
     red, blue = pipeline.text(["a red circle", "a blue circle"])[0]
     direction = manipulate.text_diff(pipeline, "a blue circle", "a red circle")
     assert_close(direction, F.normalize(blue - red, dim=0)[None])
-    empty = manipulate.text_diff(pipeline, "a blue circle")
-    assert_close(empty.norm(dim=1), torch.ones(1))
-    assert not torch.allclose(empty, direction, atol=1e-3)
+    ids = pipeline.clip.tokenizer(["a"])  # start, a, end, ...: without the a, the empty caption
+    empty = pipeline.clip.encode_ids(torch.cat([ids[:, :1], ids[:, 2:], 0 * ids[:, :1]], dim=1))[0]
+    assert_close(manipulate.text_diff(pipeline, "a blue circle"), F.normalize(blue - empty, dim=1))
 
 
-def test_a_probe_adds_components_until_it_has_the_embedding_itself(untrained_run, monkeypatch):
-    pipeline, seen = Pipeline(untrained_run, size=16, prior="ar_prior"), []
-    monkeypatch.setattr(pipeline, "decode", lambda emb, *a, **kw: seen.append((emb, a, kw)) or emb)
-    image_emb, counts = unit(1, 16), manipulate.probe_counts(16)
-    assert counts == [1, 2, 4, 8, 16]
-    manipulate.probe(pipeline, image_emb, pipeline.prior, counts, 7)
-    closeness = [(emb * image_emb).sum().item() for emb, _, _ in seen]
+def test_a_probe_adds_components_until_it_has_the_embedding_itself(untrained_run, files, redrawn):
+    pipeline = Pipeline(untrained_run, size=16, prior="ar_prior")
+    args = Namespace(image="a.png", seed=7, steps=None)
+    _, labels = manipulate.probe_command(pipeline, args)
+    assert labels == [f"{n} of 16" for n in (1, 2, 4, 8, 16)] + ["source"]
+    _, image_emb = manipulate.read(pipeline, "a.png")
+    closeness = [(emb * image_emb).sum().item() for emb, x_T in redrawn if x_T is None]
     assert closeness == sorted(closeness) and closeness[0] < 0.99
-    assert closeness[-1] == pytest.approx(1, abs=1e-5)
-    assert all(rest == (None, [7]) and kw == {"scale": 1.0, "eta": 0.0} for _, rest, kw in seen)
+    assert closeness[-1] == pytest.approx(1, abs=1e-5) and len(closeness) == 5
 
 
 # --- inpainting
@@ -218,7 +223,6 @@ def test_inpainting_keeps_the_rest_and_draws_the_oracles_point_under_the_mask():
     mask[..., 1:3, 2:6] = 1
     drawn = resample(d, lambda x, t: point, known, mask, steps=10, resamples=3)
     assert_close(drawn, torch.where(mask.bool(), point, known), rtol=0, atol=1e-6)
-    assert torch.equal(drawn * (1 - mask), known * (1 - mask))
 
 
 @pytest.mark.parametrize("resamples", [1, 3])
@@ -239,22 +243,6 @@ def test_inpainting_repeats_each_step_but_the_last_and_sees_the_known_part_noise
 # --- the commands
 
 
-@pytest.fixture
-def files(tmp_path, monkeypatch):
-    """A folder with two pictures, a mask that is white on its right half, and two mistakes."""
-    monkeypatch.chdir(tmp_path)
-    for name, colour in (("a", "red"), ("b", "blue")):
-        picture = Image.new("RGB", (40, 32), "gray")
-        picture.paste(colour, (8, 8, 24, 24))
-        picture.save(f"{name}.png")
-    mask = Image.new("L", (32, 32))
-    mask.save("black.png")
-    mask.paste(255, (16, 0, 32, 32))
-    mask.save("mask.png")
-    (tmp_path / "words.png").write_text("not a picture")
-    return tmp_path
-
-
 @pytest.mark.parametrize("arguments, columns, name, says", [
     ("vary a.png -n 2", 4, "vary_a", "dB"),
     ("vary a.png --eta 0", 2, "vary_a", "dB"),
@@ -268,24 +256,19 @@ def files(tmp_path, monkeypatch):
 def test_each_command_writes_a_labelled_strip(
     arguments, columns, name, says, untrained_run, files, capsys
 ):
-    size, steps = "64" if "fixed" in arguments else "16", "--steps 4" if says != "probe" else ""
-    common = f"{steps} --weights {untrained_run} --size {size}".split()
-    assert manipulate.main([*arguments.split(), *common, "--out", "one"]) == 0
+    for out in ("one", "two"):
+        command = f"{arguments} --steps 3 --weights {untrained_run} --size 16 --out {out}"
+        assert manipulate.main(command.split()) == 0
     assert says in capsys.readouterr().out
     assert Image.open(f"one/{name}.png").width == columns * 132 + 4
-    if name == "vary_a":  # and the same bytes again
-        assert manipulate.main([*arguments.split(), *common, "--out", "two"]) == 0
-        assert (files / "one/vary_a.png").read_bytes() == (files / "two/vary_a.png").read_bytes()
+    assert (files / f"one/{name}.png").read_bytes() == (files / f"two/{name}.png").read_bytes()
 
 
 @pytest.mark.parametrize("arguments, says", [
     ("vary nowhere.png", "no picture at nowhere.png"),
     ("vary words.png", "not a picture"),
-    ("vary a.png --eta 1.5", "between 0 and 1"),
-    ("vary a.png --steps 5000", "5000 sampling steps: choose 1 to 1000"),
-    ("inpaint a.png mask.png circle --steps 5000", "5000 sampling steps"),
-    ("blend a.png b.png --frames 1", "2 or more"),
-    ("edit a.png", "--to"),
+    ("vary a.png --steps 5000", "--steps: 5000: must be 1 to 1000"),
+    ("vary a.png --size 8", "--size 8"),
     ("edit a.png --to ", "empty"),
     ("edit a.png --to circle --from circle", "the same to CLIP"),
     ("inpaint a.png black.png circle", "white where to draw"),
@@ -293,6 +276,6 @@ def test_each_command_writes_a_labelled_strip(
 def test_mistakes_end_in_one_line_and_exit_code_2(arguments, says, untrained_run, files, capsys):
     command = [*arguments.split(" "), "--weights", str(untrained_run), "--out", "out"]
     assert manipulate.main(command) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert says in said[-1] and all(line.startswith("warning: ") for line in said[:-1])
+    said = capsys.readouterr().err
+    assert says in said and said.startswith("error: ") and said.count("\n") == 1
     assert not (files / "out").exists()

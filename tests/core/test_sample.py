@@ -10,9 +10,10 @@ from PIL import Image
 import sample
 from diffusion import GaussianDiffusion
 from sample import Pipeline
-from support import tools
 from support.drawing import slugs
 from support.sheets import to_pil
+
+NEAREST = Image.Resampling.NEAREST
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +25,8 @@ def pipeline(untrained_run):
 def draw(untrained_run, tmp_path):
     """Runs the command; returns its folder."""
     def run(*arguments, captions=("a red circle",), weights=untrained_run, out="out"):
-        code = sample.main([*captions, "--weights", str(weights), "--out", str(tmp_path / out),
-                            *arguments])
-        assert code == 0
+        command = [*captions, "--weights", weights, "--out", tmp_path / out, *arguments]
+        assert sample.main([str(x) for x in command]) == 0
         return tmp_path / out
     return run
 
@@ -34,27 +34,15 @@ def draw(untrained_run, tmp_path):
 # --- the library
 
 
-def test_the_library_draws_what_the_command_writes(untrained_run, draw):
-    pictures = Pipeline(untrained_run).draw("a red circle", seeds=[3, 4], size=32)
-    out = draw("-n", "2", "--seed", "3", "--size", "32")
-    for seed, picture in zip((3, 4), pictures, strict=True):
-        assert np.array_equal(picture, Image.open(out / f"a-red-circle_{seed}.png"))
-
-
-def test_a_string_is_one_caption_and_all_seeds_of_a_caption_come_first(pipeline):
-    both = pipeline.draw(["a red circle", "a star, on black"], seeds=[0, 1], size=16)
-    alone = pipeline.draw("a red circle", size=16) + pipeline.draw("a star, on black", [1], 16)
-    assert len(both) == 4 and both[0] == alone[0] and both[3] == alone[1]
-    assert len({picture.tobytes() for picture in both}) == 4
-
-
-def test_draws_in_bfloat16_too(untrained_run, monkeypatch):
-    pictures = []
-    for fast in (True, False):
-        monkeypatch.setattr(tools, "cpu_is_fast_in_bf16", lambda fast=fast: fast)
-        pictures.append(np.array(Pipeline(untrained_run).draw("a red circle")[0], float))
-    assert not np.array_equal(*pictures)
-    assert np.abs(pictures[0] - pictures[1]).mean() < 8  # of 255 grey levels
+def test_all_seeds_of_a_caption_come_first_and_the_command_writes_the_same_pictures(pipeline, draw):
+    captions = ["a red circle", "a star, on black"]
+    both = pipeline.draw(captions, seeds=[3, 4], size=16)
+    alone = pipeline.draw(captions[0], [3], 16) + pipeline.draw(captions[1], [4], 16)
+    assert both[0] == alone[0] and both[3] == alone[1]
+    assert len({picture.tobytes() for picture in both}) == len(both) == 4
+    out = draw("-n", "2", "--seed", "3", "--size", "16", captions=captions)
+    names = [f"{c}_{s}.png" for c in ("a-red-circle", "a-star-on-black") for s in (3, 4)]
+    assert all(np.array_equal(p, Image.open(out / name)) for p, name in zip(both, names))
 
 
 def test_noise_is_that_of_the_seed_stage_and_attempt_in_any_batch():
@@ -68,23 +56,16 @@ def test_of_several_pictures_the_one_closest_to_its_embedding_is_kept(pipeline):
     text = pipeline.text(["a red circle"] * 6)
     emb = pipeline.embed(text, seeds)
     for given, wanted in ((emb, emb), (None, text[0])):
-        drawn = [pipeline.decode(given, text, seeds, attempt=a) for a in range(N)]
+        drawn = torch.stack([pipeline.decode(given, text, seeds, attempt=a) for a in range(N)])
         kept, best = pipeline.decode_best(N, given, text, seeds)
         for k in range(6):
-            seen = [pipeline.clip.encode_image(d[k:k + 1])[0] for d in drawn]
-            cosines = [float(x @ wanted[k]) for x in seen]
-            assert best[k] == cosines.index(max(cosines))
-            assert torch.equal(kept[k], drawn[best[k]][k])
+            cosines = pipeline.clip.encode_image(drawn[:, k]) @ wanted[k]
+            assert best[k] == cosines.argmax() and torch.equal(kept[k], drawn[best[k], k])
         assert len(set(best.tolist())) > 1  # or the test could not tell attempts apart
-        alone, _ = pipeline.decode_best(1, given, text, seeds)
-        assert torch.equal(alone, drawn[0])
 
 
-def test_guidance_and_steps_reach_the_prior_and_the_decoder(pipeline):
-    text = pipeline.text(["a red circle"])
-    emb, plain = pipeline.embed(text, [0]), pipeline.draw("a red circle", size=16)
-    assert not torch.equal(emb, pipeline.embed(text, [0], scale=3.0))
-    assert not torch.equal(emb, pipeline.embed(text, [0], steps=7))
+def test_every_setting_changes_the_picture(pipeline):
+    plain = pipeline.draw("a red circle", size=16)
     for name in ("scale", "steps", "prior_scale", "prior_steps", "candidates"):
         assert pipeline.draw("a red circle", size=16, **{name: 1}) != plain, name
 
@@ -97,9 +78,7 @@ def test_guidance_and_steps_reach_the_prior_and_the_decoder(pipeline):
     ({"decoder": "decoder_text_emb"}, lambda p, text: text[0]),
     ({"decoder": "decoder_caption"}, lambda p, text: None),
 ])
-def test_draw_puts_the_stages_together_with_their_usual_settings(
-    stages, wanted, untrained_run
-):
+def test_draw_puts_the_stages_together_with_their_usual_settings(stages, wanted, untrained_run):
     p = Pipeline(untrained_run, **stages)
     text = p.text(["a red circle"])
     picture, _ = p.decode_best(2, wanted(p, text), text, [0], scale=2.0)
@@ -109,15 +88,16 @@ def test_draw_puts_the_stages_together_with_their_usual_settings(
 # --- the command
 
 
-def test_writes_a_picture_each_and_a_grid_and_says_where(draw, capsys):
-    out = draw("-n", "2", "--seed", "5", captions=("a red circle", "A star, on black"))
-    pictures = [f"{c}_{s}.png" for c in ("a-red-circle", "a-star-on-black") for s in (5, 6)]
-    names = sorted(p.name for p in out.iterdir())
-    assert names == sorted([*pictures, "grid_a-red-circle_5.png"])
-    said = capsys.readouterr().out
-    assert all(str(out / name) in said for name in names)
-    assert Image.open(out / pictures[0]).size == (64, 64)
-    assert Image.open(out / "grid_a-red-circle_5.png").width == 2 * (128 + 4) + 4
+def test_says_what_it_wrote_and_nothing_else_but_one_warning(draw, capfd):
+    out = draw("-n", "2", "--seed", "5", captions=("a red circle", "A zebra"))
+    names = [f"{c}_{s}.png" for c in ("a-red-circle", "a-zebra") for s in (5, 6)]
+    names.append("grid_a-red-circle_5.png")
+    assert sorted(p.name for p in out.iterdir()) == sorted(names)
+    assert Image.open(out / names[0]).size == (64, 64)
+    assert Image.open(out / names[-1]).width == 2 * (128 + 4) + 4
+    said = capfd.readouterr()
+    assert said.out.splitlines() == [str(out / name) for name in names]
+    assert said.err.count("\n") == 1 and "zebra" in said.err
 
 
 def test_out_can_name_the_grid_but_not_take_the_place_of_a_picture(draw, untrained_run, capsys):
@@ -136,26 +116,20 @@ def test_the_same_command_writes_the_same_bytes(draw):
 
 
 def test_stages_shows_each_picture_at_every_size_it_had(draw, pipeline):
-    cell, out = 128, draw("-n", "1", "--stages")
     stages = pipeline.draw("a red circle", stages=True)
     assert [p.width for p in stages] == [16, 32, 64]
-    assert np.array_equal(stages[-1], Image.open(out / "a-red-circle_0.png"))
-    grid = Image.open(out / "grid_a-red-circle_0.png")
-    assert grid.width == 3 * (cell + 4) + 4
-    for k, stage in enumerate(stages):
-        x = 4 + k * (cell + 4)
-        expected = stage.resize((cell, cell), Image.Resampling.NEAREST)
-        assert grid.crop((x, 4, x + cell, 4 + cell)).tobytes() == expected.tobytes()
+    grid = Image.open(draw("-n", "1", "--stages") / "grid_a-red-circle_0.png")
+    assert grid.width == 3 * (128 + 4) + 4
+    for x, stage in zip((4, 4 + 132, 4 + 2 * 132), stages, strict=True):
+        assert grid.crop((x, 4, x + 128, 4 + 128)) == stage.resize((128, 128), NEAREST)
 
 
 def test_each_film_ends_with_the_picture_that_was_kept(pipeline):
     films = []
     pictures = pipeline.draw("a red circle", range(8), size=16, steps=5, films=films)
     for film, picture in zip(films, pictures, strict=True):
-        x_t_and_x_0 = film.frames[-1]
-        shown = x_t_and_x_0.crop((4 * 16, 0, 2 * 4 * 16, 4 * 16))
-        assert len(film.frames) == 5
-        assert shown == picture.resize((4 * 16, 4 * 16), Image.Resampling.NEAREST)
+        x_0 = film.frames[-1].crop((4 * 16, 0, 2 * 4 * 16, 4 * 16))  # to the right of x_t
+        assert len(film.frames) == 5 and x_0 == picture.resize((4 * 16, 4 * 16), NEAREST)
 
 
 def test_stops_at_the_largest_trained_size_and_says_so(untrained_run, draw, tmp_path, capsys):
@@ -168,21 +142,16 @@ def test_stops_at_the_largest_trained_size_and_says_so(untrained_run, draw, tmp_
 
 def test_file_names_are_different_and_short_enough_in_bytes():
     assert slugs(["Red", "red 2", "red!", "..."]) == ["red", "red-2", "red-3", "caption"]
-    assert all(len(name.encode()) <= 180 for name in slugs(["\U0001d49c" * 100]))
+    assert all(0 < len(name.encode()) <= 60 for name in slugs(["\U0001d49c" * 100]))
 
 
 @pytest.mark.parametrize("arguments, says", [
-    (["a circle", "   "], "caption is empty"),
-    ([], "caption"),
-    (["a circle", "--weights", "/no/such"], "/no/such"),
-    (["a circle", "-n", "0"], "must be 1 or more"),
-    (["a circle", "--size", "8"], "--size 8"),
-    (["a circle", "--steps", "0"], "--steps"),
-    (["a circle", "--steps", "5000"], "5000 sampling steps: choose 1 to 1000"),
-    (["a circle", "--prior-steps", "1001"], "1001 sampling steps: choose 1 to 1000"),
-    (["a circle", "--device", "abacus"], "abacus"),
-    (["a circle", "--out", "file/there"], "cannot write into file/there"),
-    (["a circle", "--decoder", "decoder_caption", "--prior", "text_emb"], "leave --prior out"),
+    ("a|   ", "caption is empty"),
+    ("a|--weights|/no/such", "/no/such"),
+    ("a|--size|8", "--size 8"),
+    ("a|--prior-steps|1001", "--prior-steps: 1001: must be 1 to 1000"),
+    ("a|--out|file/there", "cannot write into file/there"),
+    ("a|--decoder|decoder_caption|--prior|text_emb", "leave --prior out"),
 ])
 def test_mistakes_end_in_one_line_before_any_work(
     arguments, says, untrained_run, tmp_path, monkeypatch, capsys
@@ -190,20 +159,18 @@ def test_mistakes_end_in_one_line_before_any_work(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     monkeypatch.setattr(GaussianDiffusion, "sample", lambda *a, **k: pytest.fail("work was done"))
-    if "--weights" not in arguments:
-        arguments = [*arguments, "--weights", str(untrained_run)]
-    assert sample.main(arguments) == 2
-    said = capsys.readouterr().err.strip().splitlines()
-    assert said[-1].startswith("error: ") and says in said[-1]
-    assert "Traceback" not in "".join(said) and not (tmp_path / "samples").exists()
+    assert sample.main(["--weights", str(untrained_run), *arguments.split("|")]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("error: ") and says in said and "\n" not in said
+    assert not (tmp_path / "samples").exists()
 
 
 def test_missing_weights_and_those_of_another_clip_are_named(untrained_run, tmp_path, capsys):
     copy = shutil.copytree(untrained_run, tmp_path / "copy")
     command = ["a circle", "--weights", str(copy), "--out", str(tmp_path / "out")]
+    (copy / "prior.pt").unlink()
+    assert sample.main(command) == 2 and "prior.pt" in capsys.readouterr().err
     saved = torch.load(copy / "clip.pt", weights_only=True)
     saved["ema"]["model.text_projection"] += 1
     torch.save(saved, copy / "clip.pt")
     assert sample.main(command) == 2 and "do not mix" in capsys.readouterr().err
-    (copy / "prior.pt").unlink()
-    assert sample.main(command) == 2 and "prior.pt" in capsys.readouterr().err
