@@ -154,7 +154,7 @@ def main(argv=None):
     add("-n", type=positive, default=4, help="pictures a caption")
     add("--prior", choices=("prior", "ar_prior", "text_emb", "none"), help="where the decoder's "
         "image embedding comes from (default: prior, or what a baseline was trained with)")
-    add("--decoder", default="decoder", choices=("decoder", *BASELINES), help="or a baseline, sec. 5")
+    add("--decoder", default="decoder", choices=("decoder", *BASELINES), help="or a baseline")
     add("--prior-scale", type=finite, help=PRIOR_SCALE_HELP)
     add("--scale", type=finite, default=2.0, help="guidance of the decoder, off at 1")
     add("--prior-steps", type=sampling_steps, help="of the prior, 1 to 1000 (default: 64)")
