@@ -33,6 +33,7 @@ MICRO = {
                     "stem": 2, "degradation": "bsr", "schedule": "linear", "sample_steps": 3},
                    SHORT | {"batch_size": 4}),
 }
+stages.PRESETS["micro"] = MICRO
 
 
 @pytest.fixture
@@ -47,7 +48,6 @@ def same_numbers_on_one_thread():
 @pytest.fixture(scope="session")
 def micro_run(tmp_path_factory):
     """A folder with every stage trained for three steps: enough to run, not enough to draw."""
-    stages.PRESETS["micro"] = MICRO
     folder = tmp_path_factory.mktemp("runs") / "micro"
     settings = ["--preset", "micro", "--out", str(folder), "--workers", "0", "--sample-every", "3"]
     for stage in ("all", "ar_prior", "decoder_text_emb", "decoder_caption"):
@@ -71,7 +71,6 @@ def untrained_run(tmp_path_factory):
             "stage": stage, "config": config_dict(model), "ema": model.state_dict(), "step": 0,
             "clip": about})
 
-    stages.PRESETS["micro"] = MICRO
     folder = tmp_path_factory.mktemp("runs") / "untrained"
     with torch.random.fork_rng():
         torch.manual_seed(0)
