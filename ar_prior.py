@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from networks import Block, causal_mask, run_blocks
-from prior import CaptionPrefix, cosines
+from diffusion import SeededNoise
+from networks import Block, CaptionPrefix, causal_mask, run_blocks
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,12 @@ class AutoregressivePrior(nn.Module):
         logits = self(codes, text_emb, batch["text_enc"], batch["text_mask"], dot, keep)
         return F.cross_entropy(logits.float().flatten(0, 1), codes.flatten())
 
-    preview = cosines
+    def preview(self, batches):
+        """What to look at in training: the cosine of drawn and true embeddings."""
+        batch, _ = batches.look()
+        drawn = self.sample(batch["text_emb"], batch["text_enc"], batch["text_mask"],
+                            noise=SeededNoise(range(len(batch["text_emb"]))))
+        return {"cos_true": (drawn * batch["image_emb"]).sum(dim=1).mean().item()}, None, None
 
     # --- sampling ---
 

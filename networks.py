@@ -9,8 +9,8 @@ cheap to see everything at once, and up again to full detail; skips carry the de
 things enter it from outside: an embedding, which scales and shifts the features of every residual
 block, the same for all pixels; and context tokens, from which each pixel picks by attention.
 
-Letters: B batch, N tokens, M transformer width, P cached tokens, C channels, H, W picture sides,
-E timestep embedding, X context width.
+Letters: B batch, N tokens, M transformer width, P cached tokens, L caption tokens, D CLIP embedding,
+C channels, H, W picture sides (W also CLIP's text width), E timestep embedding, X context width.
 """
 
 import functools
@@ -115,6 +115,32 @@ def causal_mask(key_mask):
     tokens are looked at by themselves alone, as a softmax over nothing would be 0 / 0."""
     itself = torch.eye(key_mask.shape[1], dtype=torch.bool, device=key_mask.device)
     return torch.ones_like(itself).tril() & key_mask[:, None] | itself
+
+
+class CaptionPrefix(nn.Module):
+    """[caption tokens] [text embedding] as transformer tokens, with which both priors begin."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, M = config.dim, config.width
+        self.text_enc_in, self.text_emb_in = nn.Linear(config.text_width, M), nn.Linear(D, M)
+        self.null_text_emb = nn.Parameter(torch.randn(D) / math.sqrt(D))
+        self.position = nn.Parameter(0.02 * torch.randn(config.text_len + 1, M))
+
+    def forward(self, text_emb, text_enc, text_mask, keep=None):
+        """text_emb (B, D), text_enc (B, L, W), text_mask (B, L) -> tokens (B, P, M), mask (B, P).
+
+        Where keep (B,) is False, the caption is dropped, and nothing else: its tokens are masked
+        out, and a learned vector replaces the text embedding.
+        """
+        if keep is not None:
+            text_emb = torch.where(keep[:, None], text_emb, self.null_text_emb.to(text_emb.dtype))
+            text_mask = text_mask & keep[:, None]
+        text_emb = text_emb * math.sqrt(text_emb.shape[-1])  # unit norm -> entries of size 1
+        tokens = torch.cat([self.text_enc_in(text_enc), self.text_emb_in(text_emb)[:, None]], dim=1)
+        # A batch may pad its captions to less than L; the text embedding keeps the last position.
+        position = torch.cat([self.position[: text_enc.shape[1]], self.position[-1:]])
+        return tokens + position, F.pad(text_mask, (0, 1), value=True)
 
 
 # --- the U-Net's parts -----------------------------------------------------------------------

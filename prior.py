@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffusion import GaussianDiffusion, SeededNoise, guided
-from networks import Block, causal_mask, run_blocks, timestep_embedding
+from networks import Block, CaptionPrefix, causal_mask, run_blocks, timestep_embedding
 
 
 def embedding_scale(dim):
@@ -54,43 +54,6 @@ class PriorConfig:
     drop_text: float = 0.1  # share of examples trained without their caption, for guidance
     diffusion_steps: int = 1000  # T
     sample_steps: int = 64
-
-
-class CaptionPrefix(nn.Module):
-    """[caption tokens] [text embedding] as transformer tokens, with which both priors begin."""
-
-    def __init__(self, config):
-        super().__init__()
-        D, M = config.dim, config.width
-        self.text_enc_in, self.text_emb_in = nn.Linear(config.text_width, M), nn.Linear(D, M)
-        self.null_text_emb = nn.Parameter(torch.randn(D) / math.sqrt(D))
-        self.position = nn.Parameter(0.02 * torch.randn(config.text_len + 1, M))
-
-    def forward(self, text_emb, text_enc, text_mask, keep=None):
-        """text_emb (B, D), text_enc (B, L, W), text_mask (B, L) -> tokens (B, P, M), mask (B, P).
-
-        Where keep (B,) is False, the caption is dropped, and nothing else: its tokens are masked
-        out, and a learned vector replaces the text embedding.
-        """
-        if keep is not None:
-            text_emb = torch.where(keep[:, None], text_emb, self.null_text_emb.to(text_emb.dtype))
-            text_mask = text_mask & keep[:, None]
-        text_emb = text_emb * math.sqrt(text_emb.shape[-1])  # unit norm -> entries of size 1
-        tokens = torch.cat([self.text_enc_in(text_enc), self.text_emb_in(text_emb)[:, None]], dim=1)
-        # A batch may pad its captions to less than L; the text embedding keeps the last position.
-        position = torch.cat([self.position[: text_enc.shape[1]], self.position[-1:]])
-        return tokens + position, F.pad(text_mask, (0, 1), value=True)
-
-
-def cosines(prior, batches):
-    """Figures for either prior's preview: is a drawn embedding closer to the true one than to the
-    caption's, or to another picture's?"""
-    batch, _ = batches.look()
-    text_emb, true = batch["text_emb"], batch["image_emb"]
-    drawn = prior.sample(text_emb, batch["text_enc"], batch["text_mask"],
-                         noise=SeededNoise(range(len(true))))
-    others = {"cos_true": true, "cos_text": text_emb, "cos_unrelated": true.roll(1, 0)}
-    return {k: (drawn * x).sum(dim=1).mean().item() for k, x in others.items()}, None, None
 
 
 class DiffusionPrior(nn.Module):
@@ -164,7 +127,15 @@ class DiffusionPrior(nn.Module):
             x_0 = batch["image_emb"] * embedding_scale(self.config.dim)
             self.diffusion.estimate_variance(functools.partial(self, **cond), x_0)
 
-    preview = cosines
+    def preview(self, batches):
+        """What to look at in training: is a drawn embedding closer to the true one than to the
+        caption's, or to another picture's? (figures, no pictures, no captions)"""
+        batch, _ = batches.look()
+        text_emb, true = batch["text_emb"], batch["image_emb"]
+        drawn = self.sample(text_emb, batch["text_enc"], batch["text_mask"],
+                            noise=SeededNoise(range(len(true))))
+        others = {"cos_true": true, "cos_text": text_emb, "cos_unrelated": true.roll(1, 0)}
+        return {k: (drawn * x).sum(dim=1).mean().item() for k, x in others.items()}, None, None
 
     # --- sampling ---
 

@@ -13,7 +13,7 @@ from helpers import (
     D, FakeBatches, L, T, W, amplify, batch_of, captions, differs, flags, unit,
 )
 from networks import run_blocks
-from prior import DiffusionPrior, PriorConfig, cosines, embedding_scale, rerank
+from prior import DiffusionPrior, PriorConfig, embedding_scale, rerank
 
 M = 32
 TINY = dict(dim=D, text_width=W, text_len=L, width=M, depth=2, heads=2,
@@ -258,7 +258,7 @@ def test_preview_compares_a_drawn_embedding_with_the_true_the_captions_and_anoth
         seen.append(noise((3, 2)))
         return F.normalize(batch["image_emb"] + batch["text_emb"], dim=-1)
 
-    figures, *nothing = cosines(SimpleNamespace(sample=sample), FakeBatches(batch))
+    figures, *nothing = DiffusionPrior.preview(SimpleNamespace(sample=sample), FakeBatches(batch))
     drawn, image_emb = sample(noise=SeededNoise([0, 1, 2])), batch["image_emb"]
     wanted = {"cos_true": image_emb, "cos_text": batch["text_emb"],
               "cos_unrelated": image_emb[[2, 0, 1]]}
