@@ -9,7 +9,7 @@ cheap to see everything at once, and up again to full detail; skips carry the de
 things enter it from outside: an embedding, which scales and shifts the features of every residual
 block, the same for all pixels; and context tokens, from which each pixel picks by attention.
 
-Letters: B batch, N tokens, M transformer width, P cached tokens, L caption tokens, D CLIP embedding,
+Letters: B batch, N tokens, M transformer width, P cached tokens, L caption tokens, D embedding,
 C channels, H, W picture sides (W also CLIP's text width), E timestep embedding, X context width.
 """
 
