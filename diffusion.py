@@ -107,6 +107,7 @@ class GaussianDiffusion(nn.Module):
     def __init__(self, T=1000, schedule="cosine", predict="noise", variance="fixed_small",
                  clip_x_0=True, weight_cap=None):
         super().__init__()
+        assert predict in ("noise", "x_0", "v")
         assert variance in ("fixed_small", "fixed_large", "learned", "analytic")
         self.T, self.predict, self.variance = T, predict, variance
         self.clip_x_0, self.weight_cap = clip_x_0, weight_cap
@@ -143,8 +144,7 @@ class GaussianDiffusion(nn.Module):
         """c1, c2, beta, variance of a step down from t to t_prev, (B,) float64 (DDPM eqs. 6, 7).
 
         The posterior has the mean c1 * x_0 + c2 * x_t and this variance, 0 at t_prev = -1. A jump
-        over several levels is one step of a shorter schedule (improved DDPM eq. 19).
-        """
+        over several levels is one step of a shorter schedule (improved DDPM eq. 19)."""
         alpha_bar, alpha_bar_prev = self.alpha_bar(t), self.alpha_bar(t_prev)
         alpha = alpha_bar / alpha_bar_prev
         beta = 1 - alpha
