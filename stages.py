@@ -165,7 +165,7 @@ def load_stage(folder, stage, device="cpu"):
     path = Path(folder) / f"{stage}.pt"
     checkpoint = load_checkpoint(path, stage)
     model = build(checkpoint, path).to(device)
-    model.clip = checkpoint.get("clip")
+    model.clip = checkpoint["clip"]
     return model
 
 

@@ -1,14 +1,13 @@
-"""What every command needs and none of it is about unCLIP: device, precision, signals, arguments.
+"""What every command needs and has nothing to do with unCLIP: device, precision, signals, options.
 
-A student can skip this file. What is worth knowing: precision is chosen in `autocast`, and a user's
-mistake is a UserError, which `user_errors` turns into one line and exit code 2.
+A student can skip this file. Worth knowing: `autocast` chooses the precision, and a user's mistake
+is a UserError, which `user_errors` turns into one line and exit code 2.
 """
 
 import argparse
 import functools
 import math
 import os
-import re
 import signal
 import sys
 import threading
@@ -16,11 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
 
 
 class UserError(Exception):
@@ -32,30 +26,28 @@ class UserError(Exception):
 
 def choose_device(name):
     """ "auto", "cpu", "cuda", "cuda:1", ... -> torch.device. Raises UserError if it isn't there."""
+    count = torch.cuda.device_count()
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = re.fullmatch(r"cpu|cuda(?::(0|[1-9][0-9]?))?", name)
-    if not found or name != "cpu" and int(found[1] or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this machine has the device cpu and "
-                        f"{torch.cuda.device_count()} of the kind cuda; use --device cpu or auto")
+        name = "cuda" if count else "cpu"
+    if name not in ("cpu", *["cuda"][:count], *(f"cuda:{k}" for k in range(count))):
+        raise UserError(f"--device {name}: this machine has the device cpu and {count} of the kind "
+                        "cuda; use --device cpu or auto")
     return torch.device(name)
 
 
 def autocast(device):
     """Compute in bfloat16 where the hardware multiplies it fast; weights stay in float32."""
-    device = torch.device(device)
-    cuda = device.type == "cuda"
-    fast = torch.cuda.get_device_capability(device) >= (8, 0) if cuda else cpu_is_fast_in_bf16()
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+    kind = torch.device(device).type
+    fast = (torch.cuda.get_device_capability(device) >= (8, 0) if kind == "cuda"
+            else cpu_is_fast_in_bf16())
+    return torch.autocast(kind, torch.bfloat16, enabled=fast)
 
 
 @functools.lru_cache
 def cpu_is_fast_in_bf16():
-    """Whether this CPU multiplies bfloat16 faster than float32: not all that can do it are.
-
-    AMX is made for it, and AMD's AVX512-BF16 is fast. Intel's AVX512-BF16 without AMX, as in some
-    virtual machines, is slower than float32. `python -m lab.bench` prints both.
-    """
+    """Whether this CPU multiplies bfloat16 faster than float32. Chips with AMX or AMD's AVX512-BF16
+    do; Intel's AVX512-BF16 without AMX, as in some virtual machines, is slower than float32.
+    `python -m lab.bench` prints both."""
     if getattr(torch.cpu, "_is_amx_tile_supported", bool)():
         return True
     try:
@@ -66,17 +58,18 @@ def cpu_is_fast_in_bf16():
 
 
 def usable_cores():
-    """Processor cores that this process may use, which `taskset` can make fewer than there are."""
-    if hasattr(os, "sched_getaffinity"):  # Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Processor cores that this process may use: `taskset` can take some away, on Linux."""
+    linux = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
 
 
 def peak_memory(device):
-    """Most memory this process has held so far, GB: the GPU's, or on a CPU the process's own."""
+    """Most memory this process has held so far, in GB: on the GPU, or in main memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    if resource is None:
+    try:
+        import resource
+    except ImportError:  # Windows
         return math.nan
     unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
@@ -87,22 +80,18 @@ def peak_memory(device):
 
 @contextmanager
 def stop_signals(listen=True):
-    """Ctrl-C, SIGTERM (a cluster's preemption) and SIGHUP (a closed terminal) ask a loop to stop.
-
-    Yields a list that is empty until then. A second Ctrl-C stops at once. listen=False: ignore
-    them, as another process decides. In a thread there are no signals to listen to.
-    """
-    asked = []
+    """Ctrl-C, SIGTERM (a cluster's preemption) and SIGHUP (a closed terminal) ask a loop to stop:
+    yields a list that is empty until then. A second Ctrl-C stops at once. listen=False ignores
+    them, as another process decides."""
+    asked, before = [], {}
 
     def ask(number, frame):
         if listen and asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.extend([number] if listen else [])
 
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before = {number: signal.signal(number, ask) for number in SIGNALS}
+    if threading.current_thread() is threading.main_thread():  # other threads get no signals
+        before = {number: signal.signal(number, ask) for number in SIGNALS}
     try:
         yield asked
     finally:
@@ -123,7 +112,7 @@ def ignore_signals(worker):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows every default but None and False: those the help's own words explain, if need be."""
+    """Shows every default but None and False."""
 
     def _get_help_string(self, action):
         said = action.default is None or action.default is False
@@ -141,7 +130,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def known_failure(e):
-    """What to do about a failure that is the machine's and not the program's; None of any other."""
+    """What to do about a failure of the machine; None if it is the program's own."""
     words = (str(e).strip() or type(e).__name__).splitlines()[0][:100]
     memory = ("allocate memory", "ALLOC_FAILED", "is killed by signal")
     if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or any(m in str(e) for m in memory):

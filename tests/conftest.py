@@ -1,5 +1,6 @@
 """Shared by all tests: imports from the repository's root, and one very small trained pipeline."""
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 import stages
 import train
 from clip_model import SmallClip, SmallClipConfig, freeze_small_clip
-from support.checkpoint import config_dict, save_checkpoint
+from support.checkpoint import save_checkpoint
 from support.tokenizer import make_vocab
 
 # Every stage at a size that trains a step in milliseconds. 16 -> 32 -> 64 pixels.
@@ -33,6 +34,7 @@ MICRO = {
                     "stem": 2, "degradation": "bsr", "schedule": "linear", "sample_steps": 3},
                    SHORT | {"batch_size": 4}),
 }
+stages.PRESETS["micro"] = MICRO
 
 
 @pytest.fixture
@@ -47,7 +49,6 @@ def same_numbers_on_one_thread():
 @pytest.fixture(scope="session")
 def micro_run(tmp_path_factory):
     """A folder with every stage trained for three steps: enough to run, not enough to draw."""
-    stages.PRESETS["micro"] = MICRO
     folder = tmp_path_factory.mktemp("runs") / "micro"
     settings = ["--preset", "micro", "--out", str(folder), "--workers", "0", "--sample-every", "3"]
     for stage in ("all", "ar_prior", "decoder_text_emb", "decoder_caption"):
@@ -68,10 +69,9 @@ def untrained_run(tmp_path_factory):
     def save(stage, model):
         about = {"spec": "small", "identity": clip.identity} if stages.needs_clip(stage) else None
         save_checkpoint(folder / f"{stage}.pt", {
-            "stage": stage, "config": config_dict(model), "ema": model.state_dict(), "step": 0,
-            "clip": about})
+            "stage": stage, "config": dataclasses.asdict(model.config), "ema": model.state_dict(),
+            "step": 0, "clip": about})
 
-    stages.PRESETS["micro"] = MICRO
     folder = tmp_path_factory.mktemp("runs") / "untrained"
     with torch.random.fork_rng():
         torch.manual_seed(0)

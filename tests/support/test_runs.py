@@ -27,9 +27,11 @@ from train import Batches
 
 UPSAMPLER = ["upsampler1", "--preset", "micro", "--batch-size", "4", "--limit", "16",
              "--sample-every", "1000", "--workers", "0"]
-# For a process of its own: the micro preset does not exist there, so it is put in first.
-PREFIX = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; "
-PREFIX += "import conftest, stages, train; stages.PRESETS['micro'] = conftest.MICRO; "
+# A script for another process. conftest registers the micro preset.
+SCRIPT = f"""import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
+import conftest, train
+if __name__ == "__main__": sys.exit(train.main())"""
 
 
 def run(folder, *options):
@@ -111,8 +113,8 @@ def uninterrupted(tmp_path_factory):
 def interrupted(folder, number, steps_before):
     """Train in another process, send it a signal, wait for its end: (exit code, errors)."""
     options = map(str, (*UPSAMPLER, "--steps", 30, "--save-every", 5, "--out", folder))
-    process = subprocess.Popen([sys.executable, "-c", PREFIX + "sys.exit(train.main())", *options],
-                               cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, *options], cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline, log = time.time() + 100, folder / "metrics.jsonl"
     while not log.exists() or len(log.read_text().splitlines()) < steps_before:
         assert time.time() < deadline and process.poll() is None, process.communicate()
@@ -421,7 +423,7 @@ def test_a_compiled_training_ends_where_an_uncompiled_one_does(micro_run, tmp_pa
 
 def torchrun(tmp_path, *arguments):
     script = tmp_path / "run.py"
-    script.write_text(PREFIX + "\nif __name__ == '__main__': sys.exit(train.main())")
+    script.write_text(SCRIPT)
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          str(script), *map(str, arguments)],
