@@ -248,8 +248,8 @@ KEPT = ("data", "root", "limit", "preset", "seed", "steps", "batch_size", "lr", 
 
 
 def settle(stage, args, before):
-    """The settings of a training: what the command line says, else what the training began with
-    (`before`), else the preset's. Refuses or notes what --resume would change."""
+    """The settings of a training: from the command line, else from before --resume, else from the
+    preset. Refuses to change the data, the preset or the seed, and notes other changes."""
     given = {name: x for name, x in vars(args).items() if name in KEPT and x is not None}
     before = {name: x for name, x in before.items() if name in KEPT}
     for name in given:
@@ -258,9 +258,9 @@ def settle(stage, args, before):
             if name in ("data", "preset", "seed"):
                 raise UserError(f"--resume: {changed}; leave it out, or give another --out")
             print(f"note: {stage}: {changed}")
-    settings = {"data": "shapes", "preset": "tiny", "seed": 0} | before | given
-    settings = recipe(settings["preset"], stage)[1] | settings
-    return dict.fromkeys(KEPT) | settings | {
+    said = {"data": "shapes", "preset": "tiny", "seed": 0} | before | given
+    settings = dict.fromkeys(KEPT) | recipe(said["preset"], stage)[1] | said
+    return settings | {
         "log_every": max(1, min(50, settings["steps"] // 20)),
         "save_every": args.save_every or max(1, min(500, settings["steps"] // 10)),
         "sample_every": args.sample_every or max(1, settings["steps"] // 5),
@@ -274,11 +274,10 @@ def run_stage(stage, args, device, rank, world):
         print(f"clip: nothing to train, {args.clip} is a pretrained one")
         return
     path = Path(args.out) / f"{stage}.pt"
-    checkpoint = {"step": 0, "clip": None, "run": {}, "figures": {}}
-    if path.exists():
-        if not args.resume:
-            raise UserError(f"{path} is there: --resume continues it, another --out starts afresh")
-        checkpoint = load_checkpoint(path, stage)
+    if path.exists() and not args.resume:
+        raise UserError(f"{path} is there: --resume continues it, another --out starts afresh")
+    checkpoint = (load_checkpoint(path, stage) if path.exists()
+                  else {"step": 0, "clip": None, "run": {}, "figures": {}})
     settings = settle(stage, args, checkpoint["run"])
     steps, size = settings["steps"], settings["batch_size"]
     if checkpoint["step"] >= steps:
@@ -287,11 +286,10 @@ def run_stage(stage, args, device, rank, world):
     if size % world or stage == "clip" and size < 2 * world:
         raise UserError(f"--batch-size {size}: choose a multiple of the {world} processes; CLIP, "
                         "which tells pictures apart, needs 2 or more in each")
-    limits = [settings["limit"]] * 2
-    if settings["data"] == "shapes":  # as many as are asked for are drawn
-        limits = settings["limit"] or PRESETS[settings["preset"]]["data"], 512
-    data, val = (load_data(settings["data"], settings["root"], split, limit)
-                 for split, limit in zip(("train", "val"), limits))
+    limits = {"train": settings["limit"], "val": settings["limit"]}
+    if settings["data"] == "shapes":  # drawn here, so there are as many as we like
+        limits = {"train": settings["limit"] or PRESETS[settings["preset"]]["data"], "val": 512}
+    data, val = (load_data(settings["data"], settings["root"], *x) for x in limits.items())
     settings |= {"fingerprint": data.fingerprint(), "world": world}
     if (checkpoint["run"] or settings).get("fingerprint") != settings["fingerprint"]:
         print(f"note: {stage}: the data is not the same as when this training began")
@@ -304,7 +302,7 @@ def run_stage(stage, args, device, rank, world):
         with autocast(device):
             embeddings = [embed(clip, d, path.parent / "cache") for d in (data, val)]
     torch.manual_seed(settings["seed"])
-    model = (build(checkpoint, path) if path.exists()
+    model = (build(checkpoint, path) if "ema" in checkpoint
              else fresh_model(stage, settings["preset"], data, clip, embeddings[0]))
     print(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {steps} "
           f"steps of {size} on {device}, to {path}")

@@ -1,4 +1,4 @@
-"""Checkpoints: a trained stage on disk, written so that nothing is lost, read so that nothing runs.
+"""Checkpoints: a trained stage on disk, never half written; reading one never runs code in it.
 
 A checkpoint is a plain dictionary that torch.load(weights_only=True) accepts:
 
@@ -6,14 +6,14 @@ A checkpoint is a plain dictionary that torch.load(weights_only=True) accepts:
     config    the fields of the frozen dataclass that built the model
     ema       the averaged weights, which sampling uses
     step      training steps done
-    model, optimizer     the rest of what --resume needs (left out of exported copies)
+    model, optimizer     what else --resume needs (exported copies lack it)
     clip      which CLIP the stage was trained for: {"spec", "identity"}
     run       the settings of the training: command, seed, the data's fingerprint, ...
     figures   the last loss and other figures that the training reported
 
-A stage is rebuilt from its checkpoint alone, never from flags that must be repeated by hand.
-Writing goes to a second file that replaces the first in one step, so a crash or a full disk in the
-middle leaves the previous checkpoint as it was.
+A stage is rebuilt from its checkpoint alone, never from flags that must be repeated by hand. A new
+checkpoint is written beside the old one and replaces it in one step, so a crash or a full disk in
+the middle leaves the old one as it was.
 """
 
 import os
@@ -27,7 +27,7 @@ from support.tools import UserError
 
 
 def save_checkpoint(path, checkpoint):
-    """Write all of it or none: to PATH.tmp, flushed to the disk, then renamed over PATH."""
+    """Write all of it or nothing: to PATH.tmp, flushed to the disk, then renamed to PATH."""
     path = Path(path)
     temporary = path.with_suffix(".tmp")
     try:
@@ -38,7 +38,7 @@ def save_checkpoint(path, checkpoint):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-        if temporary.is_file():  # unlink itself fails where the folder is a file
+        if temporary.is_file():  # unlink fails where the folder is a file
             temporary.unlink()
         kept = "; the previous checkpoint is untouched" if path.exists() else ""
         raise UserError(f"cannot write {path} ({e}): make room or choose another --out"
@@ -120,7 +120,7 @@ def check_parts(checkpoint, path):
 
 
 def examples_seen(checkpoint):
-    """How many examples, repeats counted, the training of a checkpoint has seen."""
+    """How many examples the training of a checkpoint has seen, repeats included."""
     # Old checkpoints have no count; their batch size did not change.
     count = checkpoint["step"] * checkpoint["run"].get("batch_size", 0)
     return checkpoint["figures"].get("examples", count)

@@ -150,9 +150,9 @@ def load_folder(root):
             if path.suffix.lower() in SUFFIXES and beside.is_file():
                 try:
                     texts = beside.read_text(encoding="utf-8-sig").splitlines()
-                    captioned[path] = [t.strip() for t in texts if t.strip()]
                 except ValueError:
                     raise UserError(f"{beside}: its text is not UTF-8; save it as UTF-8")
+                captioned[path] = [t.strip() for t in texts if t.strip()]
     if not any(captioned.values()):
         raise UserError(f"{root}: no captions; add metadata.jsonl with lines like {EXAMPLE}, or "
                         "a.txt beside each a.png")
@@ -160,8 +160,8 @@ def load_folder(root):
 
 
 def load_coco(root, split):
-    """({path: [captions]}, whether to divide it into train and val). Reads captions_{split}2017.json
-    in annotations and the folder {split}2017; or a single captions_*.json, which is then divided."""
+    """({path: [captions]}, whether to divide it into train and val), from the official
+    annotations/captions_{split}2017.json or from a single captions_*.json, to be divided."""
     table = root / "annotations" / f"captions_{split}2017.json"
     divide = not table.is_file()
     if divide:

@@ -1,9 +1,9 @@
-"""What a training leaves behind in its folder, and says while it works.
+"""What a training writes to its folder and to the screen.
 
     STAGE.pt        the checkpoint: see checkpoint.py
-    STAGE.json      its settings, to read
-    metrics.jsonl   a line of figures now and then, for eyes, grep and `python -m lab.plots RUN`
-    samples/        pictures drawn while it trained
+    STAGE.json      its settings, for people to read
+    metrics.jsonl   a line of figures now and then, for people and `python -m lab.plots RUN`
+    samples/        pictures drawn during the training
 """
 
 import dataclasses
@@ -18,10 +18,8 @@ from support.tools import UserError, peak_memory
 
 
 class Run:
-    """The folder of a training, and its figures since the last line of metrics.jsonl.
-
-    Losses stay on the device until they are written: reading one makes the CPU wait for the GPU.
-    """
+    """The folder of a training, and its figures since the last line of metrics.jsonl. Losses stay
+    on the device until they are written, as reading one makes the CPU wait for the GPU."""
 
     def __init__(self, stage, folder, model, settings, clip, checkpoint):
         self.stage, self.folder, self.settings = stage, folder, settings

@@ -48,13 +48,12 @@ def cpu_is_fast_in_bf16():
     """Whether this CPU multiplies bfloat16 faster than float32. Chips with AMX or AMD's AVX512-BF16
     do; Intel's AVX512-BF16 without AMX, as in some virtual machines, is slower than float32.
     `python -m lab.bench` prints both."""
-    if getattr(torch.cpu, "_is_amx_tile_supported", bool)():
-        return True
+    amx, avx512 = (getattr(torch.cpu, f"_is_{x}_supported", bool)()
+                   for x in ("amx_tile", "avx512_bf16"))
     try:
-        intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+        return amx or avx512 and "GenuineIntel" not in Path("/proc/cpuinfo").read_text()
     except OSError:  # not Linux
-        intel = True
-    return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() and not intel
+        return False
 
 
 def usable_cores():
@@ -138,7 +137,6 @@ def known_failure(e):
                 "training, a smaller -n or --size in drawing")
     if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile cannot work here ({words}); leave --compile out"
-    return None
 
 
 def user_errors(main):
@@ -148,12 +146,13 @@ def user_errors(main):
     def wrapped(argv=None):
         try:
             main(argv)
+            return 0
         except UserError as e:
-            # One raised in a worker process arrives as a whole traceback, the message last.
+            # From a worker process it arrives as a whole traceback, whose last line is the message.
             message = str(e).strip().splitlines()[-1].removeprefix("support.tools.UserError: ")
         except OSError as e:  # a full disk, a folder that is a file, no permission, ...
             where = f"{e.filename}: " if e.filename else ""
-            message = f"{where}{e.strerror or e}; check the path and the room"
+            message = f"{where}{e.strerror or e}; check the path and the free space"
         except (MemoryError, RuntimeError) as e:
             message = known_failure(e)
             if message is None:
@@ -161,8 +160,6 @@ def user_errors(main):
         except KeyboardInterrupt as e:
             print(f"stopped. {e}", file=sys.stderr)
             return 130  # what a shell reports after Ctrl-C
-        else:
-            return 0
         print(f"error: {message}", file=sys.stderr)
         return 2
 
@@ -171,14 +168,13 @@ def user_errors(main):
 
 def number(kind, least, most, rule):
     """An argument's type: an int or a float from `least` to `most`."""
-
     def parse(text):
         value = kind(text)
-        if not least <= value <= most:  # also where it is not a number
+        if not least <= value <= most:  # true of NaN as well
             raise argparse.ArgumentTypeError(f"{text}: must be {rule}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse says it
+    parse.__name__ = kind.__name__  # for argparse's messages
     return parse
 
 

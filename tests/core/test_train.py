@@ -1,5 +1,6 @@
 """train.py: the schedule, the average, the batches and the settings (whole runs: tests/support)."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -44,12 +45,11 @@ def test_ema_of_constant_weights_is_p_plus_d_to_the_k_times_the_start(monkeypatc
 def test_ema_warm_up_follows_one_plus_n_over_ten_plus_n():
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(model.weight)
-    ema = Ema(model)
+    ema, expected = Ema(model), 0.0
     torch.nn.init.ones_(model.weight)
-    expected = 0.0
     for n in range(200):
         ema.update(model)
-        d = min(train.EMA_DECAY, (1 + n) / (10 + n))
+        d = (1 + n) / (10 + n)
         expected = d * expected + (1 - d)
         assert ema.model.weight.item() == pytest.approx(expected, abs=1e-5)
 
@@ -104,9 +104,8 @@ def test_processes_share_one_global_batch_without_repetition():
 
 def test_batches_are_made_in_float32_even_inside_autocast():
     """Resizing in bfloat16 is an error of PyTorch's on CPUs, and would be inexact elsewhere."""
-    bsr = UpsamplerConfig(low_size=16, size=32, crop=16, channels=8, multiples=(1, 2),
-                          degradation="bsr")
-    batches = Batches(Upsampler(bsr), Shapes(4), None, 2, 0)
+    bsr = Upsampler(dataclasses.replace(upsampler().config, degradation="bsr"))
+    batches = Batches(bsr, Shapes(4), None, 2, 0)
     with torch.autocast("cpu", torch.bfloat16):
         batch = batches[0]
     assert {x.dtype for x in batch.values()} == {torch.float32}
@@ -196,6 +195,6 @@ def test_a_resumed_training_says_what_changes_and_refuses_other_data(capsys):
     before = {"data": "folder", "steps": 9, "preset": "tiny", "seed": 0}
     settle("prior", arguments(steps=12), before)
     assert "steps was 9, is 12 now" in capsys.readouterr().out
-    for changed in ({"data": "shapes"}, {"preset": "base"}, {"seed": 1}):
-        with pytest.raises(UserError, match="leave it out"):
-            settle("prior", arguments(**changed), before)
+    for name, value in (("data", "shapes"), ("preset", "base"), ("seed", 1)):
+        with pytest.raises(UserError, match=f"{name} was {before[name]}, .*leave it out"):
+            settle("prior", arguments(**{name: value}), before)

@@ -1,5 +1,6 @@
 """Whole trainings: what they leave, how they stop and resume, what they refuse."""
 
+import functools
 import json
 import math
 import os
@@ -43,14 +44,7 @@ def saved(folder, stage="upsampler1"):
     return load_checkpoint(folder / f"{stage}.pt")
 
 
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+assert_same = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 # --- what a run leaves ---------------------------------------------------------------------------
@@ -58,6 +52,7 @@ def metrics(folder):
 
 def test_all_trains_every_stage_and_leaves_checkpoints_metrics_and_pictures(micro_run):
     identity = stages.load_clip(micro_run).identity
+    metrics = [*map(json.loads, (micro_run / "metrics.jsonl").read_text().splitlines())]
     for stage in stages.STAGES:
         made = saved(micro_run, stage)
         assert made["step"] == 3 and made["run"]["command"].startswith("python train.py ")
@@ -65,7 +60,7 @@ def test_all_trains_every_stage_and_leaves_checkpoints_metrics_and_pictures(micr
         assert 0 <= made["figures"]["data_wait"] < 1
         if stages.needs_clip(stage):
             assert made["clip"]["identity"] == identity
-        lines = [m for m in metrics(micro_run) if m["stage"] == stage]
+        lines = [m for m in metrics if m["stage"] == stage]
         assert all(math.isfinite(m["loss"]) for m in lines if "loss" in m)
         assert "val_loss" in lines[-1]
         about = json.loads((micro_run / f"{stage}.json").read_text())
@@ -73,7 +68,7 @@ def test_all_trains_every_stage_and_leaves_checkpoints_metrics_and_pictures(micr
     for stage, rows in (("decoder", 4), ("upsampler1", 8), ("upsampler2", 8)):
         grid = Image.open(micro_run / "samples" / f"{stage}_000003.png")
         assert grid.height >= rows * 128
-    assert {"cos_true", "cos_text", "cos_unrelated"} < {k for m in metrics(micro_run) for k in m}
+    assert {"cos_true", "cos_text", "cos_unrelated"} < {k for m in metrics for k in m}
 
 
 def test_what_is_fitted_rather_than_trained_is_in_the_checkpoints(micro_run):
@@ -245,32 +240,21 @@ def test_a_checkpoint_is_saved_though_its_pictures_cannot_be(tmp_path, monkeypat
 
 @pytest.mark.parametrize("arguments, says", [
     (["painter"], "painter"),
-    (["clip", "--preset", "huge"], "huge"),
     (["clip", "--batch-size", "0"], "must be 1 or more"),
     (["clip", "--steps", "many"], "--steps"),
     (["clip", "--data", "folder"], "--root"),
     (["clip", "--data", "folder", "--root", "/no/such/folder"], "/no/such/folder"),
-    (["clip", "--data", "imagenet"], "imagenet"),
     (["prior", "--preset", "micro"], "clip.pt"),
     (["clip", "--device", "abacus"], "abacus"),
-    (["clip", "--lr", "1e300"], "below 1e30"),
-    (["clip", "--seed", str(2**29)], "below 2^29"),
     (["clip", "--batch-size", "1"], "2 or more"),
-    (["clip", "--workers", "-1"], "--workers"),
     (["clip", "--wat"], "--wat"),
     (["export"], "--to"),
+    ([*UPSAMPLER, "--out", f"{ROOT}/LICENSE"], f"{ROOT}/LICENSE"),  # a file
 ])
 def test_mistakes_end_in_one_line_and_exit_code_2(arguments, says, capsys, tmp_path):
-    assert train.main([*arguments, "--out", str(tmp_path / "run")]) == 2
+    assert train.main(["--out", str(tmp_path / "run"), *arguments]) == 2
     errors = capsys.readouterr().err.strip()
     assert errors.startswith("error: ") and says in errors and "\n" not in errors
-
-
-def test_an_out_that_is_a_file_is_named(tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    assert run(tmp_path / "file") == 2
-    errors = capsys.readouterr().err.strip()
-    assert errors.startswith("error: ") and str(tmp_path / "file") in errors and "\n" not in errors
 
 
 def test_resume_refuses_another_clip(micro_run, tmp_path, capsys):

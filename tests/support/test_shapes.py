@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from support.shapes import HELD_OUT, SHAPES, SIZES, WORDS, Scene, Shapes, Thing, parse_caption
-from support.shapes import render
+from support.shapes import (
+    HELD_OUT, SHAPES, SIZES, WORDS, Scene, Shapes, Thing, parse_caption, render,
+)
 from support.sheets import to_tensor
 from support.tools import UserError
 
