@@ -69,10 +69,10 @@ class Batches(torch.utils.data.Dataset):
         with torch.autocast("cpu", enabled=False):  # resizing and corrupting is float32 work
             return self.make(self.data, self.embeddings, [int(i) for i in indices], rng)
 
-    def look(self, count=16):
-        """(batch on the device, its captions or None): always the same `count` pictures, from
-        anywhere in the data, which may be sorted."""
-        indices = np.random.default_rng(0).permutation(len(self.data))[:count]
+    def look(self):
+        """(batch on the device, its captions or None): always the same 16 pictures, from anywhere
+        in the data, which may be sorted."""
+        indices = np.random.default_rng(0).permutation(len(self.data))[:16]
         batch, captions = self.of(indices, np.random.default_rng(0)), None
         if self.embeddings is not None:
             which, _ = self.embeddings.draw_captions(indices, np.random.default_rng(0))
@@ -101,7 +101,7 @@ class Ema:
 
 
 class Loss(nn.Module):
-    """model.loss as forward(), which is where DistributedDataParallel hooks in."""
+    """model.loss as forward(), where DistributedDataParallel hooks in."""
 
     def __init__(self, model):
         super().__init__()
@@ -264,8 +264,7 @@ def settle(stage, args, before):
         "log_every": max(1, min(50, settings["steps"] // 20)),
         "save_every": args.save_every or max(1, min(500, settings["steps"] // 10)),
         "sample_every": args.sample_every or max(1, settings["steps"] // 5),
-        "workers": args.workers, "compile": args.compile, "command": args.command,
-    }
+        "workers": args.workers, "compile": args.compile, "command": args.command}
 
 
 def run_stage(stage, args, device, rank, world):
@@ -318,7 +317,7 @@ def main(argv=None):
     add = parser.add_argument
     add("stage", choices=("all", *STAGES, "export"), metavar="STAGE",
         help=f"all ({', '.join(ORDER)}), one of them, or one of {', '.join(BASELINES)}; "
-        "export writes small copies of the stages in --out to the folder --to")
+        "export writes small copies of the stages in --out to --to")
     add("--preset", choices=PRESETS, help="sizes and training budget (default: tiny)")
     add("--data", choices=DATA, help="captioned pictures (default: shapes)")
     add("--root", help="folder of the data (not for shapes)")

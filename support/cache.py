@@ -114,7 +114,7 @@ def keep(path, compute):
 def check(arrays):
     """The arrays. UserError unless the embeddings in them have unit norm."""
     for name, array in arrays.items():
-        # Written so that NaN fails too.
+        # "not <" rather than ">=", so that NaN fails too.
         if name.endswith("_emb") and not (array.float().norm(dim=1) - 1).abs().max() < 0.02:
             raise UserError(f"{name} has zeros, NaNs or wrong norms: are CLIP's weights fine?")
     return arrays
@@ -123,9 +123,8 @@ def check(arrays):
 def list_captions(data):
     """(what index.pt holds, the list of all different captions)"""
     captions = [data.captions(i) for i in range(len(data))]
-    number = {c: u for u, c in enumerate(dict.fromkeys(c for cs in captions for c in cs))}
-    starts = torch.tensor([0] + [len(cs) for cs in captions]).cumsum(0)
-    ids = torch.tensor([number[c] for cs in captions for c in cs])
+    starts, number = torch.tensor([0] + [len(cs) for cs in captions]).cumsum(0), {}
+    ids = torch.tensor([number.setdefault(c, len(number)) for cs in captions for c in cs])
     return {"starts": starts, "caption_ids": ids}, list(number)
 
 

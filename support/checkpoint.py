@@ -86,9 +86,8 @@ def load_checkpoint(path, stage=None):
     except Exception as e:  # torch has many ways to say that a file is cut short
         raise UserError(f"{path} is damaged ({type(e).__name__}): delete it and train or copy it "
                         "again") from e
-    there = checkpoint if isinstance(checkpoint, dict) else {}
-    lacks = {"stage", "config", "ema", "step"} - there.keys()
-    if lacks:
+    there = checkpoint if isinstance(checkpoint, dict) else ()
+    if lacks := {"stage", "config", "ema", "step"}.difference(there):
         raise UserError(f"{path} is not a checkpoint of this project: it lacks "
                         f"{', '.join(sorted(lacks))}")
     checkpoint = {"clip": None, "run": {}, "figures": {}} | checkpoint
@@ -101,17 +100,14 @@ def load_checkpoint(path, stage=None):
 
 def check_parts(checkpoint, path):
     """UserError unless each part of a checkpoint is what it should be."""
-    parts = [checkpoint[name] for name in ("config", "ema", "run", "figures")]
+    config, ema, run, figures = (checkpoint[x] for x in ("config", "ema", "run", "figures"))
     clip = checkpoint["clip"] or {"spec": "", "identity": ""}
-    fine = all(isinstance(x, dict) for x in (*parts, clip))
-    if fine:
-        _, ema, run, figures = parts
-        counts = [checkpoint["step"], run.get("steps", 0), run.get("batch_size", 0),
-                  figures.get("examples", 0)]
-        fine = (all(type(x) is int and x >= 0 for x in counts)
-                and all(isinstance(clip.get(x), str) for x in ("spec", "identity"))
-                and all(torch.is_tensor(x) for x in ema.values()))
-    if not fine:
+    if not (all(isinstance(x, dict) for x in (config, ema, run, figures, clip))
+            and all(type(x) is int and x >= 0 for x in (
+                checkpoint["step"], run.get("steps", 0), run.get("batch_size", 0),
+                figures.get("examples", 0)))
+            and all(isinstance(clip.get(x), str) for x in ("spec", "identity"))
+            and all(torch.is_tensor(x) for x in ema.values())):
         raise UserError(f"{path}: its parts are not those of a checkpoint; train this stage again")
     for name, x in ema.items():
         if x.is_floating_point() and not x.isfinite().all():

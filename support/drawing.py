@@ -49,7 +49,7 @@ def slugs(captions):
     for caption in captions:
         words = re.findall(r"[^\W_]+", caption.lower())
         name = "-".join(words).encode()[:60].decode(errors="ignore") or "caption"
-        numbered = (f"{name}-{n}" if n > 1 else name for n in itertools.count(1))
+        numbered = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
         names.append(next(x for x in numbered if x not in names))
     return names
 
@@ -74,10 +74,10 @@ def write_drawings(pipeline, args):
             print(films.pop().save(path.with_suffix(".gif")))
         shown += map(to_tensor, drawn)
         labels += [f"{caption}, {p.width} px" if args.stages else caption for p in drawn]
-    columns, cell = args.n if args.n > 1 else 4, None
+    layout = [args.n if args.n > 1 else 4]
     if args.stages:  # a row is one picture at each of its sizes, drawn equally large
-        columns, cell = len(pipeline.sizes), min(512, max(128, size))
-    print(save_picture(draw_grid(shown, labels, columns, cell), grid))
+        layout = len(pipeline.sizes), min(512, max(128, size))
+    print(save_picture(draw_grid(shown, labels, *layout), grid))
 
 
 def write_strip(pipeline, size, pictures, labels, seed, path, film=False):
@@ -86,6 +86,6 @@ def write_strip(pipeline, size, pictures, labels, seed, path, film=False):
     pictures = torch.cat([pipeline.upsample(p[None], [seed], size).cpu() for p in pictures])
     print(save_picture(draw_grid(pictures, labels, columns=len(pictures)), path))
     if film:
-        side = max(size, 256)
-        frames = [to_pil(p).resize((side, side), Image.Resampling.BICUBIC) for p in pictures[1:-1]]
+        side = [max(size, 256)] * 2
+        frames = [to_pil(p).resize(side, Image.Resampling.BICUBIC) for p in pictures[1:-1]]
         print(save_film(frames + frames[-2:0:-1], path.with_suffix(".gif"), 120))

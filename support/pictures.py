@@ -123,7 +123,7 @@ def readable_paths(name, paths, limit):
 @cache  # train and val ask about the same files
 def readable(path):
     try:
-        return open_picture(path, 64) is not None
+        return bool(open_picture(path, 64))
     except UserError:
         return False
 
@@ -170,9 +170,8 @@ def load_coco(root, split):
             raise UserError(f"{root}: no annotations/{table.name}; add it, or name a single file "
                             f"captions_all.json, to be divided (found {[f.name for f in found]})")
         table = found[0]
-    captioned = {}
     try:
-        content = json.loads(table.read_bytes())
+        captioned, content = {}, json.loads(table.read_bytes())
         names = {image["id"]: Path(image["file_name"]) for image in content["images"]}
         for note in content["annotations"]:
             name, text = names.get(note["image_id"]), " ".join(note["caption"].split())

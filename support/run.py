@@ -22,8 +22,8 @@ class Run:
     on the device until they are written, as reading one makes the CPU wait for the GPU."""
 
     def __init__(self, stage, folder, model, settings, clip, checkpoint):
-        self.stage, self.folder, self.settings = stage, folder, settings
-        self.path, self.figures = folder / f"{stage}.pt", {}
+        self.stage, self.folder, self.path = stage, folder, folder / f"{stage}.pt"
+        self.settings, self.figures = settings, {}
         self.about = {"stage": stage, "config": dataclasses.asdict(model.config), "clip": clip,
                       "run": settings}
         self.first, self.examples = checkpoint["step"], examples_seen(checkpoint)
@@ -78,8 +78,7 @@ class Run:
 
     def summary(self, device):
         seconds, steps = time.time() - self.begun, self.settings["steps"] - self.first
-        print(f"{self.stage}: steps {self.first} to {self.settings['steps']}, "
-              f"{seconds / 60:.1f} minutes, loss {self.figures['loss']:.4f}, "
-              f"{steps * self.settings['batch_size'] / seconds:.0f} images/s, "
-              f"waiting for data {self.waited_in_all / seconds:.1%}, "
-              f"{peak_memory(device):.1f} GB")
+        speed = steps * self.settings["batch_size"] / seconds
+        print(f"{self.stage}: steps {self.first} to {self.settings['steps']}, {seconds / 60:.1f} "
+              f"minutes, loss {self.figures['loss']:.4f}, {speed:.0f} images/s, waiting for data "
+              f"{self.waited_in_all / seconds:.1%}, {peak_memory(device):.1f} GB")

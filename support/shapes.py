@@ -86,9 +86,8 @@ def make_scene(rng, held_out=False):
     relation = rng.choice(RELATIONS) if kind >= 0.42 else None
     places, things = find_places(rng, radii, relation), []
     for (colour, shape), size, radius, (x, y) in zip(pairs, sizes, radii, places):
-        shade = rng.uniform(0.85, 1.0)
+        shade, angle = rng.uniform(0.85, 1.0), math.radians(rng.uniform(-20, 20))
         rgb = tuple(round(shade * channel) for channel in COLOURS[colour])
-        angle = math.radians(rng.uniform(-20, 20))
         things.append(Thing(colour, shape, size, x, y, radius, angle, rgb))
     return Scene(tuple(things), background, grey, relation)
 
@@ -118,7 +117,7 @@ def corner(r, degrees):
 
 
 # Outlines in the unit circle. The star's inner radius and the cross's arms are a little fat, so
-# that one can tell the two apart when they are 16 pixels wide.
+# that the two look different even when they are 16 pixels wide.
 INNER = math.sqrt(2) * math.sin(math.radians(20))  # where two arms of the cross meet
 OUTLINES = {
     "square": [corner(1, 45 + 90 * k) for k in range(4)],
@@ -189,15 +188,15 @@ def describe(scene, rng, detail):
         return rng.random() < DETAIL[detail][part]
 
     if scene.word:
-        text = f"a sign that says {scene.word}" if said("word") else "a sign"
+        text = "a sign" + (f" that says {scene.word}" if said("word") else "")
     else:
         phrases = []
         for thing in scene.things:
             words = [getattr(thing, part) for part in ("size", "colour") if said(part)]
             words.append(thing.shape if said("shape") else "shape")
             phrases.append(with_article(" ".join(words)))
-        related = scene.relation and said("relation")
-        text = f" {scene.relation if related else 'and'} ".join(phrases)
+        joint = scene.relation if scene.relation and said("relation") else "and"
+        text = f" {joint} ".join(phrases)
     if said("background"):
         text += rng.choice((" on {}", " on a {} background")).format(scene.background)
     return text
@@ -215,8 +214,7 @@ def parse_caption(text):
     """The inverse of `describe`: a caption -> what it claims, a Scene with gaps. Understands also
     capitals, extra spaces, a full stop, "grey" and "to the left of"; else raises a UserError."""
     words = " ".join(text.lower().rstrip(" .\n").split()).replace("grey", "gray")
-    found = GRAMMAR.fullmatch(words)
-    if not found:
+    if not (found := GRAMMAR.fullmatch(words)):
         raise UserError(f"caption {text!r} is outside the shapes grammar: say for example 'a large "
                         "red circle above a small blue square on black' or 'a sign that says cat'")
     things = [Thing(colour or None, None if shape == "shape" else shape, size or None)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from support.tools import UserError
 
@@ -93,7 +93,7 @@ class Film:
 
     def __call__(self, k, t, x_t, pred_x_0):
         both = to_pil(torch.cat([x_t[0], pred_x_0[0]], dim=2))  # (3, H, 2W)
-        self.frames.append(both.resize((both.width * 4, both.height * 4), Image.Resampling.NEAREST))
+        self.frames.append(ImageOps.scale(both, 4, Image.Resampling.NEAREST))
 
     def save(self, path):
         return save_film(self.frames, path, [80] * (len(self.frames) - 1) + [1500])  # rests at last

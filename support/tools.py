@@ -1,4 +1,4 @@
-"""What every command needs and has nothing to do with unCLIP: device, precision, signals, options.
+"""What every command needs but has nothing to do with unCLIP: device, precision, signals, options.
 
 A student can skip this file. Worth knowing: `autocast` chooses the precision, and a user's mistake
 is a UserError, which `user_errors` turns into one line and exit code 2.
@@ -19,9 +19,6 @@ import torch
 
 class UserError(Exception):
     """A user's mistake in one line: the value, the rule, the fix."""
-
-
-# --- the machine -----------------------------------------------------------------------------
 
 
 def choose_device(name):
@@ -74,9 +71,6 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-# --- stopping --------------------------------------------------------------------------------
-
-
 @contextmanager
 def stop_signals(listen=True):
     """Ctrl-C, SIGTERM (a cluster's preemption) and SIGHUP (a closed terminal) ask a loop to stop:
@@ -105,9 +99,6 @@ def ignore_signals(worker):
     """For a DataLoader's worker processes: the main process decides when to stop."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-# --- the command line -------------------------------------------------------------------------
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -182,7 +173,7 @@ natural = number(int, 0, 2**48, "0 or more, and at most 2^48")
 positive = number(int, 1, 2**48, "1 or more, and at most 2^48")
 sampling_steps = number(int, 1, 1000, "1 to 1000: the stages have 1000 noise levels")
 two_or_more = number(int, 2, 2**48, "2 or more, and at most 2^48")
-# sample.noise_for multiplies seeds by 8, and PyTorch's CPU generator uses 32 bits of the result.
+# sample.noise_for multiplies seeds by 8, and PyTorch's CPU generator uses only 32 bits of a seed.
 seed_number = number(int, 0, 2**29 - 1, "0 or more, and below 2^29")
 finite = number(float, -1e30, 1e30, "finite")
 positive_number = number(float, 1e-30, 1e30, "above 0 and below 1e30")

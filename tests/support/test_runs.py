@@ -311,7 +311,7 @@ def test_an_export_replaces_no_trainings_checkpoint(micro_run, tmp_path):
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_every_stage_trains_and_draws_with_autocast_on_and_off(monkeypatch, tmp_path, fast):
-    """Whatever this CPU multiplies fast: on another one the other path runs."""
+    """Both, as users' CPUs differ in whether bfloat16 is fast."""
     import manipulate
     import sample
     from lab import evaluate
