@@ -4,8 +4,8 @@
     base    half an hour a stage on one or two cores, the decoder two hours: 64, 256, 1024 pixels
     large   for one GPU, real pictures and a pretrained CLIP
 
-A preset is a table of differences from the dataclasses' own defaults, nothing more: the numbers
-that a student changes first. `--steps`, `--batch-size` and `--lr` of train.py override it.
+A preset lists only what differs from the dataclasses' own defaults: the numbers that a student
+changes first. `--steps`, `--batch-size` and `--lr` of train.py override it.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ from support.tools import UserError
 from upsampler import Upsampler, UpsamplerConfig
 
 ORDER = ("clip", "prior", "decoder", "upsampler1", "upsampler2")
-# What the paper compares them with. Not part of `all`: drawing a picture needs none of them.
+# What the paper compares them with. `all` leaves them out, as drawing a picture needs none of them.
 BASELINES = ("ar_prior", "decoder_text_emb", "decoder_caption")
 STAGES = {
     "clip": (SmallClip, SmallClipConfig),
@@ -32,7 +32,7 @@ STAGES = {
     "decoder_caption": (Decoder, DecoderConfig),
 }
 
-# Per stage: fields of the model's config that differ from its defaults, then of the training.
+# For each stage: fields of the model's config that differ from its defaults, then the training.
 # "muon": Muon's learning rate, as a multiple of "lr" (support/muon.py); without it, Adam alone.
 # "focus": a band of noise levels; half of the levels are drawn from it, half from all.
 # Paper (table 3): 0.8 million steps of 2048 pictures for the decoder alone. Here what one machine
@@ -40,73 +40,56 @@ STAGES = {
 PRESETS = {
     "tiny": {
         "data": 20_000,  # scenes of the shapes data
-        "clip": (
-            {"image_size": 32, "vision_width": 24},
-            {"steps": 350, "batch_size": 256, "lr": 2e-3},
-        ),
+        "clip": ({"image_size": 32, "vision_width": 24},
+                 {"steps": 350, "batch_size": 256, "lr": 2e-3}),
         "prior": ({"width": 192, "depth": 3}, {"steps": 700, "batch_size": 128, "lr": 1e-3}),
-        "decoder": (
-            {"size": 32, "multiples": (1, 2, 3), "attention_levels": (2,)},
-            {"steps": 2500, "batch_size": 32, "lr": 1e-3},
-        ),
-        "upsampler1": (
-            # Paper: crops of a quarter of the side, blur. Here half of these small pictures, and
-            # BSR: a barely trained decoder leaves grain, and blur alone teaches to trust it.
-            {"low_size": 32, "size": 64, "crop": 32, "channels": 24, "multiples": (1, 2),
-             "degradation": "bsr"},
-            {"steps": 600, "batch_size": 32, "lr": 1e-3},
-        ),
-        "upsampler2": (
-            {"low_size": 64, "size": 256, "crop": 64, "channels": 32, "multiples": (1, 2),
-             "stem": 2, "degradation": "bsr", "schedule": "linear", "sample_steps": 15},
-            {"steps": 300, "batch_size": 16, "lr": 1e-3},
-        ),
+        "decoder": ({"size": 32, "multiples": (1, 2, 3), "attention_levels": (2,)},
+                    {"steps": 2500, "batch_size": 32, "lr": 1e-3}),
+        # Paper: crops of a quarter of the side, blur. Here half of these small pictures, and BSR:
+        # a barely trained decoder leaves grain, and with blur alone the upsampler would trust it.
+        "upsampler1": ({"low_size": 32, "size": 64, "crop": 32, "channels": 24,
+                        "multiples": (1, 2), "degradation": "bsr"},
+                       {"steps": 600, "batch_size": 32, "lr": 1e-3}),
+        "upsampler2": ({"low_size": 64, "size": 256, "crop": 64, "channels": 32,
+                        "multiples": (1, 2), "stem": 2, "degradation": "bsr", "schedule": "linear",
+                        "sample_steps": 15},
+                       {"steps": 300, "batch_size": 16, "lr": 1e-3}),
     },
     "base": {
         "data": 60_000,
         "clip": ({"vision_width": 24}, {"steps": 2400, "batch_size": 256, "lr": 2e-3}),
         "prior": ({"width": 192, "depth": 4}, {"steps": 2500, "batch_size": 128, "lr": 1e-3}),
-        "decoder": (
-            # The U-Net works on patches of 2 x 2 pixels, with most of its channels at 16 x 16 and
-            # 8 x 8. It predicts x_0, with fixed variances: a learned variance's loss would drown
-            # everything else at low noise.
-            {"channels": 32, "multiples": (1, 3, 3), "attention_levels": (2,), "stem": 2,
-             "emb_width": 384, "image_hidden": 256,
-             "predict": "x_0", "weight_cap": 5.0, "variance": "fixed_small"},
-            {"steps": 19_200, "batch_size": 32, "lr": 1.5e-3, "muon": 5.0, "focus": (600, 1000)},
-        ),
-        "upsampler1": (
-            {"channels": 32, "multiples": (1, 2), "stem": 2, "degradation": "some_blur"},
-            {"steps": 1500, "batch_size": 32, "lr": 1e-3, "muon": 5.0},
-        ),
-        "upsampler2": (
-            {"low_size": 256, "size": 1024, "crop": 256, "channels": 32, "multiples": (1, 2),
-             "stem": 4, "degradation": "bsr", "schedule": "linear", "sample_steps": 15},
-            {"steps": 3000, "batch_size": 8, "lr": 1e-3, "muon": 5.0},
-        ),
+        # The U-Net works on patches of 2 x 2 pixels, most of its channels at 16 x 16 and 8 x 8. It
+        # predicts x_0, with fixed variances: a learned variance's loss would drown everything else
+        # at low noise.
+        "decoder": ({"channels": 32, "multiples": (1, 3, 3), "attention_levels": (2,), "stem": 2,
+                     "emb_width": 384, "image_hidden": 256, "predict": "x_0", "weight_cap": 5.0,
+                     "variance": "fixed_small"},
+                    {"steps": 19_200, "batch_size": 32, "lr": 1.5e-3, "muon": 5.0,
+                     "focus": (600, 1000)}),
+        "upsampler1": ({"channels": 32, "multiples": (1, 2), "stem": 2, "degradation": "some_blur"},
+                       {"steps": 1500, "batch_size": 32, "lr": 1e-3, "muon": 5.0}),
+        "upsampler2": ({"low_size": 256, "size": 1024, "crop": 256, "channels": 32,
+                        "multiples": (1, 2), "stem": 4, "degradation": "bsr", "schedule": "linear",
+                        "sample_steps": 15},
+                       {"steps": 3000, "batch_size": 8, "lr": 1e-3, "muon": 5.0}),
     },
     # The paper's design, a thirtieth of its size.
     "large": {
         "data": 100_000,
         "clip": ({}, {"steps": 20_000, "batch_size": 512, "lr": 1e-3}),
-        "prior": (
-            {"width": 512, "depth": 12, "heads": 8},
-            {"steps": 100_000, "batch_size": 512, "lr": 3e-4},
-        ),
-        "decoder": (
-            {"channels": 128, "blocks": 2, "attention_levels": (1, 2, 3), "head_channels": 64,
-             "context_width": 512, "text_depth": 4, "dropout": 0.1, "sample_steps": 50},
-            {"steps": 150_000, "batch_size": 128, "lr": 2e-4},
-        ),
-        "upsampler1": (
-            {"channels": 96, "multiples": (1, 2, 3), "blocks": 2, "dropout": 0.1},
-            {"steps": 100_000, "batch_size": 64, "lr": 2e-4},
-        ),
-        "upsampler2": (
-            {"low_size": 256, "size": 1024, "crop": 256, "channels": 64, "multiples": (1, 2, 4),
-             "stem": 2, "degradation": "bsr", "schedule": "linear", "sample_steps": 15},
-            {"steps": 50_000, "batch_size": 16, "lr": 2e-4},
-        ),
+        "prior": ({"width": 512, "depth": 12, "heads": 8},
+                  {"steps": 100_000, "batch_size": 512, "lr": 3e-4}),
+        "decoder": ({"channels": 128, "blocks": 2, "attention_levels": (1, 2, 3),
+                     "head_channels": 64, "context_width": 512, "text_depth": 4, "dropout": 0.1,
+                     "sample_steps": 50},
+                    {"steps": 150_000, "batch_size": 128, "lr": 2e-4}),
+        "upsampler1": ({"channels": 96, "multiples": (1, 2, 3), "blocks": 2, "dropout": 0.1},
+                       {"steps": 100_000, "batch_size": 64, "lr": 2e-4}),
+        "upsampler2": ({"low_size": 256, "size": 1024, "crop": 256, "channels": 64,
+                        "multiples": (1, 2, 4), "stem": 2, "degradation": "bsr",
+                        "schedule": "linear", "sample_steps": 15},
+                       {"steps": 50_000, "batch_size": 16, "lr": 2e-4}),
     },
 }
 
@@ -114,8 +97,8 @@ PRESETS = {
 def recipe(preset, stage):
     """(fields of the model's config, settings of the training) of a stage, from PRESETS.
 
-    The two other decoders are the decoder's network with its budget; only what they see differs.
-    The autoregressive prior has the diffusion prior's sizes and budget.
+    The baselines' decoders have the decoder's network and budget; only what they see differs. The
+    autoregressive prior has the diffusion prior's sizes and budget.
     """
     if stage == "ar_prior":
         model, training = PRESETS[preset]["prior"]
@@ -129,7 +112,7 @@ def recipe(preset, stage):
 
 
 def needs_clip(stage):
-    """The priors and decoders work on CLIP's embeddings; CLIP and upsamplers see pixels alone."""
+    """Priors and decoders work on CLIP's embeddings; CLIP and the upsamplers see only pixels."""
     return "prior" in stage or stage.startswith("decoder")
 
 
@@ -153,7 +136,7 @@ def build(checkpoint, path="the checkpoint"):
         model = make(make_config(**fields))
         # Shipped weights are stored in half precision; load_state_dict turns them into float32.
         model.load_state_dict(checkpoint["ema"])
-    except Exception as e:  # a spoilt configuration can raise nearly anything
+    except Exception as e:  # a wrong configuration can raise nearly anything
         reason = " ".join(str(e).split())[:200]
         raise UserError(f"{path}: weights and configuration do not fit this version ({reason}): "
                         "train this stage again") from e
@@ -161,34 +144,31 @@ def build(checkpoint, path="the checkpoint"):
 
 
 def load_stage(folder, stage, device="cpu"):
-    """The trained stage from `folder`/`stage`.pt; model.clip says which CLIP it was trained for."""
+    """The trained stage in `folder`/`stage`.pt; model.clip says which CLIP it was trained for."""
     path = Path(folder) / f"{stage}.pt"
     checkpoint = load_checkpoint(path, stage)
     model = build(checkpoint, path).to(device)
-    model.clip = checkpoint.get("clip")
+    model.clip = checkpoint["clip"]
     return model
 
 
 def load_clip(folder, spec="small", device="cpu"):
     """The frozen CLIP: `folder`/clip.pt if spec is "small", else open_clip's MODEL:TAG_OR_FILE."""
     if spec == "small":
-        clip = freeze_small_clip(load_stage(folder, "clip"))
-    else:
-        clip = load_open_clip(spec)
-    return clip.to(device)
+        return freeze_small_clip(load_stage(folder, "clip")).to(device)
+    return load_open_clip(spec).to(device)
 
 
 def clip_of(model, folder, stage, device="cpu", spec=None):
-    """The CLIP that a trained stage of `folder` needs: its checkpoint says which. spec: where it
-    is, if not where it was in training."""
-    spec = spec or (model.clip["spec"] if model.clip else "small")
-    clip = load_clip(folder, spec, device)
+    """The CLIP that a trained stage of `folder` needs, as its checkpoint says. spec: where it is
+    now, if it has moved since the training."""
+    clip = load_clip(folder, spec or (model.clip or {"spec": "small"})["spec"], device)
     check_clip(model.clip, clip, Path(folder) / f"{stage}.pt")
     return clip
 
 
 def check_clip(trained_for, clip, path):
-    """UserError where a stage meets another CLIP than the one it was trained for (if any)."""
+    """UserError if a stage meets another CLIP than the one it was trained for (if any)."""
     if trained_for and trained_for["identity"] != clip.identity:
         raise UserError(f"{path} was trained for the CLIP {trained_for['identity']}, not "
                         f"{clip.identity}: embeddings of two CLIPs do not mix; train it again")

@@ -12,9 +12,8 @@ A stage tells this file three things: what a batch is (model.batch), what its lo
 and what to look at while it trains (model.preview). Nothing below knows which stage it is training.
 
 The one idea: the batch of step k and the noise of step k depend on the run's seed and on k, and on
-nothing else, so no random state has to be saved. A run that was killed and resumed ends with the
-same weights as one that ran through (on a CPU, with as many threads, to the last bit).
-Read next: sample.py.
+nothing else, so no random state has to be saved. A resumed run ends with the weights of an
+uninterrupted one (on a CPU with the same number of threads, to the last bit).
 """
 
 import copy
@@ -39,9 +38,10 @@ from support.muon import make_optimizers
 from support.pictures import DATA, load_data
 from support.run import Run
 from support.sheets import draw_grid, save_picture
-from support.tools import Parser, UserError, autocast, choose_device, ignore_signals, natural
-from support.tools import positive, positive_number, seed_number, stop_signals, usable_cores
-from support.tools import user_errors
+from support.tools import (
+    Parser, UserError, autocast, choose_device, ignore_signals, natural, positive, positive_number,
+    seed_number, stop_signals, usable_cores, user_errors,
+)
 
 EMA_DECAY = 0.9995  # Paper: .9999 (AR prior .999), over 600K steps and more; our runs are shorter
 MAX_GRADIENT = 1.0  # largest norm of all gradients together: a rare huge one is cut to this length
@@ -50,8 +50,8 @@ MAX_GRADIENT = 1.0  # largest norm of all gradients together: a rare huge one is
 class Batches(torch.utils.data.Dataset):
     """batches[k] is the batch of training step k: always the same one for the same seed.
 
-    There are no epochs. Each batch is a fresh draw from the data, without repetition. Of several
-    processes (see main), number `rank` of `world` makes its own share of the same batch.
+    There are no epochs: each batch is a fresh draw from the data, without repetition. Under
+    torchrun, process number `rank` of `world` makes its own share of the same batch.
     """
 
     def __init__(self, model, data, embeddings, size, seed, device="cpu", rank=0, world=1):
@@ -69,10 +69,10 @@ class Batches(torch.utils.data.Dataset):
         with torch.autocast("cpu", enabled=False):  # resizing and corrupting is float32 work
             return self.make(self.data, self.embeddings, [int(i) for i in indices], rng)
 
-    def look(self, count=16):
-        """(batch on the device, the captions in it if any): always the same `count` pictures,
-        from anywhere in the data, as it may be sorted."""
-        indices = np.random.default_rng(0).permutation(len(self.data))[:count]
+    def look(self):
+        """(batch on the device, its captions or None): always the same 16 pictures, from anywhere
+        in the data, which may be sorted."""
+        indices = np.random.default_rng(0).permutation(len(self.data))[:16]
         batch, captions = self.of(indices, np.random.default_rng(0)), None
         if self.embeddings is not None:
             which, _ = self.embeddings.draw_captions(indices, np.random.default_rng(0))
@@ -83,13 +83,13 @@ class Batches(torch.utils.data.Dataset):
 class Ema:
     """An exponential moving average of a model's weights, which sampling uses (paper table 3).
 
-    A gradient is that of one batch, so each step goes a little astray and the weights wander around
-    a good place. Their average lies closer to it and draws visibly better pictures. The decay grows
-    from 0.1 to its final value; otherwise the random start would linger for thousands of steps.
+    Each gradient comes from one batch only, so each step goes a little astray and the weights
+    wander around a good place. Their average lies closer to it and draws visibly better pictures.
+    The decay grows from 0.1; otherwise the random start would linger for thousands of steps.
     """
 
-    def __init__(self, model):
-        self.model, self.updates = copy.deepcopy(model).eval().requires_grad_(False), 0
+    def __init__(self, model, updates=0):
+        self.model, self.updates = copy.deepcopy(model).eval().requires_grad_(False), updates
 
     @torch.no_grad()
     def update(self, model):
@@ -101,7 +101,7 @@ class Ema:
 
 
 class Loss(nn.Module):
-    """model.loss as forward(), which is where DistributedDataParallel hooks in."""
+    """model.loss as forward(), where DistributedDataParallel hooks in."""
 
     def __init__(self, model):
         super().__init__()
@@ -121,16 +121,16 @@ def learning_rate(step, settings):
 def focused_levels(model, batch, band):
     """Noise levels t (B,) of a batch, half of them from band = (first, end), half from all.
 
-    None without a band: the loss then draws them uniformly, as in the paper. Not all levels are
-    equally hard: near 0 an edge is sharpened; high up it is decided what is where and how many
-    there are of it, which takes longest to learn (likewise 2403.03206 sec. 3.1).
+    Without a band it is None, and the loss draws them uniformly, as in the paper. Some levels are
+    harder: near 0 the network only sharpens edges; high up it decides what is where, and how many
+    things there are, which takes longest to learn (compare 2403.03206 sec. 3.1).
     """
     if band is None:
         return None
     B, device = len(batch["image"]), batch["image"].device
     t = torch.randint(model.diffusion.T, (B,), device=device)
-    return torch.where(torch.rand(B, device=device) < 0.5,
-                       torch.randint(*band, (B,), device=device), t)
+    focused = torch.rand(B, device=device) < 0.5
+    return torch.where(focused, torch.randint(*band, (B,), device=device), t)
 
 
 def to_device(batch, device):
@@ -144,35 +144,36 @@ def validate(model, batches, device, count=256):
     For diffusion models also by quarter of the noise levels: val_q1 is the cleanest, val_q4 the
     noisiest. The total hides that a model learns them one after another.
     """
-    n, T = len(batches.data), model.diffusion.T if hasattr(model, "diffusion") else None
-    if T is None:  # such a loss may compare the pictures of a batch (CLIP's): one batch of them
-        count = min(count, n)
-    size, order, losses = 32 if T else count, np.random.default_rng(0).permutation(n), {}
+    n, size, bands = len(batches.data), 32, {"val_loss": None}
+    if hasattr(model, "diffusion"):
+        T = model.diffusion.T
+        bands = {f"val_q{q + 1}": (q * T // 4, (q + 1) * T // 4) for q in range(4)}
+    else:  # such a loss may compare the pictures of a batch, as CLIP's does: all different, in one
+        size = count = min(count, n)
+    order = np.resize(np.random.default_rng(0).permutation(n), count)  # repeats them if n < count
+    losses = {name: [] for name in bands}
     for start in range(0, count, size):
-        indices = [order[i % n] for i in range(start, min(start + size, count))]
+        indices = order[start : start + size]
         batch = to_device(batches.of(indices, np.random.default_rng(start)), device)
-        for q in range(4) if T else [None]:
+        for name, band in bands.items():
             torch.manual_seed(start)
-            levels = T and (q * T // 4, (q + 1) * T // 4)
-            t = T and torch.randint(*levels, (len(indices),), device=device)
+            t = band and torch.randint(*band, (len(indices),), device=device)
             with autocast(device):
-                loss = model.loss(batch, t).item()
-            losses.setdefault(f"val_q{q + 1}" if T else "val_loss", []).append(loss)
+                losses[name].append(model.loss(batch, t).item())
     figures = {name: sum(x) / len(x) for name, x in losses.items()}
     return figures | {"val_loss": sum(figures.values()) / len(figures)}
 
 
-def look(run, step, averaged, val_batches, device):
+def look(run, step, averaged, val_batches):
     """Draw and measure with the averaged model, for the folder and the screen."""
-    with autocast(device):
+    with autocast(val_batches.device):
         figures, pictures, captions = averaged.preview(val_batches)
-    figures |= validate(averaged, val_batches, device)
+    figures |= validate(averaged, val_batches, val_batches.device)
     if pictures is not None:
         grid = draw_grid(pictures, captions, columns=6 if len(pictures) > 16 else 4)
         save_picture(grid, run.folder / "samples" / f"{run.stage}_{step:06d}.png")
     run.report(step, figures)
-    said = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-    tqdm.write(f"{run.stage} {step}: {said}")
+    tqdm.write(f"{run.stage} {step}: " + ", ".join(f"{k} {x:.4g}" for k, x in figures.items()))
 
 
 def take_step(optimizers, rate, device):
@@ -184,31 +185,26 @@ def take_step(optimizers, rate, device):
             optimizer.step()
 
 
-def train(run, model, batches, val_batches, settings, device, checkpoint=None):
-    """Train a stage to settings["steps"], from `checkpoint` on if there is one.
-
-    Raises UserError where the loss or a weight is not finite, and KeyboardInterrupt after saving
-    when it is asked to stop (Ctrl-C, SIGTERM, SIGHUP).
-    """
-    steps, first, rank = settings["steps"], checkpoint["step"] if checkpoint else 0, batches.rank
+def train(run, model, batches, val_batches, checkpoint):
+    """Train a stage from the checkpoint's step on. Raises UserError where the loss or a weight is
+    not finite, and KeyboardInterrupt after saving when a signal asks to stop (see stop_signals)."""
+    settings, device, rank = run.settings, batches.device, batches.rank
+    steps, first = settings["steps"], checkpoint["step"]
     model.to(device).train()
-    ema, optimizers = Ema(model), make_optimizers(model, settings["muon"])
-    if checkpoint:
-        ema.updates = first  # model and ema hold the averaged weights already
+    ema, optimizers = Ema(model, first), make_optimizers(model, settings["muon"])
+    if "ema" in checkpoint:  # its averaged weights are in `model` and `ema` already
         restore(checkpoint, model, optimizers)
     if rank == 0:
         run.begin()
     loss_of = Loss(model)
     if settings["compile"]:
-        torch._dynamo.reset()  # what was compiled for another stage does not concern this one
+        torch._dynamo.reset()  # forget what was compiled for another stage
         loss_of.compile(options={"fallback_random": True})  # the same noise as without
     if batches.world > 1:
         loss_of = nn.parallel.DistributedDataParallel(loss_of)
-    loader = torch.utils.data.DataLoader(
-        batches, batch_size=None, sampler=range(first, steps),  # whole batches, in order
-        num_workers=settings["workers"], worker_init_fn=ignore_signals,
-        pin_memory=device.type == "cuda",
-    )
+    loader = torch.utils.data.DataLoader(  # of whole batches, in order
+        batches, batch_size=None, sampler=range(first, steps), num_workers=settings["workers"],
+        worker_init_fn=ignore_signals, pin_memory=device.type == "cuda")
     bar = tqdm(run.timed(loader), run.stage, total=steps, initial=first, disable=rank > 0 or None)
     with stop_signals(listen=rank == 0) as asked:
         for step, batch in enumerate(bar, first):
@@ -236,7 +232,7 @@ def train(run, model, batches, val_batches, settings, device, checkpoint=None):
             if saving:
                 run.save(done, model, ema, optimizers)
             if looking:
-                look(run, done, ema.model, val_batches, device)
+                look(run, done, ema.model, val_batches)
             if stop:
                 raise KeyboardInterrupt(f"{run.path} is saved at step {done}: --resume continues")
     if batches.world > 1:
@@ -247,74 +243,72 @@ def train(run, model, batches, val_batches, settings, device, checkpoint=None):
 
 # --- the command line ----------------------------------------------------------------------------
 
-
 # What a resumed training keeps unless the command line says otherwise.
 KEPT = ("data", "root", "limit", "preset", "seed", "steps", "batch_size", "lr", "muon", "focus")
 
 
 def settle(stage, args, before):
-    """The settings of a training: what the command line says, else what the training began with
-    (`before`), else the preset's. Refuses or notes what --resume would change."""
-    given = {name: getattr(args, name, None) for name in KEPT}
-    given = {name: value for name, value in given.items() if value is not None}
-    before = {name: before[name] for name in KEPT if name in before}
-    for name in before.keys() & given.keys():
-        if before[name] != given[name]:
+    """The settings of a training: from the command line, else from before --resume, else from the
+    preset. Refuses to change the data, the preset or the seed, and notes other changes."""
+    given = {name: x for name, x in vars(args).items() if name in KEPT and x is not None}
+    before = {name: x for name, x in before.items() if name in KEPT}
+    for name in given:
+        if name in before and before[name] != given[name]:
             changed = f"{name} was {before[name]}, is {given[name]} now"
             if name in ("data", "preset", "seed"):
                 raise UserError(f"--resume: {changed}; leave it out, or give another --out")
             print(f"note: {stage}: {changed}")
-    settings = {"data": "shapes", "preset": "tiny", "seed": 0} | before | given
-    settings = recipe(settings["preset"], stage)[1] | settings
-    return dict.fromkeys(KEPT) | settings | {
+    said = {"data": "shapes", "preset": "tiny", "seed": 0} | before | given
+    settings = dict.fromkeys(KEPT) | recipe(said["preset"], stage)[1] | said
+    return settings | {
         "log_every": max(1, min(50, settings["steps"] // 20)),
         "save_every": args.save_every or max(1, min(500, settings["steps"] // 10)),
         "sample_every": args.sample_every or max(1, settings["steps"] // 5),
-        "workers": args.workers, "compile": args.compile, "command": args.command,
-    }
+        "workers": args.workers, "compile": args.compile, "command": args.command}
 
 
 def run_stage(stage, args, device, rank, world):
-    """Prepare and train one stage, unless --resume finds it finished."""
-    path, checkpoint = Path(args.out) / f"{stage}.pt", {}
-    if path.exists():
-        if not args.resume:
-            raise UserError(f"{path} is there: --resume continues it, another --out starts afresh")
-        checkpoint = load_checkpoint(path, stage)
-    settings = settle(stage, args, checkpoint.get("run") or {})
+    """Prepare and train one stage, unless it is trained already."""
+    if stage == "clip" and args.clip not in (None, "small"):
+        print(f"clip: nothing to train, {args.clip} is a pretrained one")
+        return
+    path = Path(args.out) / f"{stage}.pt"
+    if path.exists() and not args.resume:
+        raise UserError(f"{path} is there: --resume continues it, another --out starts afresh")
+    checkpoint = (load_checkpoint(path, stage) if path.exists()
+                  else {"step": 0, "clip": None, "run": {}, "figures": {}})
+    settings = settle(stage, args, checkpoint["run"])
     steps, size = settings["steps"], settings["batch_size"]
-    if checkpoint and checkpoint["step"] >= steps:
+    if checkpoint["step"] >= steps:
         print(f"{stage}: already trained to step {checkpoint['step']} in {path}")
         return
     if size % world or stage == "clip" and size < 2 * world:
         raise UserError(f"--batch-size {size}: choose a multiple of the {world} processes; CLIP, "
                         "which tells pictures apart, needs 2 or more in each")
-    if settings["data"] == "shapes":  # drawn as needed
-        limits = settings["limit"] or PRESETS[settings["preset"]]["data"], 512
-    else:
-        limits = settings["limit"], settings["limit"]
-    data, val = (load_data(settings["data"], settings["root"], split, limit)
-                 for split, limit in zip(("train", "val"), limits))
+    limits = {"train": settings["limit"], "val": settings["limit"]}
+    if settings["data"] == "shapes":  # drawn here, so there are as many as we like
+        limits = {"train": settings["limit"] or PRESETS[settings["preset"]]["data"], "val": 512}
+    data, val = (load_data(settings["data"], settings["root"], *x) for x in limits.items())
     settings |= {"fingerprint": data.fingerprint(), "world": world}
-    if (checkpoint.get("run") or settings).get("fingerprint") != settings["fingerprint"]:
+    if (checkpoint["run"] or settings).get("fingerprint") != settings["fingerprint"]:
         print(f"note: {stage}: the data is not the same as when this training began")
     clip, trained_for, embeddings = None, None, (None, None)
     if needs_clip(stage):
-        spec = args.clip or (checkpoint.get("clip") or {}).get("spec", "small")
+        spec = args.clip or (checkpoint["clip"] or {"spec": "small"})["spec"]
         clip = load_clip(path.parent, spec, device)
-        check_clip(checkpoint.get("clip"), clip, path)
+        check_clip(checkpoint["clip"], clip, path)
         trained_for = {"spec": spec, "identity": clip.identity}
         with autocast(device):
             embeddings = [embed(clip, d, path.parent / "cache") for d in (data, val)]
     torch.manual_seed(settings["seed"])
-    model = (build(checkpoint, path) if checkpoint
+    model = (build(checkpoint, path) if "ema" in checkpoint
              else fresh_model(stage, settings["preset"], data, clip, embeddings[0]))
     print(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {steps} "
           f"steps of {size} on {device}, to {path}")
     batches, val_batches = (Batches(model, d, e, size, settings["seed"], device, rank, world)
                             for d, e in zip((data, val), embeddings))
     run = Run(stage, path.parent, model, settings, trained_for, checkpoint)
-    train(run, model, batches, val_batches, settings, device, checkpoint)
+    train(run, model, batches, val_batches, checkpoint)
 
 
 @user_errors
@@ -323,25 +317,21 @@ def main(argv=None):
     add = parser.add_argument
     add("stage", choices=("all", *STAGES, "export"), metavar="STAGE",
         help=f"all ({', '.join(ORDER)}), one of them, or one of {', '.join(BASELINES)}; "
-        "export writes small copies of the stages in --out to the folder --to")
+        "export writes small copies of the stages in --out to --to")
     add("--preset", choices=PRESETS, help="sizes and training budget (default: tiny)")
     add("--data", choices=DATA, help="captioned pictures (default: shapes)")
     add("--root", help="folder of the data (not for shapes)")
-    add("--limit", type=positive, help="train on this many pictures (default: all, or the preset's "
-        "number of shapes)")
+    add("--limit", type=positive, help="pictures to train on (default: all; shapes: the preset's)")
     add("--clip", help="small, trained here (default), or open_clip's MODEL:TAG_OR_FILE")
     add("--out", help="folder of the run (default: runs/DATA-PRESET)")
     add("--to", help="folder for export")
-    add("--resume", action="store_true", help="continue the training in --out; what is not said "
-        "stays as it was")
+    add("--resume", action="store_true", help="continue the training in --out, with its settings")
     add("--steps", type=positive, help="training steps (default: the preset's)")
-    add("--batch-size", type=positive, help="pictures a step, of all processes (default: preset's)")
+    add("--batch-size", type=positive, help="pictures a step, in all (default: the preset's)")
     add("--lr", type=positive_number, help="highest learning rate (default: the preset's)")
-    add("--save-every", type=positive, help="steps between checkpoints (default: a tenth of the "
-        "training, at most 500)")
+    add("--save-every", type=positive, help="steps between checkpoints (default: a tenth or 500)")
     add("--sample-every", type=positive, help="steps between sample grids (default: a fifth)")
-    add("--workers", type=natural, default=min(8, usable_cores()),
-        help="processes that prepare batches")
+    add("--workers", type=natural, default=min(8, usable_cores()), help="to prepare batches")
     add("--compile", action="store_true", help="torch.compile the loss: faster steps on a GPU")
     add("--device", type=choose_device, default="auto", help="auto, cpu or cuda")
     add("--seed", type=seed_number, help="of weights, batches and noise (default: 0)")
@@ -353,10 +343,7 @@ def main(argv=None):
     rank, world, device = join_processes(args.device)
     try:
         for stage in ORDER if args.stage == "all" else [args.stage]:
-            if stage == "clip" and args.clip not in (None, "small"):
-                print(f"clip: nothing to train, {args.clip} is a pretrained one")
-            else:
-                run_stage(stage, args, device, rank, world)
+            run_stage(stage, args, device, rank, world)
     finally:
         if world > 1:
             dist.destroy_process_group()

@@ -1,17 +1,16 @@
 """CLIP's embeddings of a data set: computed once, kept on disk, read as they are needed.
 
-They lie in files of at most 4,096 pictures or different captions each, called shards:
+They are in files of at most 4,096 pictures or different captions each, called shards:
 
     pictures-00000.pt   image_emb (n, D)
     captions-00000.pt   starts (n + 1,), text_emb (n, D), text_enc (starts[n], W)
     index.pt            starts (N + 1,), caption_ids (starts[N],): the captions of each picture
 
-Token features are kept without padding: caption k of a shard owns rows starts[k] to starts[k + 1]
+Token features are stored without padding: caption k of a shard owns rows starts[k] to starts[k + 1]
 of text_enc. Picture i owns such a part of caption_ids, whose numbers run through all shards.
 
-A file is written under a temporary name and then renamed, so it is there as a whole or not at all,
-and an interrupted pass continues with the first file that is missing. Two passes at once do no
-harm: at worst one replaces the other's shard by an equal one.
+A file is written under a temporary name and then renamed, so it is never half there. An interrupted
+pass continues with the first missing file, and of two passes at once each writes equal files.
 """
 
 import functools
@@ -48,7 +47,7 @@ class Embeddings:
         return len(self.starts) - 1
 
     def draw_captions(self, indices, rng):
-        """One caption of each picture: its number among the picture's own, and in all."""
+        """One caption of each picture: its number among the picture's own, and among all."""
         first, last = (self.starts[np.add(indices, k)] for k in (0, 1))
         which = (rng.random(len(indices)) * (last - first)).astype(int)
         return which, self.caption_ids[first + which]
@@ -66,7 +65,7 @@ class Embeddings:
             tokens.append(self.captions[shard]["text_enc"][start:stop].float())
         lengths = torch.tensor([len(x) for x in tokens])
         # Padded to the longest caption here, not to CLIP's text_len: attention over padding costs
-        # as much as over words, and is masked out in the end.
+        # as much as over words, only to be masked out.
         return {
             "image_emb": rows(self.pictures, "image_emb", indices),
             "text_emb": rows(self.captions, "text_emb", captions),
@@ -81,27 +80,25 @@ def rows(shards, name, numbers):
 
 
 def embed(clip, data, folder, batch_size=128):
-    """Embeddings of `data` under `clip`: what `folder` lacks is computed. Another CLIP or changed
-    data get another sub-folder, so no embeddings are out of date."""
+    """Embeddings of `data` under `clip`: computes what `folder` lacks. Each CLIP and version of the
+    data has its own sub-folder, so no embeddings are out of date."""
     key = f"{clip.identity}|{data.name}|{data.fingerprint()}|{len(data)}"
     folder = Path(folder) / hashlib.sha256(key.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     listed = functools.cache(lambda: list_captions(data))  # only where something is missing
 
-    def keep_shards(kind, n, compute):
-        for k, start in enumerate(range(0, n, SHARD)):
-            part = range(start, min(start + SHARD, n))
-            keep(folder / f"{kind}-{k:05}.pt", functools.partial(compute, part))
-
     index = keep(folder / "index.pt", lambda: listed()[0])
-    keep_shards("pictures", len(data), lambda part: embed_pictures(clip, data, part, batch_size))
-    keep_shards("captions", int(index["caption_ids"].max()) + 1,
-                lambda part: embed_captions(clip, listed()[1], part, batch_size))
+    for start in range(0, len(data), SHARD):
+        keep(folder / f"pictures-{start // SHARD:05}.pt",
+             lambda: embed_pictures(clip, data, start, batch_size))
+    for start in range(0, int(index["caption_ids"].max()) + 1, SHARD):
+        keep(folder / f"captions-{start // SHARD:05}.pt",
+             lambda: embed_captions(clip, listed()[1], start, batch_size))
     return Embeddings(folder)
 
 
 def keep(path, compute):
-    """What is in the file at `path`; where that is missing or damaged, compute() and write it."""
+    """The arrays in the file at `path`, which compute() provides if it is missing or damaged."""
     if path.exists():
         try:
             return check(read(path))
@@ -115,9 +112,9 @@ def keep(path, compute):
 
 
 def check(arrays):
-    """The arrays, if the embeddings in them have unit norm; else a UserError."""
+    """The arrays. UserError unless the embeddings in them have unit norm."""
     for name, array in arrays.items():
-        # Written so that NaN fails too.
+        # "not <" rather than ">=", so that NaN fails too.
         if name.endswith("_emb") and not (array.float().norm(dim=1) - 1).abs().max() < 0.02:
             raise UserError(f"{name} has zeros, NaNs or wrong norms: are CLIP's weights fine?")
     return arrays
@@ -126,17 +123,16 @@ def check(arrays):
 def list_captions(data):
     """(what index.pt holds, the list of all different captions)"""
     captions = [data.captions(i) for i in range(len(data))]
-    number = {c: u for u, c in enumerate(dict.fromkeys(c for cs in captions for c in cs))}
-    starts = torch.tensor([0] + [len(cs) for cs in captions]).cumsum(0)
-    ids = torch.tensor([number[c] for cs in captions for c in cs])
+    starts, number = torch.tensor([0] + [len(cs) for cs in captions]).cumsum(0), {}
+    ids = torch.tensor([number.setdefault(c, len(number)) for cs in captions for c in cs])
     return {"starts": starts, "caption_ids": ids}, list(number)
 
 
-def embed_captions(clip, captions, part, batch_size):
-    """A shard of captions, those with the numbers `part`."""
-    ids = clip.tokenizer(captions[part.start : part.stop])
+def embed_captions(clip, captions, start, batch_size):
+    """The shard of captions that begins with number `start`."""
+    ids = clip.tokenizer(captions[start : start + SHARD])
     text_emb, text_enc = [], []
-    for some in tqdm(ids.split(batch_size), f"CLIP: captions from {part.start}", disable=None):
+    for some in tqdm(ids.split(batch_size), f"CLIP: captions from {start}", disable=None):
         emb, enc, mask = clip.encode_ids(some.to(clip.mean.device))
         text_emb.append(emb.cpu())
         text_enc.append(enc[mask].cpu())
@@ -145,13 +141,13 @@ def embed_captions(clip, captions, part, batch_size):
             "text_enc": torch.cat(text_enc).half()}
 
 
-def embed_pictures(clip, data, part, batch_size):
-    """A shard of pictures, which worker processes decode. They get no copy of the CLIP."""
-    collate = functools.partial(decode, data, clip.image_size, clip.interpolation)
-    loader = torch.utils.data.DataLoader(part, batch_size, collate_fn=collate,
-                                         num_workers=min(usable_cores(), 8))
-    loader = tqdm(loader, f"CLIP: pictures from {part.start}", disable=None)
-    image_emb = [clip.encode_image(images.to(clip.mean.device)).cpu() for images in loader]
+def embed_pictures(clip, data, start, batch_size):
+    """The shard of pictures that begins with number `start`. Worker processes decode them."""
+    loader = torch.utils.data.DataLoader(
+        range(start, min(start + SHARD, len(data))), batch_size, num_workers=min(usable_cores(), 8),
+        collate_fn=functools.partial(decode, data, clip.image_size, clip.interpolation))
+    image_emb = [clip.encode_image(images.to(clip.mean.device)).cpu()
+                 for images in tqdm(loader, f"CLIP: pictures from {start}", disable=None)]
     return {"image_emb": torch.cat(image_emb).half()}
 
 

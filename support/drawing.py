@@ -1,6 +1,7 @@
-"""What the drawing commands share: their options, which weights they find, the files they write."""
+"""What the drawing commands share: options, where they look for weights, the files they write."""
 
 import itertools
+import re
 from pathlib import Path
 
 import torch
@@ -14,11 +15,10 @@ from support.tools import UserError, choose_device, positive, seed_number
 def default_weights():
     """weights/shapes if it is there, else the newest folder under runs/ with a decoder in it."""
     shipped = Path(__file__).parent.parent / "weights/shapes/decoder.pt"
-    runs = sorted(Path("runs").glob("*/decoder.pt"), key=lambda path: path.stat().st_mtime)
-    found = [shipped] if shipped.exists() else runs
+    found = [shipped] if shipped.exists() else list(Path("runs").glob("*/decoder.pt"))
     if not found:
         raise UserError("no weights found: give --weights, or 'python train.py all --preset tiny'")
-    return found[-1].parent
+    return max(found, key=lambda path: path.stat().st_mtime).parent
 
 
 def drawing_options(parser):
@@ -35,28 +35,28 @@ def drawing_options(parser):
 
 def reachable_size(pipeline, size):
     """The largest side up to `size` that the trained stages can draw; says so if it is smaller."""
-    sides = [s for s in pipeline.sizes if s <= size]
-    if not sides:
+    side = max((s for s in pipeline.sizes if s <= size), default=None)
+    if side is None:
         raise UserError(f"--size {size}: {pipeline.folder} draws {pipeline.sizes[0]} or more")
-    if sides[-1] < size:
-        print(f"{pipeline.folder} has no upsampler to {size} pixels: stopping at {sides[-1]}")
-    return sides[-1]
+    if side < size:
+        print(f"{pipeline.folder} has no upsampler to {size} pixels: stopping at {side}")
+    return side
 
 
 def slugs(captions):
     """Captions as file names: their words, cut at 60 bytes, numbered where two are the same."""
     names = []
     for caption in captions:
-        words = "".join(c if c.isalnum() else " " for c in caption.lower()).split()
+        words = re.findall(r"[^\W_]+", caption.lower())
         name = "-".join(words).encode()[:60].decode(errors="ignore") or "caption"
-        numbered = (f"{name}-{n}" if n > 1 else name for n in itertools.count(1))
+        numbered = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
         names.append(next(x for x in numbered if x not in names))
     return names
 
 
 def write_drawings(pipeline, args):
     """sample.py's files: a PNG for each picture, a grid of all, and with --film a GIF for each."""
-    pipeline.text(args.caption)  # an empty one is refused before the work
+    pipeline.text(args.caption)  # refuses an empty one before the work
     size, names, grid = reachable_size(pipeline, args.size), slugs(args.caption), args.out
     if grid.suffix != ".png":
         grid = grid / f"grid_{names[0]}_{args.seed}.png"
@@ -72,20 +72,20 @@ def write_drawings(pipeline, args):
         print(save_picture(drawn[-1], path))
         if films:
             print(films.pop().save(path.with_suffix(".gif")))
-        shown += [to_tensor(picture) for picture in drawn]
+        shown += map(to_tensor, drawn)
         labels += [f"{caption}, {p.width} px" if args.stages else caption for p in drawn]
-    columns, cell = args.n if args.n > 1 else 4, None
-    if args.stages:  # a row is one picture, equally large at each of its sizes
-        columns, cell = len(pipeline.sizes), min(512, max(128, size))
-    print(save_picture(draw_grid(shown, labels, columns, cell), grid))
+    layout = [args.n if args.n > 1 else 4]
+    if args.stages:  # a row is one picture at each of its sizes, drawn equally large
+        layout = len(pipeline.sizes), min(512, max(128, size))
+    print(save_picture(draw_grid(shown, labels, *layout), grid))
 
 
 def write_strip(pipeline, size, pictures, labels, seed, path, film=False):
-    """manipulate.py's files: pictures (n, 3, H, W), enlarged to `size`, side by side as a PNG. With
-    film, all but the first and the last also become a GIF, there and back."""
+    """manipulate.py's files: pictures (n, 3, H, W), enlarged to `size`, side by side as a PNG; with
+    film also a GIF that runs from the second to the last but one and back."""
     pictures = torch.cat([pipeline.upsample(p[None], [seed], size).cpu() for p in pictures])
     print(save_picture(draw_grid(pictures, labels, columns=len(pictures)), path))
     if film:
-        side = max(size, 256)
-        frames = [to_pil(p).resize((side, side), Image.Resampling.BICUBIC) for p in pictures[1:-1]]
+        side = [max(size, 256)] * 2
+        frames = [to_pil(p).resize(side, Image.Resampling.BICUBIC) for p in pictures[1:-1]]
         print(save_film(frames + frames[-2:0:-1], path.with_suffix(".gif"), 120))

@@ -1,11 +1,9 @@
 """Captioned pictures from disk: CIFAR-10 and CIFAR-100, COCO, or any folder; and `load_data`.
 
 Every data set has name, __len__, captions(i) -> list of str, fingerprint() -> a str that changes
-with the data, and image(i, size, ...) -> float32 (3, size, size) in [-1, 1]. A picture gets its
-size when it is asked for, so models of all sizes train on one data set.
-
-Pictures that are missing or cannot be decoded are skipped and named when the data set is opened,
-not hours into a training.
+with the data, and image(i, size, ...) -> float32 (3, size, size) in [-1, 1]. The size is chosen at
+each call, so models of all sizes train on one data set. Missing and broken pictures are skipped and
+named when the data set is opened, not hours into a training.
 """
 
 import hashlib
@@ -31,7 +29,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 def to_rgb(picture):
-    """Any PIL picture -> upright RGB: transparency on white, 16-bit grey scaled to 8."""
+    """Any PIL picture -> upright RGB, transparency on white, 16-bit grey scaled to 8 bits."""
     ImageOps.exif_transpose(picture, in_place=True)  # a phone's photo says how it was held
     if picture.mode.startswith("I"):  # 16-bit grey: 65535 is white, not 255
         picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
@@ -55,9 +53,9 @@ def open_picture(path, side=None):
 
 
 def fit(picture, size, crop=None, place=0.5, interpolation="bicubic"):
-    """PIL RGB -> a square of it at size x size, antialiased; or the window crop = (top, left, side)
-    of that, as if cut out: the filter sees beyond its edges. place: where along the longer side
-    the square is taken: 0.5 is the centre, 0 and 1 the ends."""
+    """PIL RGB -> its square at `place` along the longer side (0.5: the centre, 0 and 1: the ends),
+    resized to size x size, antialiased. crop = (top, left, side): only this window of the result,
+    as if cut out of it: the filter sees beyond its edges."""
     top, left, side = crop or (0, 0, size)
     square = min(picture.size)
     x, y = (picture.width - square) * place, (picture.height - square) * place
@@ -91,7 +89,7 @@ class Pictures:
 
 
 def picture_files(name, captioned, split, limit, divide):
-    """{path: [captions]} -> Pictures. divide: keep only this split's share of the files."""
+    """{path: [captions]} -> Pictures. divide: the files are not split yet; keep this split's."""
     paths = sorted(path for path, captions in captioned.items() if captions)
     paths = readable_paths(name, paths, None if divide else limit)
     if divide:  # about 1 of 20 files is val, by a hash of its name: adding files moves no others
@@ -109,7 +107,7 @@ def picture_files(name, captioned, split, limit, divide):
 
 
 def readable_paths(name, paths, limit):
-    """At least the first `limit` paths whose pictures can be decoded; the others are reported."""
+    """At least the first `limit` paths whose pictures can be decoded. Reports the others."""
     fine, skipped = [], []
     with ThreadPoolExecutor() as pool:
         while paths and not (limit and len(fine) >= limit):  # don't open all 100,000 for a few
@@ -122,17 +120,17 @@ def readable_paths(name, paths, limit):
     return fine
 
 
-@cache  # once a process: train and val ask about the same files
+@cache  # train and val ask about the same files
 def readable(path):
     try:
-        return open_picture(path, 64) is not None
+        return bool(open_picture(path, 64))
     except UserError:
         return False
 
 
 def load_folder(root):
-    """root/metadata.jsonl, a picture a line, whose text is a caption or a list of captions; or a
-    .txt beside each picture, where each line is a caption. -> {path: [captions]}"""
+    """{path: [captions]} from root/metadata.jsonl, where each line names a picture with a caption
+    or a list of them; or from a .txt beside each picture, where each line is a caption."""
     captioned, table = {}, root / "metadata.jsonl"
     if table.is_file():
         for number, line in enumerate(table.read_bytes().splitlines(), start=1):
@@ -152,9 +150,9 @@ def load_folder(root):
             if path.suffix.lower() in SUFFIXES and beside.is_file():
                 try:
                     texts = beside.read_text(encoding="utf-8-sig").splitlines()
-                    captioned[path] = [t.strip() for t in texts if t.strip()]
                 except ValueError:
                     raise UserError(f"{beside}: its text is not UTF-8; save it as UTF-8")
+                captioned[path] = [t.strip() for t in texts if t.strip()]
     if not any(captioned.values()):
         raise UserError(f"{root}: no captions; add metadata.jsonl with lines like {EXAMPLE}, or "
                         "a.txt beside each a.png")
@@ -162,8 +160,8 @@ def load_folder(root):
 
 
 def load_coco(root, split):
-    """annotations/captions_{split}2017.json with the folder {split}2017; or any one captions_*.json
-    under root, which is then divided. -> {path: [captions]}, whether to divide"""
+    """({path: [captions]}, whether to divide it into train and val), from the official
+    annotations/captions_{split}2017.json or from a single captions_*.json, to be divided."""
     table = root / "annotations" / f"captions_{split}2017.json"
     divide = not table.is_file()
     if divide:
@@ -172,9 +170,8 @@ def load_coco(root, split):
             raise UserError(f"{root}: no annotations/{table.name}; add it, or name a single file "
                             f"captions_all.json, to be divided (found {[f.name for f in found]})")
         table = found[0]
-    captioned = {}
     try:
-        content = json.loads(table.read_bytes())
+        captioned, content = {}, json.loads(table.read_bytes())
         names = {image["id"]: Path(image["file_name"]) for image in content["images"]}
         for note in content["annotations"]:
             name, text = names.get(note["image_id"]), " ".join(note["caption"].split())
@@ -183,8 +180,7 @@ def load_coco(root, split):
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{table}: {e!r}: not a COCO captions file, which is JSON with images (id, "
                         "file_name) and annotations (image_id, caption); download it again")
-    folders = [root / f"{split}2017", root, *sorted(p for p in root.iterdir() if p.is_dir())]
-    some = list(captioned)[:20]
+    folders, some = [root / f"{split}2017", root, *sorted(root.glob("*/"))], list(captioned)[:20]
     home = next((f for f in folders if any((f / name).is_file() for name in some)), folders[0])
     return {home / name: texts for name, texts in captioned.items()}, divide
 
@@ -197,7 +193,7 @@ def load_cifar(name, root, split, limit):
     except Exception as e:  # no network, a full disk, a broken pickle
         raise UserError(f"{name}: not in {root}, or corrupt, and the download failed ({e!r}); "
                         f"fetch {kind.url} and unpack it there")
-    pixels, labels = data.data[:limit], list(data.targets[:limit])
+    pixels, labels = data.data[:limit], data.targets[:limit]
     classes = [label.replace("_", " ") for label in data.classes]
     captions = [[text.format(with_article(label)) for text in TEMPLATES] for label in classes]
     items = [(picture, captions[label]) for picture, label in zip(pixels, labels)]
@@ -209,8 +205,7 @@ DATA = ("shapes", "cifar10", "cifar100", "coco", "folder")
 
 
 def load_data(name, root=None, split="train", limit=None, seed=0):
-    """A data set by its name. root: its folder; split: train or val; limit: keep only the first
-    ones, or for shapes, how many to draw."""
+    """The data set `name`, from the folder root; its first `limit` pictures (shapes: that many)."""
     if name not in DATA:
         raise UserError(f"data {name!r}: use one of {', '.join(DATA)}")
     if name == "shapes":

@@ -1,34 +1,32 @@
-"""What a training leaves behind in its folder, and says while it works.
+"""What a training writes to its folder and to the screen.
 
     STAGE.pt        the checkpoint: see checkpoint.py
-    STAGE.json      its settings, to read
-    metrics.jsonl   a line of figures now and then, for eyes, grep and `python -m lab.plots RUN`
-    samples/        pictures drawn while it trained
+    STAGE.json      its settings, for people to read
+    metrics.jsonl   a line of figures now and then, for people and `python -m lab.plots RUN`
+    samples/        pictures drawn during the training
 """
 
+import dataclasses
 import json
 import math
 import time
-from pathlib import Path
 
 import torch
 
-from support.checkpoint import config_dict, examples_seen, save_checkpoint
+from support.checkpoint import examples_seen, save_checkpoint
 from support.tools import UserError, peak_memory
 
 
 class Run:
-    """The folder of a training, and its figures since the last line of metrics.jsonl.
-
-    Losses stay on the device until they are written: reading one makes the CPU wait for the GPU.
-    """
+    """The folder of a training, and its figures since the last line of metrics.jsonl. Losses stay
+    on the device until they are written, as reading one makes the CPU wait for the GPU."""
 
     def __init__(self, stage, folder, model, settings, clip, checkpoint):
-        self.stage, self.folder, self.settings = stage, Path(folder), settings
-        self.path, self.figures = self.folder / f"{stage}.pt", {}
-        self.about = {"stage": stage, "config": config_dict(model), "clip": clip, "run": settings}
-        self.first = checkpoint["step"] if checkpoint else 0
-        self.examples = examples_seen(checkpoint) if checkpoint else 0
+        self.stage, self.folder, self.path = stage, folder, folder / f"{stage}.pt"
+        self.settings, self.figures = settings, {}
+        self.about = {"stage": stage, "config": dataclasses.asdict(model.config), "clip": clip,
+                      "run": settings}
+        self.first, self.examples = checkpoint["step"], examples_seen(checkpoint)
         self.losses, self.waited, self.waited_in_all = [], 0.0, 0.0
 
     def begin(self):
@@ -36,20 +34,17 @@ class Run:
         self.path.with_suffix(".json").write_text(json.dumps(self.about, indent=2) + "\n")
 
     def timed(self, loader):
-        """The loader's batches; notes how long each was waited for."""
+        """The loader's batches; adds up how long each one took to arrive."""
         self.begun = self.started = time.time()
         batches = iter(loader)
-        while True:
-            asked = time.time()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
+        asked = time.time()
+        for batch in batches:
             self.waited += time.time() - asked
             yield batch
+            asked = time.time()
 
     def add(self, loss, norm):
-        # A gradient that is NaN ruins the weights, so treat it like such a loss.
+        # A NaN gradient ruins the weights, so treat it like a NaN loss.
         self.losses.append(torch.where(norm.isfinite(), loss.detach(), norm))
 
     def report(self, step, figures):
@@ -58,8 +53,8 @@ class Run:
             f.write(json.dumps({"stage": self.stage, "step": step} | figures) + "\n")
 
     def write(self, step, model, rate):
-        """Check and report the steps since the last time. Raises UserError rather than let weights
-        that are not finite be saved: the loss of a step is that of the weights before it."""
+        """Check and report the steps since the last time. Checks the weights too, or they could be
+        saved as NaN: a step's loss is that of the weights before it."""
         loss = torch.stack(self.losses).mean().item()
         finite = torch.stack([p.isfinite().all() for p in model.parameters()]).all()
         if not (math.isfinite(loss) and finite):
@@ -83,8 +78,7 @@ class Run:
 
     def summary(self, device):
         seconds, steps = time.time() - self.begun, self.settings["steps"] - self.first
-        print(f"{self.stage}: steps {self.first} to {self.settings['steps']}, "
-              f"{seconds / 60:.1f} minutes, loss {self.figures['loss']:.4f}, "
-              f"{steps * self.settings['batch_size'] / seconds:.0f} images/s, "
-              f"waiting for data {self.waited_in_all / seconds:.1%}, "
-              f"{peak_memory(device):.1f} GB")
+        speed = steps * self.settings["batch_size"] / seconds
+        print(f"{self.stage}: steps {self.first} to {self.settings['steps']}, {seconds / 60:.1f} "
+              f"minutes, loss {self.figures['loss']:.4f}, {speed:.0f} images/s, waiting for data "
+              f"{self.waited_in_all / seconds:.1%}, {peak_memory(device):.1f} GB")

@@ -1,13 +1,13 @@
-"""A toy world of captioned pictures: coloured shapes and signs, drawn here; the default data.
+"""The default data: a toy world of captioned pictures of coloured shapes and signs, drawn here.
 
 The paper trains on hundreds of millions of captioned photos. This world has their structure in
 small: a picture shows more than its caption says, and there are many ways to say it. Each scene is
-a pure function of (seed, split, i), and since its exact content is known, lab/judge.py can measure
-whether a picture shows its caption.
+a pure function of (seed, split, i) whose content is known, so lab/judge.py can measure whether a
+picture shows its caption.
 
 The one idea: a caption leaves things out. A detailed one fixes colour, shape, size, relation and
 background, a sparse one leaves most of them open, and none mentions the exact place, the rotation
-or the shade. What is left out must come out diverse (paper sec. 3.1, 5.3).
+or the shade. Pictures of one caption must differ in what it leaves out (paper sec. 3.1, 5.3).
 """
 
 import hashlib
@@ -33,15 +33,15 @@ WORDS = ("cat dog sun sky cow bee fox owl hat cup red blue "
          "moon star tree fish bird milk book door rain snow stop open").split()
 INK = (25, 25, 30)  # a sign's letters and edge
 
-# Never in train or val; every scene of the split "held_out" shows at least one. They tell whether
-# a model can draw a green cross when it has seen green things and crosses, but no green cross.
+# Never in train or val; every scene of the split "held_out" shows at least one. Can a model draw a
+# green cross after seeing green things and crosses, but no green cross?
 HELD_OUT = (("green", "cross"), ("purple", "star"), ("yellow", "triangle"), ("orange", "square"))
 TRAIN_PAIRS = tuple((c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT)
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object of a picture, or what a caption says about one: None is what it leaves open."""
+    """One object of a picture, or what a caption says about one (None: nothing)."""
 
     colour: str | None = None  # a key of COLOURS; None for a sign
     shape: str | None = None  # one of SHAPES, or "sign"
@@ -55,7 +55,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows, or what a caption claims: None is what it leaves open."""
+    """What a picture shows, or what a caption claims (None: it leaves this open)."""
 
     things: tuple  # one or two Things
     background: str | None = None  # a key of BACKGROUNDS
@@ -75,7 +75,6 @@ def make_scene(rng, held_out=False):
         paper = rng.randint(225, 250)
         sign = Thing(shape="sign", x=x, y=y, radius=radius, rgb=(paper, paper, paper - 10))
         return Scene((sign,), background, grey, word=rng.choice(WORDS))
-
     pairs = rng.sample(TRAIN_PAIRS, 2)
     if held_out:
         first = rng.choice(HELD_OUT)
@@ -87,22 +86,20 @@ def make_scene(rng, held_out=False):
     relation = rng.choice(RELATIONS) if kind >= 0.42 else None
     places, things = find_places(rng, radii, relation), []
     for (colour, shape), size, radius, (x, y) in zip(pairs, sizes, radii, places):
-        shade = rng.uniform(0.85, 1.0)
+        shade, angle = rng.uniform(0.85, 1.0), math.radians(rng.uniform(-20, 20))
         rgb = tuple(round(shade * channel) for channel in COLOURS[colour])
-        angle = math.radians(rng.uniform(-20, 20))
         things.append(Thing(colour, shape, size, x, y, radius, angle, rgb))
     return Scene(tuple(things), background, grey, relation)
 
 
 def find_places(rng, radii, relation, gap=0.03):
     """Centres (x, y) of one thing inside the picture, or of two that are clearly in this relation:
-    the offset across its axis is at most half of that along it, or "left of" could be "above"."""
+    at most half as far apart across its axis as along it, or "left of" could be "above"."""
     if relation is None:
         return [[rng.uniform(radii[0], 1 - radii[0]) for _ in range(2)]]
     # On the axis: free space, thing, at least a gap, thing, free space. Large things just fit.
     near, far = (0, 1) if relation in ("above", "left of") else (1, 0)
-    slack = 1 - 2 * sum(radii) - gap
-    cuts = sorted(rng.uniform(0, slack) for _ in range(2))
+    cuts = sorted(rng.uniform(0, 1 - 2 * sum(radii) - gap) for _ in range(2))
     along = {near: cuts[0] + radii[near], far: cuts[1] + 2 * radii[near] + gap + radii[far]}
     reach = 0.5 * (along[far] - along[near])
     first = rng.uniform(radii[0], 1 - radii[0])
@@ -120,7 +117,7 @@ def corner(r, degrees):
 
 
 # Outlines in the unit circle. The star's inner radius and the cross's arms are a little fat, so
-# that one can tell the two apart when they are 16 pixels wide.
+# that the two look different even when they are 16 pixels wide.
 INNER = math.sqrt(2) * math.sin(math.radians(20))  # where two arms of the cross meet
 OUTLINES = {
     "square": [corner(1, 45 + 90 * k) for k in range(4)],
@@ -134,8 +131,8 @@ font = lru_cache(ImageFont.load_default)  # Pillow's own typeface at a height in
 
 
 def render(scene, size, crop=None):
-    """Draw a scene at size x size pixels -> PIL RGB picture, antialiased; or only its window
-    crop = (top, left, side) in pixels, which is the same as cutting it out."""
+    """Draw a scene at size x size pixels -> PIL RGB picture, antialiased. crop = (top, left, side):
+    only this window, in pixels; the same as cutting it out."""
     top, left, side = crop or (0, 0, size)
     # Antialiasing: draw a black-and-white stencil k times larger, then average k x k boxes.
     k = max(4, 512 // size)
@@ -155,13 +152,13 @@ def render(scene, size, crop=None):
 
 
 def fill(draw, shape, thing, word, scale, left, top):
-    """Fill a shape of the thing's place, size and rotation with white. In stencil pixels, scale is
-    the picture's side and (left, top) the stencil's corner."""
-    # Round first, then shift to that corner: a thing looks the same wherever its stencil begins.
+    """Fill a shape with white at the thing's place, size and rotation. In stencil pixels: `scale`,
+    the picture's side, and (left, top), the stencil's corner."""
+    # Round before shifting to that corner: a thing looks the same wherever its stencil begins.
     x, y, r = thing.x * scale, thing.y * scale, thing.radius * scale
     if shape == "circle":
-        x0, y0, x1, y1 = (round(side) for side in (x - r, y - r, x + r, y + r))
-        draw.ellipse((x0 - left, y0 - top, x1 - 1 - left, y1 - 1 - top), fill=255)
+        draw.ellipse((round(x - r) - left, round(y - r) - top,
+                      round(x + r) - 1 - left, round(y + r) - 1 - top), fill=255)
     elif shape == "word":
         draw.text((round(x) - left, round(y) - top), word, 255, font(round(0.62 * r)), anchor="mm")
     else:
@@ -172,8 +169,7 @@ def fill(draw, shape, thing, word, scale, left, top):
 
 # --- captions --------------------------------------------------------------------------------
 
-# How likely a caption mentions each part. A colour or size not mentioned is left out, a shape not
-# mentioned becomes "shape", a relation not mentioned becomes "and".
+# How likely a caption is to mention each part. If not, a shape becomes "shape", a relation "and".
 DETAIL = {
     "sparse": dict(size=0.1, colour=0.5, shape=0.88, relation=0.3, background=0.1, word=0.5),
     "middle": dict(size=0.4, colour=0.9, shape=0.88, relation=0.7, background=0.3, word=1.0),
@@ -187,20 +183,20 @@ def with_article(words):
 
 
 def describe(scene, rng, detail):
-    """A caption of a scene that mentions every object. detail: a key of DETAIL."""
+    """A caption that mentions every object of the scene. detail: a key of DETAIL."""
     def said(part):
         return rng.random() < DETAIL[detail][part]
 
     if scene.word:
-        text = f"a sign that says {scene.word}" if said("word") else "a sign"
+        text = "a sign" + (f" that says {scene.word}" if said("word") else "")
     else:
         phrases = []
         for thing in scene.things:
             words = [getattr(thing, part) for part in ("size", "colour") if said(part)]
             words.append(thing.shape if said("shape") else "shape")
             phrases.append(with_article(" ".join(words)))
-        related = scene.relation and said("relation")
-        text = f" {scene.relation if related else 'and'} ".join(phrases)
+        joint = scene.relation if scene.relation and said("relation") else "and"
+        text = f" {joint} ".join(phrases)
     if said("background"):
         text += rng.choice((" on {}", " on a {} background")).format(scene.background)
     return text
@@ -215,11 +211,10 @@ GRAMMAR = re.compile(
 
 
 def parse_caption(text):
-    """The inverse of `describe`: a caption -> what it claims, a Scene with gaps. Capitals, extra
-    spaces, a full stop, "grey" and "to the left of" are understood; the rest is a UserError."""
+    """The inverse of `describe`: a caption -> what it claims, a Scene with gaps. Understands also
+    capitals, extra spaces, a full stop, "grey" and "to the left of"; else raises a UserError."""
     words = " ".join(text.lower().rstrip(" .\n").split()).replace("grey", "gray")
-    found = GRAMMAR.fullmatch(words)
-    if not found:
+    if not (found := GRAMMAR.fullmatch(words)):
         raise UserError(f"caption {text!r} is outside the shapes grammar: say for example 'a large "
                         "red circle above a small blue square on black' or 'a sign that says cat'")
     things = [Thing(colour or None, None if shape == "shape" else shape, size or None)
@@ -231,7 +226,7 @@ def parse_caption(text):
 
 @dataclass(frozen=True)
 class Shapes:
-    """n scenes of a split; the same ones for the same seed."""
+    """n scenes of a split, always the same for a seed."""
 
     n: int
     split: str = "train"  # or "val", or "held_out": colour-shape pairs unseen in training
@@ -242,7 +237,6 @@ class Shapes:
         return self.n
 
     def scene(self, i):
-        """The ground truth of picture i."""
         rng = random.Random(f"scene {self.seed} {self.split} {i}")
         return make_scene(rng, held_out=self.split == "held_out")
 
@@ -256,8 +250,8 @@ class Shapes:
         return [describe(scene, rng, detail) for detail in DETAIL]
 
     def fingerprint(self):
-        version = 1  # of the generator: where the same seed draws another scene, raise it
-        return digest([self.name, version, self.split, self.n, self.seed])
+        # 1 is the generator's version: raise it when a seed no longer draws the same scenes.
+        return digest([self.name, 1, self.split, self.n, self.seed])
 
 
 def digest(values):

@@ -1,17 +1,18 @@
 """Pictures as tensors, as sheets with captions, as files and as films.
 
-Inside the program a picture is a float32 tensor (3, H, W) in [-1, 1]; outside it is a Pillow image
-with whole numbers from 0 to 255. `to_tensor` and `to_pil` convert between the two with fixed
-limits, not by a picture's own minimum and maximum: a pale drawing stays pale.
+The networks' pictures are float32 tensors (3, H, W) in [-1, 1], files hold integers from 0 to 255.
+`to_tensor` and `to_pil` convert by fixed limits, not by a picture's own minimum and maximum, so a
+pale drawing stays pale.
 """
 
+import math
 import os
 import textwrap
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from support.tools import UserError
 
@@ -23,16 +24,14 @@ def to_tensor(picture):
 
 
 def to_pil(picture):
-    """(3, H, W) in [-1, 1] -> PIL RGB picture; what lies outside of the range is clipped."""
+    """(3, H, W) -> PIL RGB picture; values outside [-1, 1] are clipped."""
     picture = ((picture.float().clamp(-1, 1) + 1) * 127.5).round().byte()
     return Image.fromarray(picture.permute(1, 2, 0).cpu().numpy())
 
 
 def draw_grid(pictures, captions=None, columns=4, cell=None):
-    """n pictures (3, H, W) in rows, each with its caption below -> PIL picture.
-
-    cell: side of a picture on the sheet in pixels (default: at least 128, for small ones to show)
-    """
+    """n pictures (3, H, W) in rows, each with its caption below -> PIL picture. cell: the side of a
+    picture on the sheet in pixels (default: the pictures' own, but at least 128)."""
     cell = cell or max(128, *(p.shape[-1] for p in pictures))
     font = ImageFont.load_default(max(13, cell // 12))
     # Captions are wrapped to the cell's width; the longest one sets the height of all rows.
@@ -40,12 +39,12 @@ def draw_grid(pictures, captions=None, columns=4, cell=None):
     lines = [textwrap.wrap(c, width=max(8, int(cell / font.getlength("e")))) for c in captions]
     line = int(font.size * 1.25)
     under = 6 + line * max(len(x) for x in lines) if any(captions) else 0
-    columns = min(columns, len(pictures))
-    rows = -(-len(pictures) // columns)  # rounded up
-    sheet = Image.new("RGB", (columns * (cell + 4) + 4, rows * (cell + under + 4) + 4), "white")
+    columns, wide, high = min(columns, len(pictures)), cell + 4, cell + under + 4
+    rows = math.ceil(len(pictures) / columns)
+    sheet = Image.new("RGB", (columns * wide + 4, rows * high + 4), "white")
     pen = ImageDraw.Draw(sheet)
     for k, (picture, words) in enumerate(zip(pictures, lines)):
-        x, y = 4 + k % columns * (cell + 4), 4 + k // columns * (cell + under + 4)
+        x, y = 4 + k % columns * wide, 4 + k // columns * high
         whole = cell % picture.shape[-1] == 0  # then each pixel becomes a square
         resample = Image.Resampling.NEAREST if whole else Image.Resampling.BICUBIC
         sheet.paste(to_pil(picture).resize((cell, cell), resample), (x, y))
@@ -55,20 +54,19 @@ def draw_grid(pictures, captions=None, columns=4, cell=None):
 
 
 def check_folder(path):
-    """An argument's type: a folder to write into, or a .png in one, as a Path. The folder is not
-    made yet: a command that fails later should leave nothing behind."""
+    """An argument's type, a Path: a folder to write into, or a .png in one. It isn't made yet, so a
+    command that fails later leaves nothing behind."""
     there = Path(path).absolute()
     while not there.exists() or there.suffix == ".png" and there.is_file():
         there = there.parent
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"cannot write into {path}: {there} is no folder that you may write to")
+        raise UserError(f"cannot write into {path}: {there} is not a folder you may write to")
     return Path(path)
 
 
 def save_picture(picture, path, **options):
-    """Write a PIL picture under another name beside `path`, then rename it: neither a full disk nor
-    Ctrl-C leaves half a picture behind. Returns the path."""
-    path = Path(path)
+    """Write a PIL picture under another name beside the Path `path`, then rename it, so neither a
+    full disk nor Ctrl-C leaves half a picture behind. Returns the path."""
     beside = path.with_name(f".{path.name}")  # keeps the suffix, which tells Pillow the format
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +80,7 @@ def save_picture(picture, path, **options):
 
 
 def save_film(frames, path, milliseconds):
-    """Write PIL pictures as an endless GIF. milliseconds: of every frame, or a list."""
+    """Write PIL pictures as an endless GIF. milliseconds: for every frame, or a list of them."""
     return save_picture(frames[0], path, save_all=True, append_images=frames[1:],
                         duration=milliseconds, loop=0)
 
@@ -95,7 +93,7 @@ class Film:
 
     def __call__(self, k, t, x_t, pred_x_0):
         both = to_pil(torch.cat([x_t[0], pred_x_0[0]], dim=2))  # (3, H, 2W)
-        self.frames.append(both.resize((both.width * 4, both.height * 4), Image.Resampling.NEAREST))
+        self.frames.append(ImageOps.scale(both, 4, Image.Resampling.NEAREST))
 
     def save(self, path):
         return save_film(self.frames, path, [80] * (len(self.frames) - 1) + [1500])  # rests at last

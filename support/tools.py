@@ -1,14 +1,13 @@
-"""What every command needs and none of it is about unCLIP: device, precision, signals, arguments.
+"""What every command needs but has nothing to do with unCLIP: device, precision, signals, options.
 
-A student can skip this file. What is worth knowing: precision is chosen in `autocast`, and a user's
-mistake is a UserError, which `user_errors` turns into one line and exit code 2.
+A student can skip this file. Worth knowing: `autocast` chooses the precision, and a user's mistake
+is a UserError, which `user_errors` turns into one line and exit code 2.
 """
 
 import argparse
 import functools
 import math
 import os
-import re
 import signal
 import sys
 import threading
@@ -17,92 +16,75 @@ from pathlib import Path
 
 import torch
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
 
 class UserError(Exception):
     """A user's mistake in one line: the value, the rule, the fix."""
 
 
-# --- the machine -----------------------------------------------------------------------------
-
-
 def choose_device(name):
     """ "auto", "cpu", "cuda", "cuda:1", ... -> torch.device. Raises UserError if it isn't there."""
+    count = torch.cuda.device_count()
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = re.fullmatch(r"cpu|cuda(?::(0|[1-9][0-9]?))?", name)
-    if not found or name != "cpu" and int(found[1] or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this machine has the device cpu and "
-                        f"{torch.cuda.device_count()} of the kind cuda; use --device cpu or auto")
+        name = "cuda" if count else "cpu"
+    if name not in ("cpu", *["cuda"][:count], *(f"cuda:{k}" for k in range(count))):
+        raise UserError(f"--device {name}: this machine has the device cpu and {count} of the kind "
+                        "cuda; use --device cpu or auto")
     return torch.device(name)
 
 
 def autocast(device):
     """Compute in bfloat16 where the hardware multiplies it fast; weights stay in float32."""
-    device = torch.device(device)
-    cuda = device.type == "cuda"
-    fast = torch.cuda.get_device_capability(device) >= (8, 0) if cuda else cpu_is_fast_in_bf16()
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+    kind = torch.device(device).type
+    fast = (torch.cuda.get_device_capability(device) >= (8, 0) if kind == "cuda"
+            else cpu_is_fast_in_bf16())
+    return torch.autocast(kind, torch.bfloat16, enabled=fast)
 
 
 @functools.lru_cache
 def cpu_is_fast_in_bf16():
-    """Whether this CPU multiplies bfloat16 faster than float32: not all that can do it are.
-
-    AMX is made for it, and AMD's AVX512-BF16 is fast. Intel's AVX512-BF16 without AMX, as in some
-    virtual machines, is slower than float32. `python -m lab.bench` prints both.
-    """
-    if getattr(torch.cpu, "_is_amx_tile_supported", bool)():
-        return True
+    """Whether this CPU multiplies bfloat16 faster than float32. Chips with AMX or AMD's AVX512-BF16
+    do; Intel's AVX512-BF16 without AMX, as in some virtual machines, is slower than float32.
+    `python -m lab.bench` prints both."""
+    amx, avx512 = (getattr(torch.cpu, f"_is_{x}_supported", bool)()
+                   for x in ("amx_tile", "avx512_bf16"))
     try:
-        intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+        return amx or avx512 and "GenuineIntel" not in Path("/proc/cpuinfo").read_text()
     except OSError:  # not Linux
-        intel = True
-    return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() and not intel
+        return False
 
 
 def usable_cores():
-    """Processor cores that this process may use, which `taskset` can make fewer than there are."""
-    if hasattr(os, "sched_getaffinity"):  # Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Processor cores that this process may use: `taskset` can take some away, on Linux."""
+    linux = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
 
 
 def peak_memory(device):
-    """Most memory this process has held so far, GB: the GPU's, or on a CPU the process's own."""
+    """Most memory this process has held so far, in GB: on the GPU, or in main memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    if resource is None:
+    try:
+        import resource
+    except ImportError:  # Windows
         return math.nan
     unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-# --- stopping --------------------------------------------------------------------------------
-
-
 @contextmanager
 def stop_signals(listen=True):
-    """Ctrl-C, SIGTERM (a cluster's preemption) and SIGHUP (a closed terminal) ask a loop to stop.
-
-    Yields a list that is empty until then. A second Ctrl-C stops at once. listen=False: ignore
-    them, as another process decides. In a thread there are no signals to listen to.
-    """
-    asked = []
+    """Ctrl-C, SIGTERM (a cluster's preemption) and SIGHUP (a closed terminal) ask a loop to stop:
+    yields a list that is empty until then. A second Ctrl-C stops at once. listen=False ignores
+    them, as another process decides."""
+    asked, before = [], {}
 
     def ask(number, frame):
         if listen and asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.extend([number] if listen else [])
 
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before = {number: signal.signal(number, ask) for number in SIGNALS}
+    if threading.current_thread() is threading.main_thread():  # other threads get no signals
+        before = {number: signal.signal(number, ask) for number in SIGNALS}
     try:
         yield asked
     finally:
@@ -119,11 +101,8 @@ def ignore_signals(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
-# --- the command line -------------------------------------------------------------------------
-
-
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows every default but None and False: those the help's own words explain, if need be."""
+    """Shows every default but None and False."""
 
     def _get_help_string(self, action):
         said = action.default is None or action.default is False
@@ -141,7 +120,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def known_failure(e):
-    """What to do about a failure that is the machine's and not the program's; None of any other."""
+    """What to do about a failure of the machine; None if it is the program's own."""
     words = (str(e).strip() or type(e).__name__).splitlines()[0][:100]
     memory = ("allocate memory", "ALLOC_FAILED", "is killed by signal")
     if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or any(m in str(e) for m in memory):
@@ -149,7 +128,6 @@ def known_failure(e):
                 "training, a smaller -n or --size in drawing")
     if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile cannot work here ({words}); leave --compile out"
-    return None
 
 
 def user_errors(main):
@@ -159,12 +137,13 @@ def user_errors(main):
     def wrapped(argv=None):
         try:
             main(argv)
+            return 0
         except UserError as e:
-            # One raised in a worker process arrives as a whole traceback, the message last.
+            # From a worker process it arrives as a whole traceback, whose last line is the message.
             message = str(e).strip().splitlines()[-1].removeprefix("support.tools.UserError: ")
         except OSError as e:  # a full disk, a folder that is a file, no permission, ...
             where = f"{e.filename}: " if e.filename else ""
-            message = f"{where}{e.strerror or e}; check the path and the room"
+            message = f"{where}{e.strerror or e}; check the path and the free space"
         except (MemoryError, RuntimeError) as e:
             message = known_failure(e)
             if message is None:
@@ -172,8 +151,6 @@ def user_errors(main):
         except KeyboardInterrupt as e:
             print(f"stopped. {e}", file=sys.stderr)
             return 130  # what a shell reports after Ctrl-C
-        else:
-            return 0
         print(f"error: {message}", file=sys.stderr)
         return 2
 
@@ -182,14 +159,13 @@ def user_errors(main):
 
 def number(kind, least, most, rule):
     """An argument's type: an int or a float from `least` to `most`."""
-
     def parse(text):
         value = kind(text)
-        if not least <= value <= most:  # also where it is not a number
+        if not least <= value <= most:  # true of NaN as well
             raise argparse.ArgumentTypeError(f"{text}: must be {rule}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse says it
+    parse.__name__ = kind.__name__  # for argparse's messages
     return parse
 
 
@@ -197,7 +173,7 @@ natural = number(int, 0, 2**48, "0 or more, and at most 2^48")
 positive = number(int, 1, 2**48, "1 or more, and at most 2^48")
 sampling_steps = number(int, 1, 1000, "1 to 1000: the stages have 1000 noise levels")
 two_or_more = number(int, 2, 2**48, "2 or more, and at most 2^48")
-# sample.noise_for multiplies seeds by 8, and PyTorch's CPU generator uses 32 bits of the result.
+# sample.noise_for multiplies seeds by 8, and PyTorch's CPU generator uses only 32 bits of a seed.
 seed_number = number(int, 0, 2**29 - 1, "0 or more, and below 2^29")
 finite = number(float, -1e30, 1e30, "finite")
 positive_number = number(float, 1e-30, 1e30, "above 0 and below 1e30")

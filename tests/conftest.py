@@ -1,5 +1,6 @@
 """Shared by all tests: imports from the repository's root, and one very small trained pipeline."""
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 import stages
 import train
 from clip_model import SmallClip, SmallClipConfig, freeze_small_clip
-from support.checkpoint import config_dict, save_checkpoint
+from support.checkpoint import save_checkpoint
 from support.tokenizer import make_vocab
 
 # Every stage at a size that trains a step in milliseconds. 16 -> 32 -> 64 pixels.
@@ -68,8 +69,8 @@ def untrained_run(tmp_path_factory):
     def save(stage, model):
         about = {"spec": "small", "identity": clip.identity} if stages.needs_clip(stage) else None
         save_checkpoint(folder / f"{stage}.pt", {
-            "stage": stage, "config": config_dict(model), "ema": model.state_dict(), "step": 0,
-            "clip": about})
+            "stage": stage, "config": dataclasses.asdict(model.config), "ema": model.state_dict(),
+            "step": 0, "clip": about})
 
     folder = tmp_path_factory.mktemp("runs") / "untrained"
     with torch.random.fork_rng():

@@ -1,5 +1,6 @@
 """train.py: the schedule, the average, the batches and the settings (whole runs: tests/support)."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -33,29 +34,22 @@ def test_rate_warms_up_linearly_then_follows_half_a_cosine():
 
 def test_ema_of_constant_weights_is_p_plus_d_to_the_k_times_the_start(monkeypatch):
     monkeypatch.setattr(train, "EMA_DECAY", 0.5)
-    model = torch.nn.Linear(3, 2)
-    ema = Ema(model)
-    ema.updates = 1000  # past the warm-up
-    start = {k: v.clone() for k, v in ema.model.state_dict().items()}
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(1.5)
+    start, model = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    ema = Ema(start, updates=1000)  # past the warm-up
     for _ in range(3):
         ema.update(model)
-    averaged = ema.model.state_dict()
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(averaged[name], p + 0.5**3 * (start[name] - p))
+    for averaged, p, first in zip(*(m.parameters() for m in (ema.model, model, start))):
+        torch.testing.assert_close(averaged, p + 0.5**3 * (first - p))
 
 
 def test_ema_warm_up_follows_one_plus_n_over_ten_plus_n():
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(model.weight)
-    ema = Ema(model)
+    ema, expected = Ema(model), 0.0
     torch.nn.init.ones_(model.weight)
-    expected = 0.0
     for n in range(200):
         ema.update(model)
-        d = min(train.EMA_DECAY, (1 + n) / (10 + n))
+        d = (1 + n) / (10 + n)
         expected = d * expected + (1 - d)
         assert ema.model.weight.item() == pytest.approx(expected, abs=1e-5)
 
@@ -110,9 +104,8 @@ def test_processes_share_one_global_batch_without_repetition():
 
 def test_batches_are_made_in_float32_even_inside_autocast():
     """Resizing in bfloat16 is an error of PyTorch's on CPUs, and would be inexact elsewhere."""
-    bsr = UpsamplerConfig(low_size=16, size=32, crop=16, channels=8, multiples=(1, 2),
-                          degradation="bsr")
-    batches = Batches(Upsampler(bsr), Shapes(4), None, 2, 0)
+    bsr = Upsampler(dataclasses.replace(upsampler().config, degradation="bsr"))
+    batches = Batches(bsr, Shapes(4), None, 2, 0)
     with torch.autocast("cpu", torch.bfloat16):
         batch = batches[0]
     assert {x.dtype for x in batch.values()} == {torch.float32}
@@ -120,8 +113,7 @@ def test_batches_are_made_in_float32_even_inside_autocast():
 
 
 def test_a_look_is_at_pictures_from_everywhere_in_the_data_and_always_the_same():
-    batches = Batches(Numbers(), range(1000), None, 8, seed=5)
-    seen, captions = batches.look()
+    seen, captions = Batches(Numbers(), range(1000), None, 8, seed=5).look()
     assert captions is None and len(set(seen["value"].tolist())) == 16
     assert seen["value"].max() > 500 and not torch.equal(seen["value"].sort().values, seen["value"])
     again, _ = Batches(Numbers(), range(1000), None, 4, seed=9).look()
@@ -163,13 +155,12 @@ def test_without_noise_levels_validation_is_one_batch_that_shows_no_picture_twic
 
 
 def test_baselines_have_the_decoders_size_and_budget():
-    for preset in ("tiny", "base"):
-        model, training = stages.recipe(preset, "decoder")
-        for condition in ("text_emb", "caption"):
-            other, budget = stages.recipe(preset, f"decoder_{condition}")
-            assert budget == training and other["condition"] == condition
-            assert {k: v for k, v in other.items() if k in model} == model
-        assert stages.recipe(preset, "ar_prior")[1] == stages.recipe(preset, "prior")[1]
+    model, training = stages.recipe("base", "decoder")
+    for condition in ("text_emb", "caption"):
+        other, budget = stages.recipe("base", f"decoder_{condition}")
+        assert budget == training and other["condition"] == condition
+        assert {k: v for k, v in other.items() if k in model} == model
+    assert stages.recipe("base", "ar_prior")[1] == stages.recipe("base", "prior")[1]
 
 
 @pytest.mark.parametrize("preset", ["tiny", "base", "large"])
@@ -184,9 +175,8 @@ def test_every_preset_gives_models_that_fit_each_other(preset):
 
 
 def arguments(**given):
-    names = (*train.KEPT, "save_every", "sample_every")
-    return SimpleNamespace(**dict.fromkeys(names) | {
-        "workers": 0, "compile": False, "command": "python train.py", **given})
+    names = (*train.KEPT, "save_every", "sample_every", "workers", "compile", "command")
+    return SimpleNamespace(**dict.fromkeys(names) | given)
 
 
 def test_settings_are_the_command_lines_else_the_checkpoints_else_the_presets():
@@ -205,6 +195,6 @@ def test_a_resumed_training_says_what_changes_and_refuses_other_data(capsys):
     before = {"data": "folder", "steps": 9, "preset": "tiny", "seed": 0}
     settle("prior", arguments(steps=12), before)
     assert "steps was 9, is 12 now" in capsys.readouterr().out
-    for changed in ({"data": "shapes"}, {"preset": "base"}, {"seed": 1}):
-        with pytest.raises(UserError, match="leave it out"):
-            settle("prior", arguments(**changed), before)
+    for name, value in (("data", "shapes"), ("preset", "base"), ("seed", 1)):
+        with pytest.raises(UserError, match=f"{name} was {before[name]}, .*leave it out"):
+            settle("prior", arguments(**{name: value}), before)

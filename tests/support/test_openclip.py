@@ -132,9 +132,8 @@ def test_a_broken_weights_file_is_a_users_mistake(content, tmp_path, files):
         load_open_clip(f"tiny-RN:{path}")
 
 
-def test_the_whole_path_runs_with_a_clip_of_open_clips(files, untrained_run, tmp_path, capsys):
-    """Train a prior and a decoder for it, draw from a caption; another CLIP is refused.
-    (untrained_run only registers the preset "micro".)"""
+def test_the_whole_path_runs_with_a_clip_of_open_clips(files, tmp_path, capsys):
+    """Train a prior and a decoder for it, draw from a caption; another CLIP is refused."""
     run = tmp_path / "run"
     for i in range(24):
         photo(48, i).save(tmp_path / f"{i}.png")

@@ -1,5 +1,6 @@
 """Whole trainings: what they leave, how they stop and resume, what they refuse."""
 
+import functools
 import json
 import math
 import os
@@ -27,9 +28,11 @@ from train import Batches
 
 UPSAMPLER = ["upsampler1", "--preset", "micro", "--batch-size", "4", "--limit", "16",
              "--sample-every", "1000", "--workers", "0"]
-# For a process of its own: the micro preset does not exist there, so it is put in first.
-PREFIX = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; "
-PREFIX += "import conftest, stages, train; stages.PRESETS['micro'] = conftest.MICRO; "
+# A script for another process. conftest registers the micro preset.
+SCRIPT = f"""import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
+import conftest, train
+if __name__ == "__main__": sys.exit(train.main())"""
 
 
 def run(folder, *options):
@@ -41,14 +44,7 @@ def saved(folder, stage="upsampler1"):
     return load_checkpoint(folder / f"{stage}.pt")
 
 
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+assert_same = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 # --- what a run leaves ---------------------------------------------------------------------------
@@ -56,6 +52,7 @@ def metrics(folder):
 
 def test_all_trains_every_stage_and_leaves_checkpoints_metrics_and_pictures(micro_run):
     identity = stages.load_clip(micro_run).identity
+    metrics = [*map(json.loads, (micro_run / "metrics.jsonl").read_text().splitlines())]
     for stage in stages.STAGES:
         made = saved(micro_run, stage)
         assert made["step"] == 3 and made["run"]["command"].startswith("python train.py ")
@@ -63,7 +60,7 @@ def test_all_trains_every_stage_and_leaves_checkpoints_metrics_and_pictures(micr
         assert 0 <= made["figures"]["data_wait"] < 1
         if stages.needs_clip(stage):
             assert made["clip"]["identity"] == identity
-        lines = [m for m in metrics(micro_run) if m["stage"] == stage]
+        lines = [m for m in metrics if m["stage"] == stage]
         assert all(math.isfinite(m["loss"]) for m in lines if "loss" in m)
         assert "val_loss" in lines[-1]
         about = json.loads((micro_run / f"{stage}.json").read_text())
@@ -71,7 +68,7 @@ def test_all_trains_every_stage_and_leaves_checkpoints_metrics_and_pictures(micr
     for stage, rows in (("decoder", 4), ("upsampler1", 8), ("upsampler2", 8)):
         grid = Image.open(micro_run / "samples" / f"{stage}_000003.png")
         assert grid.height >= rows * 128
-    assert {"cos_true", "cos_text", "cos_unrelated"} < {k for m in metrics(micro_run) for k in m}
+    assert {"cos_true", "cos_text", "cos_unrelated"} < {k for m in metrics for k in m}
 
 
 def test_what_is_fitted_rather_than_trained_is_in_the_checkpoints(micro_run):
@@ -108,22 +105,16 @@ def uninterrupted(tmp_path_factory):
     return folder
 
 
-def interrupted(folder, number, steps_before):
-    """Train in another process, send it a signal, wait for its end: (exit code, errors)."""
-    options = map(str, (*UPSAMPLER, "--steps", 30, "--save-every", 5, "--out", folder))
-    process = subprocess.Popen([sys.executable, "-c", PREFIX + "sys.exit(train.main())", *options],
-                               cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline, log = time.time() + 100, folder / "metrics.jsonl"
-    while not log.exists() or len(log.read_text().splitlines()) < steps_before:
+def test_kill_9_then_resume_ends_with_the_same_bits(tmp_path, uninterrupted):
+    options = map(str, (*UPSAMPLER, "--steps", 30, "--save-every", 5, "--out", tmp_path))
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, *options], cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline, log = time.time() + 100, tmp_path / "metrics.jsonl"
+    while not log.exists() or len(log.read_text().splitlines()) < 9:
         assert time.time() < deadline and process.poll() is None, process.communicate()
         time.sleep(0.002)
-    process.send_signal(number)
-    errors = process.communicate(timeout=60)[1]
-    return process.returncode, errors
-
-
-def test_kill_9_then_resume_ends_with_the_same_bits(tmp_path, uninterrupted):
-    interrupted(tmp_path, signal.SIGKILL, 9)
+    process.kill()
+    process.communicate(timeout=60)
     step = saved(tmp_path)["step"]
     assert 5 <= step < 30 and step % 5 == 0  # lost no more than the steps since then
     assert train.main(["upsampler1", "--resume", "--workers", "0", "--out", str(tmp_path)]) == 0
@@ -131,18 +122,9 @@ def test_kill_9_then_resume_ends_with_the_same_bits(tmp_path, uninterrupted):
         assert_same(saved(tmp_path)[key], saved(uninterrupted)[key])
 
 
-def test_sigterm_saves_the_step_it_meets_and_resume_is_exact(tmp_path, uninterrupted):
-    """What a cluster sends before it takes a machine away."""
-    code, errors = interrupted(tmp_path, signal.SIGTERM, 7)
-    assert code == 130 and "--resume" in errors and "Traceback" not in errors
-    step = saved(tmp_path)["step"]
-    assert 7 <= step < 30 and f"step {step}" in errors
-    assert run(tmp_path, "--resume") == 0
-    assert_same(saved(tmp_path)["model"], saved(uninterrupted)["model"])
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_every_signal_that_asks_to_stop_saves_first(tmp_path, monkeypatch, number, uninterrupted):
+def test_every_signal_that_asks_to_stop_saves_first(
+        tmp_path, monkeypatch, number, uninterrupted, capsys):
     loss, calls = stages.Upsampler.loss, []
 
     def interrupted_in_step_7(self, batch, t=None):
@@ -155,6 +137,7 @@ def test_every_signal_that_asks_to_stop_saves_first(tmp_path, monkeypatch, numbe
     before = signal.getsignal(number)
     assert run(tmp_path, "--steps", 30, "--save-every", 5) == 130
     assert saved(tmp_path)["step"] == 7 and signal.getsignal(number) == before
+    assert "is saved at step 7: --resume continues" in capsys.readouterr().err
     assert run(tmp_path, "--resume") == 0
     assert_same(saved(tmp_path)["model"], saved(uninterrupted)["model"])
 
@@ -180,13 +163,18 @@ def test_a_finished_stage_is_left_alone(micro_run, tmp_path, capsys, monkeypatch
     assert train.main(["prior", "--out", str(micro_run), "--resume", "--workers", "0"]) == 0
 
 
-def test_a_run_that_is_resumed_keeps_its_data_and_its_settings(tmp_path):
+@pytest.fixture
+def photos(tmp_path):
+    """Options to train CLIP on six captioned pictures in tmp_path, into its folder run."""
     for k in range(6):
         Image.new("RGB", (40, 30), (40 * k, 0, 0)).save(tmp_path / f"{k}.png")
         (tmp_path / f"{k}.txt").write_text(f"number {k}")
-    first = ["clip", "--preset", "micro", "--data", "folder", "--root", str(tmp_path), "--steps",
-             "2", "--batch-size", "4", "--workers", "0", "--out", str(tmp_path / "run")]
-    assert train.main(first) == 0
+    return ["clip", "--preset", "micro", "--data", "folder", "--root", str(tmp_path),
+            "--out", str(tmp_path / "run")]
+
+
+def test_a_run_that_is_resumed_keeps_its_data_and_its_settings(tmp_path, photos):
+    assert train.main([*photos, "--steps", "2", "--batch-size", "4", "--workers", "0"]) == 0
     again = ["clip", "--resume", "--steps", "4", "--workers", "0", "--out", str(tmp_path / "run")]
     assert train.main(again) == 0
     made = saved(tmp_path / "run", "clip")
@@ -250,49 +238,23 @@ def test_a_checkpoint_is_saved_though_its_pictures_cannot_be(tmp_path, monkeypat
     assert run(tmp_path, "--steps", 2) == 2 and saved(tmp_path)["step"] == 2
 
 
-def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch, capsys):
-    save, calls = torch.save, []
-
-    def second_time_full(what, file):
-        calls.append(1)
-        if len(calls) == 2:
-            file.write(b"half of it")
-            raise OSError(28, "No space left on device")
-        save(what, file)
-
-    monkeypatch.setattr(torch, "save", second_time_full)
-    assert run(tmp_path, "--save-every", 2, "--steps", 8) == 2
-    assert "No space left" in capsys.readouterr().err and saved(tmp_path)["step"] == 2
-
-
 @pytest.mark.parametrize("arguments, says", [
     (["painter"], "painter"),
-    (["clip", "--preset", "huge"], "huge"),
     (["clip", "--batch-size", "0"], "must be 1 or more"),
     (["clip", "--steps", "many"], "--steps"),
     (["clip", "--data", "folder"], "--root"),
     (["clip", "--data", "folder", "--root", "/no/such/folder"], "/no/such/folder"),
-    (["clip", "--data", "imagenet"], "imagenet"),
     (["prior", "--preset", "micro"], "clip.pt"),
     (["clip", "--device", "abacus"], "abacus"),
-    (["clip", "--lr", "1e300"], "below 1e30"),
-    (["clip", "--seed", str(2**29)], "below 2^29"),
     (["clip", "--batch-size", "1"], "2 or more"),
-    (["clip", "--workers", "-1"], "--workers"),
     (["clip", "--wat"], "--wat"),
     (["export"], "--to"),
+    ([*UPSAMPLER, "--out", f"{ROOT}/LICENSE"], f"{ROOT}/LICENSE"),  # a file
 ])
 def test_mistakes_end_in_one_line_and_exit_code_2(arguments, says, capsys, tmp_path):
-    assert train.main([*arguments, "--out", str(tmp_path / "run")]) == 2
+    assert train.main(["--out", str(tmp_path / "run"), *arguments]) == 2
     errors = capsys.readouterr().err.strip()
     assert errors.startswith("error: ") and says in errors and "\n" not in errors
-
-
-def test_an_out_that_is_a_file_is_named(tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    assert run(tmp_path / "file") == 2
-    errors = capsys.readouterr().err.strip()
-    assert errors.startswith("error: ") and str(tmp_path / "file") in errors and "\n" not in errors
 
 
 def test_resume_refuses_another_clip(micro_run, tmp_path, capsys):
@@ -305,15 +267,11 @@ def test_resume_refuses_another_clip(micro_run, tmp_path, capsys):
     assert "do not mix" in capsys.readouterr().err
 
 
-def test_a_picture_that_breaks_in_training_is_named_in_one_line(tmp_path, capsys):
-    for k in range(6):
-        Image.new("RGB", (40, 30), (40 * k, 0, 0)).save(tmp_path / f"{k}.png")
-        (tmp_path / f"{k}.txt").write_text(f"number {k}")
+def test_a_picture_that_breaks_in_training_is_named_in_one_line(tmp_path, photos, capsys):
     data = train.load_data("folder", str(tmp_path))  # all fine now, and remembered as fine
     whole = data.items[0][0].read_bytes()
     data.items[0][0].write_bytes(whole[: len(whole) // 2])
-    options = ["clip", "--data", "folder", "--root", str(tmp_path), "--preset", "micro"]
-    assert train.main([*options, "--workers", "1", "--out", str(tmp_path / "run")]) == 2
+    assert train.main([*photos, "--workers", "1"]) == 2
     errors = capsys.readouterr().err.strip().splitlines()
     assert errors[-1].startswith("error: image") and data.items[0][0].name in errors[-1]
     assert not any("Traceback" in line for line in errors)
@@ -353,7 +311,7 @@ def test_an_export_replaces_no_trainings_checkpoint(micro_run, tmp_path):
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_every_stage_trains_and_draws_with_autocast_on_and_off(monkeypatch, tmp_path, fast):
-    """Whatever this CPU multiplies fast: on another one the other path runs."""
+    """Both, as users' CPUs differ in whether bfloat16 is fast."""
     import manipulate
     import sample
     from lab import evaluate
@@ -421,7 +379,7 @@ def test_a_compiled_training_ends_where_an_uncompiled_one_does(micro_run, tmp_pa
 
 def torchrun(tmp_path, *arguments):
     script = tmp_path / "run.py"
-    script.write_text(PREFIX + "\nif __name__ == '__main__': sys.exit(train.main())")
+    script.write_text(SCRIPT)
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          str(script), *map(str, arguments)],

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from support.shapes import HELD_OUT, SHAPES, SIZES, WORDS, Scene, Shapes, Thing, parse_caption
-from support.shapes import render
+from support.shapes import (
+    HELD_OUT, SHAPES, SIZES, WORDS, Scene, Shapes, Thing, parse_caption, render,
+)
 from support.sheets import to_tensor
 from support.tools import UserError
 
@@ -43,7 +44,7 @@ def test_held_out_pairs_are_never_in_train_or_val_and_always_in_held_out():
     assert not set(HELD_OUT) & {pair for scene in [*TRAIN, *val] for pair in pairs(scene)}
     hits = [set(HELD_OUT) & set(pairs(scene)) for scene in held_out]
     assert all(hits) and set().union(*hits) == set(HELD_OUT)
-    # Of two things, the first is held out as often as the second.
+    # The first of two things is held out as often as the second.
     two = [pairs(scene) for scene in held_out if scene.relation]
     first = [a in HELD_OUT for a, b in two if (a in HELD_OUT) != (b in HELD_OUT)]
     assert 0.38 < np.mean(first) < 0.62

@@ -16,14 +16,18 @@ def test_a_device_that_is_not_there_is_a_users_mistake(name):
         choose_device(name)
 
 
-@pytest.mark.parametrize("where", ["", "Caught RuntimeError in DataLoader worker process 0.\n"])
-def test_any_other_failure_keeps_its_traceback(where):
+def run(error):
     @user_errors
     def main(argv):
-        raise RuntimeError(f"{where}mat1 and mat2 shapes cannot be multiplied")
+        raise error
 
+    return main([])
+
+
+@pytest.mark.parametrize("where", ["", "Caught RuntimeError in DataLoader worker process 0.\n"])
+def test_any_other_failure_keeps_its_traceback(where):
     with pytest.raises(RuntimeError, match="mat1"):
-        main([])
+        run(RuntimeError(f"{where}mat1 and mat2 shapes cannot be multiplied"))
 
 
 def test_cores_that_taskset_takes_away_are_not_counted(monkeypatch):
@@ -38,11 +42,7 @@ def test_cores_that_taskset_takes_away_are_not_counted(monkeypatch):
     RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."),
 ])
 def test_out_of_memory_is_one_line(error, capsys):
-    @user_errors
-    def main(argv):
-        raise error
-
-    assert main([]) == 2
+    assert run(error) == 2
     said = capsys.readouterr().err
     assert "--batch-size" in said and said.count("\n") == 1
 
