@@ -154,8 +154,7 @@ def judge_priors(args):
         for part, text in parts:
             noise = noise_for(range(args.seed + part.start, args.seed + part.stop), "prior")
             with autocast(args.device):
-                drawn.append(prior.sample(*text, scale=args.prior_scale, noise=noise,
-                                          **settings))
+                drawn.append(prior.sample(*text, args.prior_scale, noise=noise, **settings))
         drawn = torch.cat(drawn).cpu()  # waits for a GPU before the clock is read
         table[row] = {
             "frechet": frechet(drawn, true), "cosine": (drawn * true).sum(1).mean().item(),

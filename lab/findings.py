@@ -127,18 +127,17 @@ GUIDANCE = (1.0, 1.25, 2.0, 3.0, 4.0, 6.0)
 # Captions that leave colour or shape open, and always size, background, place and shade. There are
 # only six, so that each is drawn often enough to see how its pictures differ.
 OPEN = [with_article(words) for words in (*SHAPES[:3], *(f"{c} shape" for c in list(COLOURS)[:3]))]
-PARTS = (tuple(COLOURS), SHAPES, tuple(SIZES), tuple(BACKGROUNDS))  # what the judge names
 
 
 def attributes(pictures):
-    """What the judge sees in pictures of one object: (n, 4), indices into PARTS, -1 where there is
-    not exactly one object or no name fits."""
+    """What the judge sees in pictures of one object: (n, 4) names of colour, shape, size and
+    background, None where there is not exactly one object or no name fits."""
     rows = []
     for seen in map(judge, pictures):
         thing = seen.things[0] if len(seen.things) == 1 else Thing()
-        names = thing.colour, thing.shape, thing.size, seen.background
-        rows.append([part.index(name) if name in part else -1 for part, name in zip(PARTS, names)])
-    return np.array(rows)
+        shape = thing.shape if thing.shape in SHAPES else None  # a sign is none of them
+        rows.append([thing.colour, shape, thing.size, seen.background])
+    return np.array(rows, object)
 
 
 @cache

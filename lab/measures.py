@@ -212,7 +212,7 @@ def share_interval(values):
 
 
 def entropy(values):
-    """Entropy in nats of the values' frequencies; -1 means "not seen" and is left out."""
-    counts = np.array(list(Counter(v for v in values if v != -1).values()) or [1])
+    """Entropy in nats of the values' frequencies; None means "not seen" and is left out."""
+    counts = np.array(list(Counter(v for v in values if v is not None).values()) or [1])
     shares = counts / counts.sum()
     return float(-(shares * np.log(shares)).sum())
