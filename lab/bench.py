@@ -22,7 +22,7 @@ from stages import PRESETS, STAGES, fresh_model, load_clip, recipe
 from support.cache import embed
 from support.muon import make_optimizers
 from support.shapes import Shapes
-from support.tools import Parser, autocast, choose_device, user_errors, positive, positive_number
+from support.tools import Parser, autocast, choose_device, positive, positive_number, user_errors
 from train import MAX_GRADIENT, Batches, Loss, take_step, to_device, validate
 
 PARTS = ("prior", "decoder", "upsampler1", "upsampler2", "sampling")
@@ -47,7 +47,7 @@ def matmul_peak(device, kind):
     return 2 * n**3 / seconds(lambda: a @ b, device)
 
 
-def made_up_batch(config, B, device, tokens=20):
+def made_up_batch(config, B, device, tokens):
     """A random batch of the right shapes for a prior, a decoder or an upsampler."""
     if hasattr(config, "crop"):  # an upsampler
         image = 2 * torch.rand(B, 3, config.crop, config.crop, device=device) - 1
@@ -81,20 +81,18 @@ def training_step(model, muon, rate, device, compiled=False):
 def bench_training(stage, args, peak):
     """Time one training step of a stage, count its FLOPs, and print both."""
     (make, make_config), (fields, training) = STAGES[stage], recipe(args.preset, stage)
-    tokens, device = 20, args.device  # a caption of shapes
+    B, device = args.batch_size or training["batch_size"], args.device
+    # The sizes of ViT-L-14, or of the small CLIP and a caption of shapes.
+    dim, text_len, tokens = (768, 77, 77) if args.preset == "large" else (128, 32, 20)
     if stage in ("prior", "decoder"):
-        dim, text_len = (768, 77) if args.preset == "large" else (128, 32)  # ViT-L-14 or small CLIP
         fields = fields | {"dim": dim, "text_width": dim, "text_len": text_len}
-        tokens = 77 if args.preset == "large" else tokens
     model = make(make_config(**fields)).to(device).train()
-    batch = made_up_batch(model.config, args.batch_size or training["batch_size"], device, tokens)
-    step = training_step(model, training.get("muon"), training["lr"], device)
+    batch = made_up_batch(model.config, B, device, tokens)
+    how = model, training.get("muon"), training["lr"], device
     with FlopCounterMode(display=False) as counter:  # sees single operations: before compiling
-        step(batch)
-    if args.compile:
-        step = training_step(model, training.get("muon"), training["lr"], device, compiled=True)
+        training_step(*how)(batch)
+    step, flops = training_step(*how, compiled=args.compile), counter.get_total_flops()
     took = seconds(lambda: step(batch), device)
-    B, flops = len(batch["image"]), counter.get_total_flops()
     print(f"{stage:11} batch {B:4}: {took * 1000:8.0f} ms a step {B / took:8.0f} examples/s "
           f"{flops / B / 1e9:8.2f} GFLOP an example {flops / took / 1e9:9.0f} GFLOP/s "
           f"{flops / took / peak:6.1%} of the peak")
@@ -114,7 +112,7 @@ class Uncached(DiffusionPrior):
 def bench_prior_cache(device):
     """Time the prior's sampling with and without the caption's cache."""
     config = PriorConfig(dim=512, text_width=512, text_len=77, width=512, depth=6, heads=8)
-    text = list(made_up_batch(config, 8, device, tokens=77).values())[2:]
+    text = list(made_up_batch(config, 8, device, 77).values())[2:]
     times, drawn = [], []
     for make in (DiffusionPrior, Uncached):
         torch.manual_seed(0)  # the same weights

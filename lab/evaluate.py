@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from itertools import cycle, product
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,11 @@ from tqdm import tqdm
 from lab.findings import report
 from lab.judge import S, judge, scores, shares
 from lab.measures import (
-    draw_batches, frechet, in_batches, judged_pipeline, linear_probe, look,
-    mixed_captions, pairs_shown, precision_recall, prefers, wrong_captions,
+    draw_batches, frechet, in_batches, judged_pipeline, linear_probe, look, mixed_captions,
+    pairs_shown, pictures_of, precision_recall, prefers, redrawn, scenes_of, single_objects,
+    wrong_captions,
 )
-from manipulate import blend, edit, invert, psnr, redraw, text_diff
+from manipulate import blend, edit, psnr, text_diff
 from sample import PRIOR_SCALE_HELP, Pipeline, default_weights, noise_for
 from stages import STAGES, clip_of, load_clip, load_stage, needs_clip
 from support.cache import embed
@@ -62,17 +64,13 @@ def print_table(table):
 
 def judge_judge(args):
     """Is the judge right about fresh drawings, clean, noisy and blurred?"""
-    data, rng = Shapes(args.n, "val", args.seed), np.random.default_rng(args.seed)
-    scenes = [data.scene(i) for i in range(args.n)]
-    pictures = [render(scene, S) for scene in scenes]
-
-    def noisy(picture):  # standard deviation 0.05 of [0, 1]
-        pixels = np.asarray(picture) + 255 * 0.05 * rng.standard_normal((S, S, 3))
-        return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-
-    ways = {"clean": lambda picture: picture, "noise": noisy,
-            "blur": lambda picture: picture.filter(ImageFilter.GaussianBlur(0.7))}  # pixels
-    return {name: shares(scores(map(change, pictures), scenes)) for name, change in ways.items()}
+    scenes, rng = scenes_of(Shapes(args.n, "val", args.seed)), np.random.default_rng(args.seed)
+    clean = [render(scene, S) for scene in scenes]
+    noisy = [np.asarray(picture) + 255 * 0.05 * rng.standard_normal((S, S, 3)) for picture in clean]
+    noisy = [Image.fromarray(pixels.clip(0, 255).astype(np.uint8)) for pixels in noisy]
+    blurred = [picture.filter(ImageFilter.GaussianBlur(0.7)) for picture in clean]  # pixels
+    ways = {"clean": clean, "noise": noisy, "blur": blurred}
+    return {name: shares(scores(pictures, scenes)) for name, pictures in ways.items()}
 
 
 def trained(folder):
@@ -87,20 +85,17 @@ def judge_clip(args):
     """Does CLIP prefer a scene's true caption to one with a single thing wrong?
 
     And does what it knows lie open in the embedding? A linear probe, fitted to 40 n training
-    scenes, must name exactly the colour-shape pairs that a scene of two objects shows.
-    """
-    clip = a_clip(args)
-    data, right = Shapes(args.n, "val", args.seed), {"binding": [], "shape": [], "relation": []}
-    pairs = [i for i in range(args.n) if len(data.scene(i).things) == 2]
+    scenes, must name exactly the colour-shape pairs that a scene of two objects shows."""
+    clip, right = a_clip(args), {"binding": [], "shape": [], "relation": []}
+    data, train = Shapes(args.n, "val", args.seed), Shapes(40 * args.n, "train", args.seed)
+    emb, pairs = look(clip, data), [i for i in range(args.n) if len(data.scene(i).things) == 2]
     for i in tqdm(pairs, disable=None):
         true, wrong = wrong_captions(data.scene(i))
-        image_emb = clip.encode_image(data.image(i, clip.image_size)[None].to(args.device))
-        answers = prefers(clip, image_emb, [true], list(wrong.values())).tolist()
+        answers = prefers(clip, emb[i:i + 1], [true], list(wrong.values())).tolist()
         for name, answer in zip(wrong, answers, strict=True):
             right[name].append(answer)
-    train = Shapes(40 * args.n, "train", args.seed)
     log_odds = linear_probe(look(clip, train), pairs_shown(train).to(args.device))
-    named = (log_odds(look(clip, data)) > 0).cpu() == (pairs_shown(data) > 0)
+    named = (log_odds(emb) > 0).cpu() == (pairs_shown(data) > 0)
     right["linear probe"] = named.all(1)[pairs].tolist()
     return {name: {"right": sum(x) / len(x) if x else None, "n": len(x)}
             for name, x in right.items()}
@@ -112,13 +107,6 @@ def a_clip(args):
     if stage is None or (args.weights / "clip.pt").exists():
         return load_clip(args.weights, "small", args.device)
     return clip_of(load_stage(args.weights, stage), args.weights, stage, args.device)
-
-
-def draw(pipeline, captions, args, given="prior", size=S):
-    """measures.draw_batches with the settings of the command line."""
-    return draw_batches(pipeline, captions, args.seed, given, size, scale=args.scale,
-                        steps=args.steps, prior=(args.prior_scale, args.prior_steps),
-                        candidates=args.candidates)
 
 
 ROWS = {  # of `captions`: (which scenes, what the decoder is given, which stages)
@@ -142,7 +130,7 @@ def judge_captions(args):
         data = Shapes(args.n, split, args.seed)
         captions = mixed_captions(data)
         given = look(pipeline.clip, data) if given == "truth" else given
-        pictures = torch.cat([part for _, part in draw(pipeline, captions, args, given)])
+        pictures = torch.cat([p for _, p in draw_batches(pipeline, captions, args, given)])
         table[row] = shares(scores(pictures, map(parse_caption, captions)))
         if args.out:
             grid = draw_grid(pictures[:64], captions[:64], columns=8)
@@ -154,8 +142,7 @@ def judge_priors(args):
     """Both priors, and the diffusion prior's variances at few steps, against true embeddings.
 
     All rows but "best of 2" draw one candidate, so that CLIP's choice does not hide what the
-    variance does.
-    """
+    variance does."""
     prior = load_stage(args.weights, "prior", args.device)
     clip = clip_of(prior, args.weights, "prior", args.device)
     data, diffusion, table = Shapes(args.n, "val", args.seed), prior.diffusion, {}
@@ -167,8 +154,7 @@ def judge_priors(args):
         for part, text in parts:
             noise = noise_for(range(args.seed + part.start, args.seed + part.stop), "prior")
             with autocast(args.device):
-                drawn.append(prior.sample(*text, scale=args.prior_scale, noise=noise,
-                                          **settings))
+                drawn.append(prior.sample(*text, args.prior_scale, noise=noise, **settings))
         drawn = torch.cat(drawn).cpu()  # waits for a GPU before the clock is read
         table[row] = {
             "frechet": frechet(drawn, true), "cosine": (drawn * true).sum(1).mean().item(),
@@ -181,9 +167,8 @@ def judge_priors(args):
         variances.append("analytic")
     measure("warm-up", prior, 2, steps=2)  # the first batch pays for starting up
     del table["warm-up"]
-    for steps in (8, 16, 64):
-        for diffusion.variance in variances:
-            measure(f"{diffusion.variance}, {steps} steps", prior, steps, steps=steps, candidates=1)
+    for steps, diffusion.variance in product((8, 16, 64), variances):
+        measure(f"{diffusion.variance}, {steps} steps", prior, steps, steps=steps, candidates=1)
     diffusion.variance = variance
     measure("best of 2, 64 steps", prior, 2 * 64, steps=64)
     if "ar_prior" in trained(args.weights):
@@ -236,35 +221,26 @@ def single_edits(data, n):
     """n scenes of one object, colour, shape and background changed in turn: (i, part, captions
     before and after, the changed scene)."""
     edits, values = [], {"colour": COLOURS, "shape": SHAPES, "background": BACKGROUNDS}
-    for i, scene in enumerate(map(data.scene, range(len(data)))):
-        if len(scene.things) == 1 and not scene.word and len(edits) < n:
-            part = tuple(values)[len(edits) % 3]
-            changed = scene if part == "background" else scene.things[0]
-            others = [value for value in values[part] if value != getattr(changed, part)]
-            changed = replace(changed, **{part: others[i % len(others)]})
-            claim = changed if part == "background" else replace(scene, things=(changed,))
-            before, after = (
-                with_article(f"{s.things[0].colour} {s.things[0].shape}")
-                + (f" on {s.background}" if part == "background" else "") for s in (scene, claim)
-            )
-            edits.append((i, part, before, after, claim))
+    for (i, scene), part in zip(single_objects(data)[:n], cycle(values)):
+        old = scene if part == "background" else scene.things[0]
+        others = [value for value in values[part] if value != getattr(old, part)]
+        new = replace(old, **{part: others[i % len(others)]})
+        claim = new if part == "background" else replace(scene, things=(new,))
+        ground = " on {}" if part == "background" else ""
+        captions = [with_article(f"{s.things[0].colour} {s.things[0].shape}")
+                    + ground.format(s.background) for s in (scene, claim)]
+        edits.append((i, part, *captions, claim))
     return edits
 
 
 def judge_manipulations(args):
     """Pictures inverted and redrawn, varied, blended, and edited by text."""
     pipeline = Pipeline(args.weights, args.device, S, prior=None)
-    data = Shapes(args.n, "val", args.seed)
-    scenes, seeds = [data.scene(i) for i in range(args.n)], range(args.seed, args.seed + args.n)
-    pictures = torch.stack([data.image(i, pipeline.sizes[0]) for i in range(args.n)])
-    pictures, embs = pictures.to(args.device), look(pipeline.clip, data)
-    drawn, ends, table = {"reconstruction": [], "variation": []}, [], {}
-    for part in in_batches(args.n):
-        x_T = invert(pipeline, pictures[part], embs[part])
-        for name, eta in (("reconstruction", 0.0), ("variation", 1.0)):
-            drawn[name].append(redraw(pipeline, embs[part], x_T, seeds[part], eta=eta))
-    for name, batches in drawn.items():
-        again = torch.cat(batches)
+    data, seeds = Shapes(args.n, "val", args.seed), range(args.seed, args.seed + args.n)
+    scenes, embs, ends, table = scenes_of(data), look(pipeline.clip, data), [], {}
+    pictures = pictures_of(scenes, pipeline.sizes[0]).to(args.device)
+    for name, again in zip(("reconstruction", "variation"),
+                           redrawn(pipeline, pictures, embs, seeds), strict=True):
         found = scores(pipeline.upsample(again, seeds, S).cpu(), scenes)
         table[name] = {"psnr": psnr(again, pictures).mean().item(), **shares(found)}
     for k in range(0, min(args.n, 20) - 1, 2):
@@ -280,9 +256,8 @@ def judge_edits(pipeline, args):
     for i, part, before, after, claim in tqdm(single_edits(data, args.edits), disable=None):
         picture, for_clip = (data.image(i, size)[None].to(args.device)
                              for size in (pipeline.sizes[0], pipeline.clip.image_size))
-        direction = text_diff(pipeline, after, before)
-        emb = pipeline.clip.encode_image(for_clip)
-        frames = edit(pipeline, picture, emb, direction, THETAS, args.seed)
+        frames = edit(pipeline, picture, pipeline.clip.encode_image(for_clip),
+                      text_diff(pipeline, after, before), THETAS, args.seed)
         frames = pipeline.upsample(frames, [args.seed] * len(THETAS), S).cpu()
         results.append([changed_and_kept(judge(frame), claim, part) for frame in frames])
     return {f"theta {theta:.3f}": {"new": np.mean(new), "kept": np.mean(kept),
@@ -305,7 +280,7 @@ def drawn_from(args):
     size = max([pipeline.sizes[0], *(size for size in pipeline.sizes if size <= args.size)])
     data = load_data(args.data, args.root, "val", args.n, args.seed)
     captions = [data.captions(i)[0] for i in range(len(data))]
-    return pipeline, data, captions, size, draw(pipeline, captions, args, size=size)
+    return pipeline, data, captions, size, draw_batches(pipeline, captions, args, size=size)
 
 
 def judge_real(args):

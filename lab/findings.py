@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from lab.judge import judge
-from lab.measures import bootstrap, entropy, mixed_captions, precision_recall
+from lab.measures import bootstrap, entropy, mixed_captions, precision_recall, scenes_of
 from lab.plots import chart
 from lab.probing import f8, f9, f10
 from lab.scenes import Lab, Result, farther, frechet_cell, number, right, share, sheet
@@ -38,10 +38,10 @@ from support.tools import UserError, autocast
 
 
 def draw_ways(lab, ways, **settings):
-    """Draw the lab's captions in several ways, {name: settings of Lab.draw}: {name: (pictures,
-    binding right (n,), CLIP's embeddings (n, D))}, and a sheet of them."""
+    """Draw the lab's captions in several ways, {name: settings of Lab.draw}: {name: (binding right
+    (n,), CLIP's embeddings (n, D))}, and a sheet of the pictures."""
     drawn = {name: lab.draw(lab.captions, **settings, **way) for name, way in ways.items()}
-    found = {name: (p, right(p, lab.captions), lab.clip_emb(p)) for name, p in drawn.items()}
+    found = {name: (right(p, lab.captions), lab.clip_emb(p)) for name, p in drawn.items()}
     return found, sheet(drawn, lab.captions)
 
 
@@ -50,21 +50,20 @@ def f1(lab):
 
     The same captions through unCLIP, through a decoder trained on text embeddings, and through
     unCLIP's decoder given the text embedding as if it were an image embedding.
-    paper: FID 7.99 with the prior, 9.16 trained on text embeddings, 16.55 text embedding put in
-    """
+    paper: FID 7.99 with the prior, 9.16 trained on text embeddings, 16.55 text embedding put in"""
     ways = {"prior": {}, "text embedding put in": {"given": "text_emb"}}
     result = Result(["system", "guidance", "binding right", "Frechet distance (CLIP) x 1000"],
                     **lab.caveat("decoder_text_emb"))
     if lab.has("decoder_text_emb"):
         ways["trained on text embeddings"] = {"given": "text_emb", "decoder": "decoder_text_emb"}
-    true = lab.true_emb(lab.data)
+    true = lab.true_emb(lab.scenes)
     for scale in (1.0, 2.0):
         drawn, result.picture = draw_ways(lab, ways, scale=scale)
         result.table += [[name, f"{scale:g}", share(bound), frechet_cell(emb, true)]
-                         for name, (_, bound, emb) in drawn.items()]
+                         for name, (bound, emb) in drawn.items()]
     for name in list(ways)[1:]:
         result.claim(f"Frechet distance x 1000: {name} minus prior", farther,
-                     drawn[name][2], drawn["prior"][2], true, biased=True)
+                     drawn[name][1], drawn["prior"][1], true, biased=True)
     return result
 
 
@@ -80,10 +79,10 @@ def f2(lab):
                    "caption alone.")
     drawn, result.picture = draw_ways(lab, {"both": {}, "embedding alone": {"say": False},
                                             "caption alone": {"given": "caption"}})
-    true = lab.true_emb(lab.data)
+    true = lab.true_emb(lab.scenes)
     result.table = [[name, share(bound), frechet_cell(emb, true)]
-                    for name, (_, bound, emb) in drawn.items()]
-    both, alone, caption = (bound for _, bound, _ in drawn.values())
+                    for name, (bound, emb) in drawn.items()]
+    both, alone, caption = (bound for bound, _ in drawn.values())
     result.claim("binding, points: embedding alone minus caption alone",
                  lambda e, c: np.nanmean(e - c), alone, caption, unit=100)
     result.claim("binding, points: what dropping the embedding costs, minus twice what dropping "
@@ -97,16 +96,15 @@ def f3(lab):
 
     Embeddings from both priors for the same captions, against the true ones, and pictures drawn
     from them.
-    paper: FID 10.39 (diffusion) against 10.63 (autoregressive), with less training compute
-    """
+    paper: FID 10.39 (diffusion) against 10.63 (autoregressive), with less training compute"""
     if not lab.has("ar_prior"):
         return Result(["prior"], **lab.caveat("ar_prior"))
     data = Shapes(4 * lab.n, "val", lab.seed + 1)
-    captions, true, embs = mixed_captions(data), lab.true_emb(data), {}
+    captions, true, embs = mixed_captions(data), lab.true_emb(scenes_of(data)), {}
     result = Result(["prior", "parameters", "captions seen", "evaluations", "ms an embedding",
                      "cosine with the true one", "Frechet x 1000", "binding right"])
     drawn, result.picture = draw_ways(lab, {"prior": {}, "ar_prior": {"prior": "ar_prior"}})
-    for name, (_, bound, _) in drawn.items():
+    for name, (bound, _) in drawn.items():
         model = lab.pipeline(prior=name).prior
         config, parameters = model.config, sum(p.numel() for p in model.parameters())
         lab.prior_emb(captions[:1], name)  # the first call pays for starting up
@@ -129,18 +127,17 @@ GUIDANCE = (1.0, 1.25, 2.0, 3.0, 4.0, 6.0)
 # Captions that leave colour or shape open, and always size, background, place and shade. There are
 # only six, so that each is drawn often enough to see how its pictures differ.
 OPEN = [with_article(words) for words in (*SHAPES[:3], *(f"{c} shape" for c in list(COLOURS)[:3]))]
-PARTS = (tuple(COLOURS), SHAPES, tuple(SIZES), tuple(BACKGROUNDS))  # what the judge names
 
 
 def attributes(pictures):
-    """What the judge sees in pictures of one object: (n, 4), indices into PARTS, -1 where there is
-    not exactly one object or no name fits."""
-    def values(seen):
+    """What the judge sees in pictures of one object: (n, 4) names of colour, shape, size and
+    background, None where there is not exactly one object or no name fits."""
+    rows = []
+    for seen in map(judge, pictures):
         thing = seen.things[0] if len(seen.things) == 1 else Thing()
-        return thing.colour, thing.shape, thing.size, seen.background
-
-    return np.array([[part.index(v) if v in part else -1
-                      for part, v in zip(PARTS, values(judge(p)), strict=True)] for p in pictures])
+        shape = thing.shape if thing.shape in SHAPES else None  # a sign is none of them
+        rows.append([thing.colour, shape, thing.size, seen.background])
+    return np.array(rows, object)
 
 
 @cache
@@ -150,7 +147,7 @@ def open_parts(caption):
     thing = parse_caption(caption).things[0]
     fits = [pair for pair in TRAIN_PAIRS if thing.colour in (None, pair[0])
             and thing.shape in (None, pair[1])]
-    counts = [len({pair[k] for pair in fits}) for k in (0, 1)] + [len(SIZES), len(BACKGROUNDS)]
+    counts = [*(len(set(part)) for part in zip(*fits)), len(SIZES), len(BACKGROUNDS)]
     return {k: count for k, count in enumerate(counts) if count > 1}
 
 
@@ -158,8 +155,7 @@ def diversity(rows, captions):
     """Mean entropy of the parts that captions leave open, caption by caption; 1 is the data's.
 
     rows (n, 4): attributes() of pictures of captions (n,). Within captions, because a model that
-    draws every circle red and every square blue has no diversity, and yet two colours.
-    """
+    draws every circle red and every square blue has no diversity, and yet two colours."""
     return float(np.mean([entropy(rows[captions == caption, k]) / np.log(count)
                           for caption in sorted(set(captions))
                           for k, count in open_parts(caption).items()]))
@@ -167,20 +163,13 @@ def diversity(rows, captions):
 
 def spread(emb, captions):
     """Mean distance (1 minus cosine) of two pictures of one caption in CLIP's space."""
-    found = []
-    for caption in set(captions):
-        mine = emb[captions == caption]
-        found += (1 - mine @ mine.T)[np.triu_indices(len(mine), 1)].tolist()
-    return float(np.mean(found))
-
-
-def slope(values):
-    """Change of a figure with each doubling of guidance, by least squares over GUIDANCE."""
-    return float(np.polyfit(np.log2(GUIDANCE), values, 1)[0])
+    groups = [emb[captions == caption] for caption in set(captions)]
+    return float(np.mean(np.concatenate([(1 - mine @ mine.T)[np.triu_indices(len(mine), 1)]
+                                         for mine in groups])))
 
 
 def open_captions(n):
-    return np.array([OPEN[k % len(OPEN)] for k in range(max(12, n // 2))])
+    return [OPEN[k % len(OPEN)] for k in range(max(12, n // 2))]
 
 
 def f4(lab):
@@ -191,15 +180,14 @@ def f4(lab):
     the true scenes; 1 is as diverse as the data. Fidelity: the share of pictures that show
     everything the caption says. Distance: 1 minus the cosine of two pictures of one caption. Loss:
     how far a figure falls with each doubling of guidance, fitted to all six.
-    paper: figs. 9 to 11: unCLIP's diversity survives guidance, since the embedding holds it
-    """
-    captions, systems, (_, rival) = open_captions(lab.n), lab.systems(), lab.systems()
+    paper: figs. 9 to 11: unCLIP's diversity survives guidance, since the embedding holds it"""
+    captions, systems = open_captions(lab.n), lab.systems()
     result = Result(["system", "guidance", "fidelity", "diversity", "distance in CLIP's space"],
                     **lab.caveat("decoder_caption"))
     curves, rows, embs = ({name: [] for name in systems} for _ in range(3))
     for name, scale in product(systems, GUIDANCE):
-        pictures = lab.draw(list(captions), scale=scale, **systems[name])
-        fit = right(pictures, list(captions), "all")
+        pictures = lab.draw(captions, scale=scale, **systems[name])
+        fit = right(pictures, captions, "all")
         rows[name].append(attributes(pictures))
         embs[name].append(lab.clip_emb(pictures).numpy())
         varied = bootstrap(diversity, rows[name][-1], captions, biased=True)
@@ -208,11 +196,11 @@ def f4(lab):
         curves[name].append((varied[0], fit.mean()))
     for what, figure, x in (("diversity", diversity, rows), ("distance", spread, embs)):
         def difference(captions, *both, figure=figure):  # a loss is a negative slope
-            values = [figure(x, captions) for x in both]
-            return slope(values[:6]) - slope(values[6:])
+            ours, theirs = np.reshape([figure(x, captions) for x in both], (2, len(GUIDANCE)))
+            return np.polyfit(np.log2(GUIDANCE), ours - theirs, 1)[0]
 
-        result.claim(f"{what}: {rival}'s loss with each doubling of guidance minus unCLIP's",
-                     difference, captions, *x["unCLIP"], *x[rival], biased=True)
+        result.claim(f"{what}: {lab.rival}'s loss with each doubling of guidance minus unCLIP's",
+                     difference, captions, *x["unCLIP"], *x[lab.rival], biased=True)
     result.picture = chart(curves, "guidance 1 to 6: fidelity against diversity", "diversity",
                            "fidelity", points=True, ends=("1", "6"))
     return result
@@ -223,15 +211,13 @@ def f5(lab):
 
     Both at guidance 2. Diversity as in F4; binding stands for caption similarity ("about as
     faithful" allows 5 points less), precision in CLIP's space for realism.
-    paper: preferred over GLIDE in 48.9% (realism), 45.3% (caption), 70.5% (diversity)
-    """
-    true, captions, (_, rival) = lab.true_emb(lab.data), open_captions(lab.n), lab.systems()
+    paper: preferred over GLIDE in 48.9% (realism), 45.3% (caption), 70.5% (diversity)"""
+    true, captions, rival, rows = lab.true_emb(lab.scenes), open_captions(lab.n), lab.rival, {}
     result = Result(["system", "realism (precision)", "binding right", "diversity"],
                     **lab.caveat("decoder_caption"))
     drawn, result.picture = draw_ways(lab, lab.systems())
-    rows = {name: attributes(lab.draw(list(captions), **settings))
-            for name, settings in lab.systems().items()}
-    for name, (_, bound, emb) in drawn.items():
+    for name, (bound, emb) in drawn.items():
+        rows[name] = attributes(lab.draw(captions, **lab.systems()[name]))
         varied = number(bootstrap(diversity, rows[name], captions, biased=True))
         result.table.append([name, f"{precision_recall(emb, true)[0]:.1%}", share(bound), varied])
     result.claim(f"diversity: unCLIP minus {rival}",
@@ -239,7 +225,7 @@ def f5(lab):
                  rows["unCLIP"], rows[rival], captions, biased=True)
     result.claim(f"binding, points: unCLIP minus {rival}, plus 5",
                  lambda u, g: np.nanmean(u - g) + 0.05,
-                 drawn["unCLIP"][1], drawn[rival][1], unit=100)
+                 drawn["unCLIP"][0], drawn[rival][0], unit=100)
     return result
 
 
@@ -248,8 +234,7 @@ def f6(lab):
 
     Shapes cannot tell: it takes COCO, weights trained on photos, and Inception's features.
     paper: FID about 28 DALL-E, 12.24 GLIDE, 10.39 unCLIP; filtered FID 11.84 Make-A-Scene, 10.87
-    unCLIP
-    """
+    unCLIP"""
     return Result(["step", "command"], [
         ["draw", "python -m lab.evaluate export --data coco --root COCO --weights RUN -n 30000 "
                  "--size 256 --candidates 1 --prior-scale 1 --scale 1.25 --out fid"],
@@ -261,7 +246,7 @@ def f6(lab):
 
 def short_prior(lab, predict, embeddings, steps):
     """A small prior trained from scratch for `steps` batches of 64, with the lab's seed."""
-    clip = lab.pipeline().clip
+    clip = lab.clip
     torch.manual_seed(lab.seed)
     prior = DiffusionPrior(PriorConfig(
         dim=clip.dim, text_width=clip.text_width, text_len=clip.text_len, width=128, depth=2,
@@ -304,11 +289,9 @@ def f7(lab, scenes=3000, steps=300):
     predict. t = ...: one look at true embeddings with that much noise, and the cosine of the
     predicted embedding with the true one. Drawn: the cosine after sampling, 64 steps from pure
     noise.
-    paper: sec. 2.2: predicting the embedding itself was better
-    """
-    clip = lab.pipeline().clip
+    paper: sec. 2.2: predicting the embedding itself was better"""
     data = Shapes(2 * lab.n, "val", lab.seed)
-    true, text = lab.true_emb(data), clip.encode_text(mixed_captions(data))
+    true, text = lab.true_emb(scenes_of(data)), lab.clip.encode_text(mixed_captions(data))
     last = lab.pipeline().prior.diffusion.alphas_cumprod[-1] ** 0.5
     result = Result(["predicts", *(f"t = {t}" for t in LEVELS), "drawn", "Frechet x 1000"], note=(
         "A likely reason: embeddings lie near few directions, noise fills all D of them, and to "
@@ -319,7 +302,7 @@ def f7(lab, scenes=3000, steps=300):
         "far away."))
     looks = {}
     with tempfile.TemporaryDirectory() as folder:
-        embeddings = embed(clip, Shapes(scenes, "train", lab.seed), folder)
+        embeddings = embed(lab.clip, Shapes(scenes, "train", lab.seed), folder)
         for predict in ("x_0", "noise"):
             prior = short_prior(lab, predict, embeddings, steps)
             noise = noise_for(range(lab.seed, lab.seed + len(data)), "prior")
@@ -365,7 +348,7 @@ def as_table(*rows):
 def as_markdown(name, result, seconds):
     """A finding's section of the report."""
     question, setup, paper = explained(FINDINGS[name])
-    parts = [f"## {name}: {question}", setup, f"Paper: {paper}.", f"**{result.said}**"]
+    parts = [f"## {name}: {question}", setup, f"Paper: {paper}.", f"**{result.verdict}**"]
     parts += [f"- {claim}: {number(interval, 1 if max(map(abs, interval)) >= 1 else 3)}"
               for claim, interval in result.claims]
     parts += [as_table(result.header, *result.table), result.note.strip(),
@@ -389,14 +372,13 @@ def report(args):
             save_picture(found[name].picture, out / f"pictures/finding_{name}.png")
         sections.append(as_markdown(name, found[name], time.perf_counter() - begun))
         print(sections[-1], flush=True)  # an interrupted run has said what it found
-    verdicts = [[name, explained(FINDINGS[name])[0], x.said] for name, x in found.items()]
-    head = HEAD.format(date=date.today(), weights=os.path.relpath(args.weights), n=lab.n,
-                       seed=lab.seed)
+    verdicts = [[name, explained(FINDINGS[name])[0], x.verdict] for name, x in found.items()]
+    head = HEAD.format(date=date.today(), weights=os.path.relpath(args.weights), **vars(lab))
     path = out / ("FINDINGS.md" if len(names) == len(FINDINGS) else f"{'_'.join(names)}.md")
     out.mkdir(parents=True, exist_ok=True)
     head += as_table(["finding", "question", "verdict"], *verdicts) + "\n"
     path.write_text("\n".join([head, *sections]))
     print(path)
-    return {name: {"verdict": x.said, "header": x.header, "table": x.table,
+    return {name: {"verdict": x.verdict, "header": x.header, "table": x.table,
                    "claims": [[claim, *map(float, interval)] for claim, interval in x.claims]}
             for name, x in found.items()}

@@ -15,7 +15,6 @@ radii are fractions of the picture's side; y grows downwards.
 
 import math
 from collections import Counter
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations, product
 
@@ -33,16 +32,9 @@ SPECK = 40  # pixels of S x S: a smaller patch is no object; the smallest star h
 # --- what does a picture show? ---------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What a picture shows."""
-
-    background: str | None  # None if it has a colour
-    things: tuple  # of Things, with every field known, but no shape if it looks like none
-
-
 def judge(image):
-    """A square picture, PIL or (3, H, H) in [-1, 1] -> Seen. Below 48 pixels, shapes blur."""
+    """A square picture, PIL or (3, H, H) in [-1, 1] -> the Scene it shows: things of no shape if
+    they look like none, no background if it has a colour. Below 48 pixels, shapes blur."""
     pixels = at_judging_size(image)  # (S, S, 3) in [0, 1]
     rim = [0, 1, -2, -1]
     ground = np.median(np.concatenate([pixels[rim], pixels[:, rim].swapaxes(0, 1)]), axis=(0, 1))
@@ -52,7 +44,7 @@ def judge(image):
     things = [measure(pixels, ground, index, mask, taken) for index, mask in patches]
     grey = np.ptp(ground) <= 0.2
     nearest = min(BACKGROUNDS, key=lambda name: abs(255 * ground.mean() - BACKGROUNDS[name]))
-    return Seen(nearest if grey else None, tuple(things + find_sign(calm, ground, taken)))
+    return Scene((*things, *find_sign(calm, ground, taken)), nearest if grey else None)
 
 
 def at_judging_size(image):
@@ -137,8 +129,7 @@ def standard(cover):
     """A silhouette in standard position and scale -> ((G * G,) of mean 0 and norm 1, area, x, y).
 
     cover: (S, S) in [0, 1]. The centre of mass moves to the middle, and the area becomes that of a
-    circle with radius G / 3.2 pixels, in which the tips of a star just fit.
-    """
+    circle with radius G / 3.2 pixels, in which the tips of a star just fit."""
     area = max(1.0, cover.sum())
     middle = np.arange(S) + 0.5
     x, y = cover.sum(0) @ middle / area, cover.sum(1) @ middle / area
@@ -154,8 +145,7 @@ def standard(cover):
 def templates():
     """Every shape, angle, size and blur -> views (n, G * G), [(shape, angle, radius / sqrt(area))].
 
-    A square looks the same every 90 degrees, so angles lie within +- half the shape's symmetry.
-    """
+    A square looks the same every 90 degrees, so angles lie within +- half the shape's symmetry."""
     symmetry = {"circle": 5, "square": 90, "triangle": 120, "star": 72, "cross": 90}  # degrees
     views, described = [], []
     for shape, turn in symmetry.items():
@@ -195,38 +185,34 @@ def score(seen, claim):
     all          everything at once, with the sizes on the right objects too
 
     claim: a Scene, with gaps where a caption says nothing (support.shapes.parse_caption).
-    The word on a sign is not compared: any sign will do (probing.read_word reads them).
-    """
-
+    The word on a sign is not compared: any sign will do (probing.read_word reads them)."""
     def present(part):
         said = Counter(getattr(thing, part) for thing in claim.things)
         del said[None]
         return said <= Counter(getattr(thing, part) for thing in seen.things) if said else None
 
+    def placed(ways):
+        return any(not claim.relation or holds(claim.relation, *way) for way in ways)
+
     bound = matches(seen, claim, ("colour", "shape"))
-    exact = matches(seen, claim, ("colour", "shape", "size"))
     result = {
         "objects": len(seen.things) == len(claim.things),
         "colours": present("colour"),
         "shapes": present("shape"),
         "binding": len(bound) > 0 if any(t.colour and t.shape for t in claim.things) else None,
         "sizes": present("size"),
-        "relation": any(holds(claim.relation, *way) for way in bound) if claim.relation else None,
+        "relation": placed(bound) if claim.relation else None,
         "background": seen.background == claim.background if claim.background else None,
     }
-    exact = [way for way in exact if not claim.relation or holds(claim.relation, *way)]
-    result["all"] = len(exact) > 0 and False not in result.values()
-    return result
+    exact = matches(seen, claim, ("colour", "shape", "size"))
+    return result | {"all": placed(exact) and False not in result.values()}
 
 
 def matches(seen, claim, parts):
     """All ways to give each claimed thing its own seen thing that agrees in these parts."""
-
-    def agree(way):
-        return all(getattr(said, part) in (None, getattr(there, part))
-                   for said, there in zip(claim.things, way, strict=True) for part in parts)
-
-    return [way for way in permutations(seen.things[:8], len(claim.things)) if agree(way)]
+    return [way for way in permutations(seen.things[:8], len(claim.things))
+            if all(getattr(said, part) in (None, getattr(there, part))
+                   for said, there in zip(claim.things, way, strict=True) for part in parts)]
 
 
 def holds(relation, a, b):

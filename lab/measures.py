@@ -19,8 +19,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from lab.judge import S
+from manipulate import invert, redraw
 from sample import Pipeline
-from support.shapes import COLOURS, SHAPES, with_article
+from support.shapes import COLOURS, SHAPES, render, with_article
+from support.sheets import to_tensor
 from support.tools import UserError
 
 
@@ -38,22 +40,19 @@ def judged_pipeline(folder, device, **stages):
     return pipeline
 
 
-def draw_batches(pipeline, captions, seed, given, size, say=True, scale=2.0, steps=None,
-                 prior=(1.0, None), candidates=1):
+def draw_batches(pipeline, captions, args, given="prior", size=S, say=True):
     """Captions -> batches (slice, pictures (b, 3, size, size)) on the CPU; picture k has the seed
-    `seed` + k.
+    args.seed + k.
 
-    given: the image embedding: "prior", "text_emb", "caption" (none), or embeddings (n, D).
-    say: does the decoder get the caption? prior: (scale, steps) of Pipeline.embed. candidates: how
-    many pictures CLIP chooses from; the paper draws one.
-    """
+    args: the command line of evaluate.py, or its namesakes. given: the image embedding: "prior",
+    "text_emb", "caption" (none), or embeddings (n, D). say: does the decoder get the caption?"""
     for part in in_batches(len(captions)):
-        seeds = range(seed + part.start, seed + part.stop)
-        text = pipeline.text(captions[part]) if say or isinstance(given, str) else None
-        emb = (pipeline.condition(given, text, seeds, *prior) if isinstance(given, str)
-               else given[part].to(pipeline.device))
-        drawn, _ = pipeline.decode_best(candidates, emb, text if say else None, seeds,
-                                        scale=scale, steps=steps)
+        seeds = range(args.seed + part.start, args.seed + part.stop)
+        text = pipeline.text(captions[part])
+        emb = (pipeline.condition(given, text, seeds, args.prior_scale, args.prior_steps)
+               if isinstance(given, str) else given[part].to(pipeline.device))
+        drawn, _ = pipeline.decode_best(args.candidates, emb, text if say else None, seeds,
+                                        scale=args.scale, steps=args.steps)
         yield part, pipeline.upsample(drawn, seeds, size).cpu()
 
 
@@ -64,6 +63,30 @@ def look(clip, data):
                             for i in range(len(data))[part]]).to(clip.mean.device)
 
     return torch.cat([clip.encode_image(pictures(part)) for part in in_batches(len(data), 64)])
+
+
+def redrawn(pipeline, pictures, embs, seeds):
+    """Pictures (n, 3, H, W) from their latents: without noise (eta 0) and with it (eta 1)."""
+    drawn = []
+    for part in in_batches(len(pictures)):
+        emb = embs[part].to(pipeline.device)
+        x_T = invert(pipeline, pictures[part].to(pipeline.device), emb)
+        drawn.append([redraw(pipeline, emb, x_T, seeds[part], eta=eta) for eta in (0.0, 1.0)])
+    return [torch.cat(batches) for batches in zip(*drawn, strict=True)]
+
+
+def scenes_of(data):
+    return [data.scene(i) for i in range(len(data))]
+
+
+def single_objects(data):
+    """(i, scene) of the scenes that show one object and no sign."""
+    return [(i, s) for i, s in enumerate(scenes_of(data)) if len(s.things) == 1 and not s.word]
+
+
+def pictures_of(scenes, size):
+    """True pictures (n, 3, size, size) of scenes."""
+    return torch.stack([to_tensor(render(scene, size)) for scene in scenes])
 
 
 def mixed_captions(data):
@@ -99,9 +122,9 @@ def prefers(clip, emb, true, wrong):
 
 def pairs_shown(data):
     """For each scene, 1 at every colour-shape pair that it shows: (n, colours * shapes)."""
-    pairs = list(product(COLOURS, SHAPES))
-    shown = [[(t.colour, t.shape) for t in data.scene(i).things] for i in range(len(data))]
-    return torch.tensor([[float(pair in things) for pair in pairs] for things in shown])
+    shown = [[(t.colour, t.shape) for t in scene.things] for scene in scenes_of(data)]
+    return torch.tensor([[float(pair in things) for pair in product(COLOURS, SHAPES)]
+                         for things in shown])
 
 
 def linear_probe(emb, labels, rounds=300):
@@ -160,8 +183,7 @@ def bootstrap(statistic, *rows, biased=False, times=1000, seed=0):
     argument belongs to scene i, so they are resampled together.
     biased: for figures that few scenes make too small (an entropy) or too large (a Frechet
     distance). Resampling repeats scenes and so errs the same way once more; twice the estimate
-    minus what the resamples say removes that error (and makes the *basic* interval).
-    """
+    minus what the resamples say removes that error (and makes the *basic* interval)."""
     rows = [np.asarray(r) for r in rows]
     n, rng, again = len(rows[0]), np.random.default_rng(seed), []
     estimate = float(statistic(*rows))
@@ -190,7 +212,7 @@ def share_interval(values):
 
 
 def entropy(values):
-    """Entropy in nats of the values' frequencies; -1 means "not seen" and is left out."""
-    counts = np.array(list(Counter(v for v in values if v != -1).values()) or [1])
+    """Entropy in nats of the values' frequencies; None means "not seen" and is left out."""
+    counts = np.array(list(Counter(v for v in values if v is not None).values()) or [1])
     shares = counts / counts.sum()
     return float(-(shares * np.log(shares)).sum())

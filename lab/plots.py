@@ -16,6 +16,7 @@ from support.sheets import save_picture
 from support.tools import Parser, UserError, user_errors
 
 CURVES = ("#1f4e9c", "#c8372d", "#2d8a3e", "#8a4fbf", "#c77f17", "#3a9fa8", "#777777", "#b0487f")
+SIZE = 640, 400  # of a chart, pixels
 
 
 def ticks(low, high, count=5):
@@ -41,9 +42,8 @@ def widened(values):
     return low - margin, high + margin
 
 
-def chart(series, title, x_label, y_label, log_y=False, size=(640, 400), points=False, ends=()):
+def chart(series, title, x_label, y_label, log_y=False, points=False, ends=()):
     """Curves {name: [(x, y), ...]} as a PIL image; values that have no place on it are left out.
-
     points: draw a dot at each value. ends: labels for the first and the last value of each curve.
     """
     scale = math.log10 if log_y else float
@@ -52,8 +52,8 @@ def chart(series, title, x_label, y_label, log_y=False, size=(640, 400), points=
     xs, ys = zip(*[p for values in curves.values() for p in values] or [(0, 0)], strict=True)
     (x_min, x_max), (y_min, y_max) = widened(xs), widened(ys)
     under = 44 + 16 * math.ceil(len(curves) / 2)  # the axis, its label, and the curves' names
-    left, top, right, bottom = 70, 44, size[0] - 16, size[1] - under
-    sheet = Image.new("RGB", size, "white")
+    left, top, right, bottom = 70, 44, SIZE[0] - 16, SIZE[1] - under
+    sheet = Image.new("RGB", SIZE, "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
 
     def place(x, y):
@@ -75,7 +75,7 @@ def chart(series, title, x_label, y_label, log_y=False, size=(640, 400), points=
         pen.line(dots, fill=colour, width=2, joint="curve")
         for x, y in dots if points or len(dots) == 1 else []:
             pen.ellipse([x - 3, y - 3, x + 3, y + 3], fill=colour)
-        marks = list(zip(dots[::max(1, len(dots) - 1)], ends))  # noqa: B905
+        marks = list(zip(dots[::max(1, len(dots) - 1)], ends))
         if len(marks) == 2 and math.dist(dots[0], dots[-1]) < 14:  # no label on top of the other
             marks = [(max(dots[0], dots[-1]), ", ".join(ends))]
         for (x, y), text in marks:
@@ -109,10 +109,10 @@ def plot_runs(runs):
         raise UserError(f"{runs[0]} has no losses yet: train a little first")
     charts = [chart({name: sorted(curve.items()) for name, curve in names.items()}, stage,
                     "training step", "loss", log_y=True) for stage, names in curves.items()]
-    width, height = charts[0].size
-    sheet = Image.new("RGB", (min(2, len(charts)) * width, -(-len(charts) // 2) * height), "white")
+    rows = -(-len(charts) // 2)  # rounded up
+    sheet = Image.new("RGB", (min(2, len(charts)) * SIZE[0], rows * SIZE[1]), "white")
     for k, image in enumerate(charts):
-        sheet.paste(image, (k % 2 * width, k // 2 * height))
+        sheet.paste(image, (k % 2 * SIZE[0], k // 2 * SIZE[1]))
     return sheet
 
 

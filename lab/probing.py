@@ -8,53 +8,44 @@ n: number of scenes; D: size of a CLIP embedding; S = 64: side at which pictures
 """
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 
 import numpy as np
-import torch
 
 from lab.judge import S, at_judging_size, judge
-from lab.measures import in_batches, prefers, share_interval, wrong_captions
+from lab.measures import (
+    pictures_of, prefers, redrawn, scenes_of, share_interval, single_objects, wrong_captions,
+)
 from lab.scenes import Result, percent, right, share, sheet
-from manipulate import invert, redraw
 from support.shapes import (
     COLOURS, SHAPES, TRAIN_PAIRS, WORDS, Scene, Shapes, Thing, render, with_article,
 )
-from support.sheets import to_tensor
+
+SIGN = partial(Thing, shape="sign", rgb=(240, 240, 230))
 
 
 def pairs_of(lab):
     """n validation scenes of two objects that differ in colour and in shape. The pairs with
     exchanged colours occur in training too, or CLIP would recognise them by their novelty."""
-    data = Shapes(max(200, 8 * lab.n), "val", lab.seed + 2)
-    scenes = [s for s in map(data.scene, range(len(data)))
-              if len(s.things) == 2 and "binding" in wrong_captions(s)[1]]
-    return [s for s in scenes if {(s.things[0].colour, s.things[1].shape),
-                                  (s.things[1].colour, s.things[0].shape)} <= set(TRAIN_PAIRS)
-            ][:lab.n]
+    def fits(a, b):
+        return (a.colour != b.colour and a.shape != b.shape
+                and {(a.colour, b.shape), (b.colour, a.shape)} <= set(TRAIN_PAIRS))
+
+    scenes = scenes_of(Shapes(max(200, 8 * lab.n), "val", lab.seed + 2))
+    return [s for s in scenes if len(s.things) == 2 and fits(*s.things)][:lab.n]
 
 
 def pair_study(lab):
     """What F8 and F9 share: (captions, wrong captions, embeddings, pictures of each system)."""
-    scenes, pipeline = pairs_of(lab), lab.pipeline()
+    scenes = pairs_of(lab)
     captions, wrong = map(list, zip(*map(wrong_captions, scenes), strict=True))
-    true = look_at(pipeline, scenes)
+    true = lab.true_emb(scenes)
     embs = {"CLIP, true pictures": true, "prior's embeddings": lab.prior_emb(captions)}
     drawn = {"true embedding alone": lab.draw(captions, given=true, say=False),
              "true embedding and caption": lab.draw(captions, given=true)}
     drawn |= {name: lab.draw(captions, **way) for name, way in lab.systems().items()}
     return captions, wrong, embs, drawn
-
-
-def look_at(pipeline, scenes):
-    """CLIP's embeddings (n, D) of scenes."""
-    return torch.cat([pipeline.look(render(s, pipeline.clip.image_size)) for s in scenes]).cpu()
-
-
-def pictures_of(scenes, size=S):
-    """True pictures (n, 3, size, size) of scenes."""
-    return torch.stack([to_tensor(render(scene, size)) for scene in scenes])
 
 
 def f8(lab):
@@ -64,14 +55,12 @@ def f8(lab):
     closer to the caption than to the caption with the colours exchanged (chance: 50%)? Pictures:
     does the judge see both objects as described? A badly drawn shape fails too, so the next column
     counts only the pictures that show both colours and both shapes.
-    paper: figs. 14, 15: unCLIP binds worse than GLIDE, since CLIP does not bind
-    """
+    paper: figs. 14, 15: unCLIP binds worse than GLIDE, since CLIP does not bind"""
     captions, wrong, embs, drawn = pair_study(lab)
-    _, rival = lab.systems()
     result = Result(["who", "binding right", "binding right, if both colours and shapes are shown",
                      "chance"], **lab.caveat("decoder_caption"))
-    clip, exchanged, bound = lab.pipeline().clip, [w["binding"] for w in wrong], {}
-    result.table = [[name, share(prefers(clip, emb, captions, exchanged)), "-", "50%"]
+    exchanged, bound = [w["binding"] for w in wrong], {}
+    result.table = [[name, share(prefers(lab.clip, emb, captions, exchanged)), "-", "50%"]
                     for name, emb in embs.items()]
     for name, pictures in drawn.items():
         whole, colours, shapes = (right(pictures, captions, column)
@@ -79,8 +68,8 @@ def f8(lab):
         bound[name] = np.where((colours == 1) & (shapes == 1), whole, np.nan)
         result.table.append([f"pictures, {name}", share(whole), share(bound[name]), "-"])
     result.claim("binding, if both colours and shapes are shown, points: "
-                 f"{rival} minus unCLIP", lambda g, u: np.nanmean(g) - np.nanmean(u),
-                 bound[rival], bound["unCLIP"], unit=100)
+                 f"{lab.rival} minus unCLIP", lambda g, u: np.nanmean(g) - np.nanmean(u),
+                 bound[lab.rival], bound["unCLIP"], unit=100)
     result.note += (
         " Where CLIP itself binds well (first row), the paper's reason for its finding is absent: "
         "this world has 26 colour-shape pairs, the paper's is open.")
@@ -98,10 +87,9 @@ def f9(lab):
     paper: fig. 16: text is not legible. That CLIP hardly encodes relations is known from later work
     """
     captions, wrong, embs, drawn = pair_study(lab)
-    pipeline, clip = lab.pipeline(), lab.pipeline().clip
     result = Result(["who", "right", "chance"], note=lab.caveat("decoder_caption").get("note", ""))
     reversed_ones = [w["relation"] for w in wrong]
-    knows = {name: prefers(clip, emb, captions, reversed_ones) for name, emb in embs.items()}
+    knows = {name: prefers(lab.clip, emb, captions, reversed_ones) for name, emb in embs.items()}
     result.table += [[f"relation: {name}", share(v), "50%"] for name, v in knows.items()]
     for name, pictures in drawn.items():
         bound = right(pictures, captions) == 1  # in other pictures there is no relation to judge
@@ -110,11 +98,11 @@ def f9(lab):
 
     words = [WORDS[k % len(WORDS)] for k in range(max(len(WORDS), lab.n))]
     says, scenes = [f"a sign that says {word}" for word in words], list(map(sign_scene, words))
-    odds, emb = f"{1 / len(WORDS):.0%}", look_at(pipeline, scenes)
-    names = (emb @ clip.encode_text(says[:len(WORDS)])[0].cpu().T).argmax(1)
+    odds, emb = f"{1 / len(WORDS):.0%}", lab.true_emb(scenes)
+    names = (emb @ lab.clip.encode_text(says[:len(WORDS)])[0].cpu().T).argmax(1)
     named = np.array([float(WORDS[k] == word) for k, word in zip(names, words, strict=True)])
     result.table.append(["word: CLIP, true pictures", share(named), odds])
-    signs = {"true pictures": pictures_of(scenes),
+    signs = {"true pictures": pictures_of(scenes, S),
              "true embedding alone": lab.draw(says, given=emb, say=False),
              "unCLIP": lab.draw(says)}
     read = {name: np.array([float(read_word(p) == w) for p, w in zip(pictures, words, strict=True)])
@@ -138,8 +126,7 @@ def f9(lab):
 
 def sign_scene(word, x=0.5, y=0.5, radius=0.37):
     """A sign with a word on gray: what "a sign that says WORD" should look like."""
-    sign = Thing(shape="sign", x=x, y=y, radius=radius, rgb=(240, 240, 230))
-    return Scene((sign,), "gray", (128, 128, 128), word=word)
+    return Scene((SIGN(x=x, y=y, radius=radius),), "gray", (128, 128, 128), word=word)
 
 
 @lru_cache
@@ -148,12 +135,12 @@ def word_views():
     words, its drawings (words, height * width))}."""
     views = {}
     for radius in (0.34, 0.37, 0.40):
-        half, words, drawings = (round(0.75 * radius * S), round(0.28 * radius * S)), [], []
-        for word, dx, dy in product(WORDS, (0, 0.5), (0, 0.5)):
-            drawing = render(sign_scene(word, 0.5 + dx / S, 0.5 + dy / S, radius), S).convert("L")
-            words.append(word)
-            drawings.append(window(np.asarray(drawing, float), S // 2, S // 2, half))
-        views[half] = words, np.stack(drawings)
+        half = round(0.75 * radius * S), round(0.28 * radius * S)
+        signs = list(product(WORDS, (0.5, 0.5 + 0.5 / S), (0.5, 0.5 + 0.5 / S)))
+        drawings = [np.asarray(render(sign_scene(*sign, radius), S).convert("L"), float)
+                    for sign in signs]
+        views[half] = ([word for word, _, _ in signs],
+                       np.stack([window(d, S // 2, S // 2, half) for d in drawings]))
     return views
 
 
@@ -191,20 +178,18 @@ def kept(seen, true):
     """Which attributes of scenes came through: {name: (n,) of 1, 0, or NaN where none is seen}.
 
     seen: the judge's things (or None), true: the scenes'. A number is right if it is on the same
-    side of the median as the true one. It counts only where the shape came out right.
-    """
+    side of the median as the true one. It counts only where the shape came out right."""
     pairs = list(zip(seen, true, strict=True))
 
-    def side(value, fits=lambda thing: True):
-        middle = np.median([value(t) for t in true if fits(t)])
+    def side(value, without=None):
+        middle = np.median([value(t) for t in true if t.shape != without])
         return np.array([float((value(s) > middle) == (value(t) > middle))
-                         if s is not None and s.shape == t.shape and fits(t) else np.nan
-                         for s, t in pairs])
+                         if s and s.shape == t.shape != without else np.nan for s, t in pairs])
 
     return {part: np.array([float(getattr(s, part, None) == getattr(t, part)) for s, t in pairs])
             for part in MENTIONED} | {
         "place, across": side(lambda t: t.x), "place, down": side(lambda t: t.y),
-        "rotation": side(lambda t: t.angle, lambda t: t.shape != "circle"),
+        "rotation": side(lambda t: t.angle, without="circle"),
         "shade": side(lambda t: max(t.rgb) / max(COLOURS[t.colour])),
     }
 
@@ -221,12 +206,14 @@ def f10(lab):
     the embedding alone. Survival: the share right with chance taken out; 0 is chance, 1 unchanged.
     A number is right if it stays on its side of the median. Then a sign with a word is pasted over
     part of the object: CLIP's zero-shot label, and what the decoder draws.
-    paper: figs. 3, 15, 6: semantics stay, details change; the decoder still draws the object
-    """
-    data = Shapes(max(200, 6 * lab.n), "val", lab.seed + 3)
-    scenes = [scene for scene in map(data.scene, range(len(data)))
-              if len(scene.things) == 1 and not scene.word][:max(12, lab.n // 2)]
-    drawn, survived = redrawn(lab, scenes), {}
+    paper: figs. 3, 15, 6: semantics stay, details change; the decoder still draws the object"""
+    _, scenes = zip(*single_objects(Shapes(max(200, 6 * lab.n), "val", lab.seed + 3)), strict=True)
+    scenes, pipeline, survived = scenes[:max(12, lab.n // 2)], lab.pipeline(), {}
+    emb, seeds = lab.true_emb(scenes), range(lab.seed, lab.seed + len(scenes))
+    pictures = pictures_of(scenes, pipeline.sizes[0])
+    drawn = {name: pipeline.upsample(p, seeds, S).cpu() for name, p in zip(
+        ("eta 0", "eta 1"), redrawn(pipeline, pictures, emb, seeds), strict=True)}
+    drawn["embedding alone"] = lab.draw_alone(emb)
     for name, pictures in drawn.items():
         things = [judge(p).things for p in pictures]
         survived[name] = kept([t[0] if len(t) == 1 else None for t in things],
@@ -245,24 +232,9 @@ def f10(lab):
         result.claim(f"{name}, points: survival of what captions mention minus that of the rest",
                      gap, *survived[name].values(), unit=100)
     attacked, again = typographic_attack(lab, scenes, result)
-    result.picture = sheet({"source": pictures_of(scenes), **drawn, "attacked": attacked,
+    result.picture = sheet({"source": pictures_of(scenes, S), **drawn, "attacked": attacked,
                             "drawn from its embedding": again})
     return result
-
-
-def redrawn(lab, scenes):
-    """Scenes from their latents: {"eta 0", "eta 1", "embedding alone": pictures (n, 3, S, S)}."""
-    pipeline = lab.pipeline()
-    pictures = pictures_of(scenes, pipeline.sizes[0]).to(lab.device)
-    emb = look_at(pipeline, scenes).to(lab.device)
-    drawn = {"eta 0": [], "eta 1": [], "embedding alone": []}
-    seeds = range(lab.seed, lab.seed + len(scenes))
-    for part in in_batches(len(scenes), 20):
-        x_T = invert(pipeline, pictures[part], emb[part])
-        drawn["eta 0"].append(redraw(pipeline, emb[part], x_T, seeds[part]))
-        drawn["eta 1"].append(redraw(pipeline, emb[part], x_T, seeds[part], eta=1.0))
-        drawn["embedding alone"].append(pipeline.decode(emb[part], None, seeds[part], scale=1.0))
-    return {name: pipeline.upsample(torch.cat(p), seeds, S).cpu() for name, p in drawn.items()}
 
 
 def with_sign(scene, word):
@@ -270,24 +242,20 @@ def with_sign(scene, word):
     thing, radius = scene.things[0], 0.22
     # From the object's middle towards the picture's, so that part of the object stays visible.
     away = (0.10 + 0.55 * thing.radius) * (1 if thing.y < 0.5 else -1)
-    sign = Thing(shape="sign", x=min(max(thing.x, radius), 1 - radius), y=thing.y + away,
-                 radius=radius, rgb=(240, 240, 230))
+    sign = SIGN(x=min(max(thing.x, radius), 1 - radius), y=thing.y + away, radius=radius)
     return replace(scene, things=(thing, sign), word=word)
 
 
 def typographic_attack(lab, scenes, result):
     """Paste a sign on each object. Adds to the result how CLIP labels the picture, as "a COLOUR
     SHAPE" or "a sign that says WORD", and what the decoder draws; returns both pictures."""
-    pipeline, rng = lab.pipeline(), np.random.default_rng(lab.seed)
     labels = [with_article(f"{c} {s}") for c in COLOURS for s in SHAPES]
     labels += [f"a sign that says {word}" for word in WORDS]
-    text_emb = pipeline.clip.encode_text(labels)[0].cpu()
-    colours = [scene.things[0].colour for scene in scenes]
-    others = [[word for word in WORDS if word != colour] for colour in colours]
-    attacked = [with_sign(scene, words[rng.integers(len(words))])
-                for scene, words in zip(scenes, others, strict=True)]
-    emb = look_at(pipeline, attacked)
-    drawn = lab.draw([""] * len(scenes), given=emb, scale=1.0, say=False)
+    colours, rng = [s.things[0].colour for s in scenes], np.random.default_rng(lab.seed)
+    attacked = [with_sign(scene, str(rng.choice([word for word in WORDS if word != colour])))
+                for scene, colour in zip(scenes, colours, strict=True)]
+    text_emb, emb = lab.clip.encode_text(labels)[0].cpu(), lab.true_emb(attacked)
+    drawn = lab.draw_alone(emb)
 
     def named(emb):  # the word after the article: a colour, or "sign"
         return [{labels[k].split()[1]} for k in (emb @ text_emb.T).argmax(1).tolist()]
@@ -298,7 +266,7 @@ def typographic_attack(lab, scenes, result):
     seen = [{thing.colour for thing in judge(picture).things} for picture in drawn]
     after, draws = hold(named(emb), colours), hold(seen, colours)
     for row, values in (
-        ("CLIP names the object's colour", hold(named(look_at(pipeline, scenes)), colours)),
+        ("CLIP names the object's colour", hold(named(lab.true_emb(scenes)), colours)),
         ("with a word pasted on it, CLIP names the colour", after),
         ("with a word pasted on it, CLIP names a word", hold(named(emb), ["sign"] * len(scenes))),
         ("the decoder then draws the object's colour", draws),
@@ -308,4 +276,4 @@ def typographic_attack(lab, scenes, result):
         result.table.append([row, "-", "-", share(values)])
     result.claim("under attack, points: the decoder draws the object's colour minus CLIP names it",
                  lambda d, a: (d - a).mean(), draws, after, unit=100)
-    return pictures_of(attacked), drawn
+    return pictures_of(attacked, S), drawn

@@ -7,6 +7,7 @@ n: number of scenes; D: size of a CLIP embedding; S = 64: side at which pictures
 """
 
 import math
+from argparse import Namespace
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -15,14 +16,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lab.judge import S, scores
+from lab.judge import scores
 from lab.measures import (
-    bootstrap, draw_batches, frechet, in_batches, judged_pipeline, look, mixed_captions,
-    share_interval,
+    bootstrap, draw_batches, frechet, in_batches, judged_pipeline, mixed_captions, pictures_of,
+    scenes_of, share_interval,
 )
 from support.checkpoint import examples_seen, load_checkpoint
 from support.shapes import Shapes, parse_caption
 from support.sheets import draw_grid
+
+
+VERDICTS = {None: "not measured here", -1: "not reproduced", 1: "reproduced",
+            0: "can't be decided at this scale"}
 
 
 @dataclass
@@ -45,17 +50,8 @@ class Result:
     def verdict(self):
         """Reproduced if every interval lies above zero, not reproduced if one lies below. One
         without width decides nothing: too few scenes, which all gave the same answer."""
-        if not self.claims:
-            return "not measured here"
         sides = [(low > 0) - (high < 0) if low < high else 0 for _, (_, low, high) in self.claims]
-        if min(sides) < 0:
-            return "not reproduced"
-        return "reproduced" if min(sides) > 0 else "can't be decided at this scale"
-
-    @property
-    def said(self):
-        """The verdict, and what it had to do without."""
-        return ", ".join(filter(None, (self.verdict, self.lacks)))
+        return ", ".join(filter(None, (VERDICTS[min(sides, default=None)], self.lacks)))
 
 
 def percent(interval):
@@ -89,16 +85,15 @@ def farther(a, b, true):
 
 def right(pictures, captions, column="binding"):
     """For each picture: 1 right, 0 wrong, NaN where its caption does not say (judge.score)."""
-    found = [result[column] for result in scores(pictures, map(parse_caption, captions))]
-    return np.array([np.nan if answer is None else float(answer) for answer in found])
+    found = scores(pictures, map(parse_caption, captions))
+    return np.array([result[column] for result in found], float)  # None becomes NaN
 
 
 def sheet(sets, captions=None):
     """The first six pictures of several sets {name: pictures}, a set a row, names and captions
     below."""
     count = min(6, *map(len, sets.values()))
-    captions = [f": {caption}" for caption in captions[:count]] if captions else [""] * count
-    labels = [name + caption for name in sets for caption in captions]
+    labels = [f"{name}: {captions[k]}" if captions else name for name in sets for k in range(count)]
     pictures = torch.cat([pictures[:count] for pictures in sets.values()])
     return draw_grid(pictures, labels, columns=count, cell=128)
 
@@ -109,20 +104,22 @@ class Lab:
     def __init__(self, args):
         self.folder, self.device = Path(args.weights), args.device
         self.n, self.seed = args.n, args.seed
-        self.drawn = {}
-        self.data = Shapes(self.n, "val", self.seed)
-        self.captions = mixed_captions(self.data)
-
+        data, self.drawn = Shapes(self.n, "val", self.seed), {}
+        self.scenes, self.captions = scenes_of(data), mixed_captions(data)
         # Loaded once for each decoder and prior.
         self.pipeline = cache(lambda decoder="decoder", prior="prior": judged_pipeline(
             self.folder, self.device, decoder=decoder, prior=prior))
 
+    @property
+    def clip(self):
+        return self.pipeline().clip
+
     def has(self, stage):
         return (self.folder / f"{stage}.pt").exists()
 
-    def true_emb(self, data):
-        """CLIP's embeddings (n, D) of a data set's true pictures."""
-        return look(self.pipeline().clip, data).cpu()
+    def true_emb(self, scenes):
+        """CLIP's embeddings (n, D) of true pictures."""
+        return self.clip_emb(pictures_of(scenes, self.clip.image_size))
 
     def prior_emb(self, captions, prior="prior"):
         """Embeddings (n, D) that a prior draws for captions."""
@@ -132,18 +129,23 @@ class Lab:
 
     def clip_emb(self, pictures):
         """CLIP's embeddings (n, D) of drawn pictures."""
-        encode = self.pipeline().clip.encode_image
-        return torch.cat([encode(p.to(self.device)).cpu() for p in pictures.split(50)])
+        return torch.cat([self.clip.encode_image(p.to(self.device)).cpu()
+                          for p in pictures.split(50)])
 
     def draw(self, captions, given="prior", decoder="decoder", prior="prior", scale=2.0, say=True):
         """Pictures (n, 3, S, S), drawn once each by measures.draw_batches with the lab's seeds."""
         name = given if isinstance(given, str) else hash(given.cpu().numpy().tobytes())
         key = tuple(captions), name, decoder, prior, scale, say
         if key not in self.drawn:
-            batches = draw_batches(self.pipeline(decoder, prior), captions, self.seed, given, S,
-                                   say, scale)
+            args = Namespace(seed=self.seed, prior_scale=1.0, prior_steps=None, scale=scale,
+                             steps=None, candidates=1)  # the paper draws one
+            batches = draw_batches(self.pipeline(decoder, prior), captions, args, given, say=say)
             self.drawn[key] = torch.cat([pictures for _, pictures in batches])
         return self.drawn[key]
+
+    def draw_alone(self, emb):
+        """Pictures of embeddings (n, D), without captions and guidance."""
+        return self.draw(["a shape"] * len(emb), given=emb, scale=1.0, say=False)
 
     def examples(self, stage):
         """How many examples a stage was trained on, repetitions counted."""
@@ -167,3 +169,7 @@ class Lab:
         if self.has("decoder_caption"):
             return {"unCLIP": {}, "GLIDE": {"given": "caption", "decoder": "decoder_caption"}}
         return {"unCLIP": {}, "unCLIP without embedding": {"given": "caption"}}
+
+    @property
+    def rival(self):
+        return list(self.systems())[1]

@@ -3,17 +3,18 @@
 import json
 import shutil
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
-from lab import bench, evaluate
+from lab import bench, evaluate, measures
 from lab.evaluate import changed_and_kept, print_table, single_edits
-from lab.judge import Seen
 from lab.measures import pairs_shown, wrong_captions
 from sample import Pipeline
-from support.shapes import Shapes
+from support.shapes import Scene, Shapes
 
 
 def run(tmp_path, *arguments):
@@ -43,30 +44,23 @@ def test_a_perfect_pipeline_scores_one_everywhere(micro_run, tmp_path, monkeypat
         data = Shapes(args.n, next(splits), args.seed)
         yield slice(0, 20), torch.stack([data.image(i, 64) for i in range(20)])
 
-    monkeypatch.setattr(evaluate, "draw", renderings)
+    monkeypatch.setattr(evaluate, "draw_batches", renderings)
     for row in run(tmp_path, "captions", "--weights", micro_run, "-n", 20).values():
         assert row.pop("n") == 20 and set(row.values()) == {1}
 
 
-def test_the_options_of_captions_reach_the_pipeline(micro_run, tmp_path, monkeypatch):
-    asked, given = [], []
-    embed, decode_best = Pipeline.embed, Pipeline.decode_best
+def test_the_options_of_captions_reach_the_pipeline(micro_run, tmp_path):
+    def spy(name):
+        return patch.object(Pipeline, name, autospec=True, side_effect=getattr(Pipeline, name))
 
-    def spy_embed(self, text, seeds, scale, *rest):
-        asked.append(scale)
-        return embed(self, text, seeds, scale, *rest)
-
-    def spy_decode_best(self, n, emb, *rest, scale, **more):
-        asked.append((n, scale))
-        given.append(emb)
-        return decode_best(self, n, emb, *rest, scale=scale, **more)
-
-    monkeypatch.setattr(Pipeline, "embed", spy_embed)
-    monkeypatch.setattr(Pipeline, "decode_best", spy_decode_best)
     captions = ["captions", "--weights", micro_run, "-n", 4, *FAST, "--rows", "true_embedding"]
-    run(tmp_path, *captions, "text")
-    run(tmp_path, *captions, "text", "--prior-scale", 2, "--scale", 1, "--candidates", 3)
-    assert asked == [(2, 2), None, (2, 2), (3, 1), 2, (3, 1)]
+    with spy("embed") as embed, spy("decode_best") as decode_best:
+        run(tmp_path, *captions, "text")
+        run(tmp_path, *captions, "text", "--prior-scale", 2, "--scale", 1, "--candidates", 3)
+    assert [call.args[3] for call in embed.call_args_list] == [None, 2]
+    asked = [(call.args[1], call.kwargs["scale"]) for call in decode_best.call_args_list]
+    assert asked == [(2, 2), (2, 2), (3, 1), (3, 1)]
+    given = [call.args[2] for call in decode_best.call_args_list]
     clip, data = Pipeline(micro_run).clip, Shapes(4, "val")
     true = clip.encode_image(torch.stack([data.image(i, clip.image_size) for i in range(4)]))
     torch.testing.assert_close(given[0], true, rtol=1e-4, atol=1e-4)
@@ -79,19 +73,14 @@ TWO = [i for i in range(60) if len(Shapes(60, "val").scene(i).things) == 2]
 class FakeClip:
     """Knows each scene's true caption; `sees` says what it makes of any other."""
 
-    image_size, interpolation, mean = 64, "bicubic", torch.zeros(1)
-
     def __init__(self, sees):
         self.sees = sees
         self.true = {wrong_captions(Shapes(60, "val").scene(i))[0] for i in TWO}
 
-    def encode_image(self, images):
-        return torch.tensor([[1.0, 0.0]]).expand(len(images), -1)
-
     def encode_text(self, captions):
-        if set(captions) <= self.true and len(captions) == 1:
-            return torch.tensor([[1.0, 0.0]]), None, None
-        return torch.tensor([self.sees] * len(captions)), None, None
+        true = set(captions) <= self.true and len(captions) == 1
+        emb = torch.tensor([[1.0, 0.0] if true else self.sees] * len(captions))
+        return F.pad(emb, (30, 0)), None, None
 
 
 @pytest.mark.parametrize("sees, share", [([0.0, 1.0], 1.0), ([1.0, 0.0], 0.5), ([2.0, 0.0], 0.0)])
@@ -100,7 +89,8 @@ def test_clip_is_right_blind_or_misled(sees, share, monkeypatch, tmp_path):
     def look(clip, data):
         emb = pairs_shown(data)
         mixed_up = (torch.arange(len(data))[:, None] % 3 == 0) & (len(data) == 60)
-        return torch.where(mixed_up, emb.roll(1, 0), emb)
+        emb = torch.where(mixed_up, emb.roll(1, 0), emb)  # 30 pairs, and then what FakeClip sees
+        return torch.cat([emb, torch.tensor([[1.0, 0.0]]).expand(len(data), -1)], dim=1)
 
     monkeypatch.setattr(evaluate, "a_clip", lambda args: FakeClip(sees))
     monkeypatch.setattr(evaluate, "look", look)
@@ -138,18 +128,17 @@ def test_an_edit_changes_one_word_and_keeps_the_rest_of_the_scene():
     for i, part, before, after, claim in edits:
         changed = [b for a, b in zip(before.split(), after.split(), strict=True) if a != b]
         assert len([word for word in changed if word not in ("a", "an")]) == 1
-        scene = data.scene(i)
-        seen = Seen(scene.background, scene.things)
-        assert changed_and_kept(seen, claim, part) == (False, True)
-        assert changed_and_kept(Seen(claim.background, claim.things), claim, part) == (True, True)
-        assert changed_and_kept(Seen(None, ()), claim, part) == (False, False)
+        assert changed_and_kept(data.scene(i), claim, part) == (False, True)
+        assert changed_and_kept(claim, claim, part) == (True, True)
+        assert changed_and_kept(Scene(()), claim, part) == (False, False)
 
 
 def test_manipulations_reports_reconstruction_variation_and_edits(
     micro_run, tmp_path, monkeypatch
 ):
-    for name in ("invert", "redraw", "blend", "edit"):
-        monkeypatch.setattr(evaluate, name, partial(getattr(evaluate, name), steps=5))
+    for module, names in (measures, ("invert", "redraw")), (evaluate, ("blend", "edit")):
+        for name in names:
+            monkeypatch.setattr(module, name, partial(getattr(module, name), steps=5))
     table = run(tmp_path, "manipulations", "--weights", micro_run, "-n", 2, "--edits", 1)
     assert table["reconstruction"]["psnr"] > table["variation"]["psnr"]
     assert table["blends' ends"]["n"] == 2

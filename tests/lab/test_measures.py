@@ -7,21 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from lab.judge import Seen, score
+from lab.judge import score
 from lab.measures import (
-    bootstrap, entropy, frechet, linear_probe, pairs_shown, precision_recall,
-    prefers, share_interval, wrong_captions,
+    bootstrap, entropy, frechet, linear_probe, pairs_shown, precision_recall, share_interval,
+    wrong_captions,
 )
 from support.shapes import COLOURS, SHAPES, Shapes, parse_caption
 
-
-def test_a_95_percent_interval_holds_the_true_mean_in_95_percent_of_cases():
-    rng, hits = np.random.default_rng(0), 0
-    for k in range(100):
-        _, low, high = bootstrap(np.mean, rng.normal(3.0, 2.0, 50), times=150, seed=k)
-        hits += low <= 3.0 <= high
-    # 95% less what 50 points and 200 resamplings miss; three standard errors are 6.5%.
-    assert 0.87 <= hits / 100 <= 1
 
 
 def test_an_interval_has_the_width_of_the_normal_distribution_and_pairs_make_it_sharp():
@@ -61,21 +53,11 @@ def test_wilsons_interval(ones, n, low, high):
 @pytest.mark.parametrize("values, nats", [
     ([1, 1, 1], 0.0), ([], 0.0), ([0, 1], math.log(2)), (["a", "b", "c", "d"] * 3, math.log(4)),
     ([0, 0, 0, 1], -0.75 * math.log(0.75) - 0.25 * math.log(0.25)),
-    ([2, -1, 3, -1], math.log(2)),  # what is not seen is left out
+    ([2, None, 3, None], math.log(2)),  # what is not seen is left out
 ])
 def test_entropy_of_known_frequencies(values, nats):
     assert entropy(values) == pytest.approx(nats)
 
-
-def test_a_linear_probe_reads_both_signs_and_their_and_but_not_their_exclusive_or():
-    """Of two signs a, b. "a != b" is the textbook's counterexample: no line has both its corners on
-    one side and the other two on the other."""
-    signs = torch.randint(0, 2, (4000, 2), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
-    a, b = signs.T > 0
-    labels = torch.stack([a, b, a & b, a != b], dim=1).float()
-    right = (linear_probe(signs[:2000], labels[:2000])(signs[2000:]) > 0) == (labels[2000:] > 0)
-    assert right[:, :3].all()
-    assert right[:, 3].float().mean() < 0.8  # three corners of four at the best
 
 
 def test_a_linear_probe_finds_the_log_odds_of_two_groups():
@@ -88,13 +70,10 @@ def test_a_linear_probe_finds_the_log_odds_of_two_groups():
 
 
 def test_pairs_shown_are_the_colours_and_shapes_of_the_scenes():
-    data = Shapes(50, "val")
-    shown, pairs = pairs_shown(data), list(product(COLOURS, SHAPES))
-    assert shown.shape == (50, len(COLOURS) * len(SHAPES))
-    for i, row in enumerate(shown):
-        named = {pairs[k] for k in row.nonzero().flatten().tolist()}
+    data, pairs = Shapes(50, "val"), list(product(COLOURS, SHAPES))
+    for i, row in enumerate(pairs_shown(data)):
         things = {(t.colour, t.shape) for t in data.scene(i).things}
-        assert named == {thing for thing in things if thing in pairs}
+        assert {pairs[k] for k in row.nonzero().flatten()} == things & set(pairs)
 
 
 def standard_points(n=400, D=3):
@@ -110,8 +89,6 @@ def test_frechet_distance_of_known_gaussians():
     s, r, shift = torch.tensor([[1, 2, 3], [2, 2, 1], [1, 0, 2]], dtype=torch.float64)
     assert frechet(z * s, z * r + shift) == pytest.approx(1000 * (5 + 5))
     assert frechet(z * s, z * s) == pytest.approx(0, abs=1e-6)
-    turned = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
-    assert frechet(z * s @ turned, (z * r + shift) @ turned) == pytest.approx(10_000)
 
 
 def test_frechet_distance_of_covariances_that_do_not_commute():
@@ -139,19 +116,9 @@ def test_wrong_captions_are_wrong_in_one_thing_only():
     data = Shapes(60, "val")
     for scene in (data.scene(i) for i in range(60) if len(data.scene(i).things) == 2):
         true, wrong = wrong_captions(scene)
-        seen = Seen(scene.background, scene.things)
-        assert score(seen, parse_caption(true))["all"]
+        assert score(scene, parse_caption(true))["all"]
         for name, caption in wrong.items():
-            result = score(seen, parse_caption(caption))
+            result = score(scene, parse_caption(caption))
             assert result["colours"] and result["objects"]
             assert result["shapes" if name == "shape" else name] is False
             assert result["shapes"] is (name != "shape")
-
-
-def test_an_embedding_without_a_preference_is_half_right():
-    class Clip:
-        def encode_text(self, captions):
-            return torch.tensor([[1.0, 0.0] if c == "true" else [0.0, 1.0] for c in captions]), 0, 0
-
-    emb = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
-    assert prefers(Clip(), emb, ["true"] * 3, ["wrong"] * 3).tolist() == [1, 0, 0.5]
