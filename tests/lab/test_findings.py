@@ -198,7 +198,6 @@ def test_the_report_holds_every_finding_asked_for(micro_run, tmp_path, monkeypat
         assert (tmp_path / f"pictures/finding_{name}.png").exists() == (name != "F6")
 
 
-
 def test_a_missing_rival_is_replaced_and_the_verdict_says_so(lab, monkeypatch):
     assert list(lab.systems()) == ["unCLIP", "GLIDE"] and lab.caveat("decoder_caption") == {}
     monkeypatch.setattr(lab, "has", lambda stage: stage != "decoder_caption")

@@ -87,8 +87,6 @@ def test_the_size_of_the_picture_does_not_matter(size):
         assert seen == judge(render(shapes.scene(i), size))  # a PIL picture
 
 
-
-
 def test_smoothing_keeps_a_plane_and_shrinks_noise_to_three_eighths():
     noise = np.random.default_rng(0).standard_normal((64, 64, 300))
     assert smooth(noise)[8:-8, 8:-8].std() == pytest.approx(3 / 8, abs=0.003)

@@ -15,7 +15,6 @@ from lab.measures import (
 from support.shapes import COLOURS, SHAPES, Shapes, parse_caption
 
 
-
 def test_an_interval_has_the_width_of_the_normal_distribution_and_pairs_make_it_sharp():
     values = np.random.default_rng(1).normal(0, 1, 400)
     estimate, low, high = bootstrap(np.mean, values, times=4000)
@@ -57,7 +56,6 @@ def test_wilsons_interval(ones, n, low, high):
 ])
 def test_entropy_of_known_frequencies(values, nats):
     assert entropy(values) == pytest.approx(nats)
-
 
 
 def test_a_linear_probe_finds_the_log_odds_of_two_groups():

@@ -85,7 +85,6 @@ def test_plots_draws_a_chart_a_stage_and_a_curve_a_run(tmp_path, capsys, monkeyp
         assert Image.open(path).tobytes() == sheet.tobytes()
 
 
-
 @pytest.mark.parametrize("text, says", [(None, "no metrics"), ("", "no losses")])
 def test_a_run_without_metrics_is_a_mistake(text, says, tmp_path, capsys):
     if text is not None:

@@ -177,7 +177,7 @@ def test_another_stages_file_is_reported(prior_file):
 
 @pytest.mark.parametrize("broken", [
     {"config": {"unheard_of": 1}}, {"config": {"width": 64}}, {"config": {"text_len": 9}},
-    {"stage": "autoregressive"}, {"config": {}},
+    {"config": {"predict": ["x_0"]}}, {"stage": "autoregressive"}, {"config": {}},
     {"config": None}, {"ema": None}, {"ema": {}},
 ], ids=str)
 def test_a_config_or_weights_that_do_not_fit_are_reported(prior_file, broken):
