@@ -22,7 +22,9 @@ from stages import PRESETS, STAGES, fresh_model, load_clip, recipe
 from support.cache import embed
 from support.muon import make_optimizers
 from support.shapes import Shapes
-from support.tools import Parser, autocast, choose_device, positive, positive_number, user_errors
+from support.tools import (
+    Parser, autocast, choose_device, peak_memory, positive, positive_number, user_errors,
+)
 from train import MAX_GRADIENT, Batches, Loss, take_step, to_device, validate
 
 PARTS = ("prior", "decoder", "upsampler1", "upsampler2", "sampling")
@@ -95,7 +97,7 @@ def bench_training(stage, args, peak):
     took = seconds(lambda: step(batch), device)
     print(f"{stage:11} batch {B:4}: {took * 1000:8.0f} ms a step {B / took:8.0f} examples/s "
           f"{flops / B / 1e9:8.2f} GFLOP an example {flops / took / 1e9:9.0f} GFLOP/s "
-          f"{flops / took / peak:6.1%} of the peak")
+          f"{flops / took / peak:6.1%} of the peak, {peak_memory(device):.1f} GB")
 
 
 class Uncached(DiffusionPrior):
