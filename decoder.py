@@ -52,11 +52,11 @@ class DecoderConfig:
     condition: str = "image_emb"
     drop_image_emb: float = 0.1  # share of examples that see the learned null embedding instead
     drop_caption: float = 0.5  # share of examples trained without their caption
-    predict: str = "v"  # Paper: "noise", with which flat areas stay grainy for longer
+    predict: str = "v"  # GLIDE: "noise", with which flat areas stay grainy for longer
     variance: str = "learned"  # or "fixed_small", "fixed_large"
     diffusion_steps: int = 1000  # T
     sample_steps: int = 32  # Paper: 250. Here seconds, not minutes, on a CPU
-    # The paper has none of these four; the preset "base" uses them.
+    # Only the preset "base", and so the shipped weights, need these four. The paper has none.
     emb_width: int | None = None  # E; None: 4 * channels, as in ADM
     image_hidden: int | None = None  # width of a hidden layer on the embedding
     weight_cap: float | None = None  # of the loss: see GaussianDiffusion.loss_weight

@@ -50,7 +50,7 @@ class PriorConfig:
     heads: int = 4
     predict: str = "x_0"  # "noise" is there to compare with (F7)
     variance: str = "analytic"  # of sampling, as in the paper (table 3); or "fixed_small"
-    copies: int = 4  # K noised copies that share a caption's prefix in training. Paper: 1
+    copies: int = 4  # K noised copies that share a caption's prefix in training
     drop_text: float = 0.1  # share of examples trained without their caption, for guidance
     diffusion_steps: int = 1000  # T
     sample_steps: int = 64

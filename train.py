@@ -121,7 +121,7 @@ def learning_rate(step, settings):
 def focused_levels(model, batch, band):
     """Noise levels t (B,) of a batch, half of them from band = (first, end), half from all.
 
-    Without a band it is None, and the loss draws them uniformly, as in the paper. Some levels are
+    Without a band it is None, and the loss draws them uniformly, as in DDPM. Some levels are
     harder: near 0 the network only sharpens edges; high up it decides what is where, and how many
     things there are, which takes longest to learn (compare 2403.03206 sec. 3.1).
     """

@@ -44,8 +44,8 @@ class UpsamplerConfig:
     dropout: float = 0.0
     degradation: str = "blur"  # of the low pictures: one of DEGRADATIONS
     schedule: str = "cosine"  # "cosine" (first), "linear" (second)
-    # Paper: noise. Here x_0, as the enlarged low picture plus a correction: training then starts
-    # at a plain enlargement instead of grain, which takes long to go.
+    # ADM, GLIDE: noise. Here x_0, as the enlarged low picture plus a correction: training then
+    # starts at a plain enlargement instead of grain, which takes long to go.
     predict: str = "x_0"
     diffusion_steps: int = 1000  # T
     sample_steps: int = 27  # of DDIM: 27 (first), 15 (second)

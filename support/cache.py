@@ -15,7 +15,6 @@ pass continues with the first missing file, and of two passes at once each write
 
 import functools
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -105,9 +104,7 @@ def keep(path, compute):
         except Exception as e:  # a damaged file can raise nearly anything
             print(f"note: {path} is damaged ({e}) and computed again")
     arrays = check(compute())
-    beside = path.with_name(f"{os.getpid()}-{path.name}")  # each process writes a file of its own
-    save_checkpoint(beside, arrays)
-    os.replace(beside, path)
+    save_checkpoint(path, arrays)
     return arrays
 
 

@@ -27,9 +27,10 @@ from support.tools import UserError
 
 
 def save_checkpoint(path, checkpoint):
-    """Write all of it or nothing: to PATH.tmp, flushed to the disk, then renamed to PATH."""
+    """Write all of it or nothing: to a file of this process's own, flushed to the disk, which then
+    replaces PATH."""
     path = Path(path)
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as f:
