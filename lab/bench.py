@@ -1,33 +1,45 @@
-"""How fast is training here, and what does the prior's cache gain? Run it alone on the machine.
+"""How fast is training here? And which of two designs gets further in the same time?
 
     python -m lab.bench [--preset base] [--batch-size 64] [--compile] [--only decoder]
-    python -m lab.bench --race optimizers --minutes 5     # which way of training gets further?
+    python -m lab.bench --race "predict=v" "predict=x_0" --minutes 20 --seeds 3
+
+Run it alone on the machine.
 
 PyTorch counts the FLOPs of a whole step (a multiply-add is two). The peak is measured as well, as
 the speed of a square matrix product in the precision that training uses.
 """
 
+import ast
+import math
 import sys
 import tempfile
 import time
 from dataclasses import replace
+from itertools import product
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from prior import DiffusionPrior, PriorConfig
+from decoder import Decoder
+from lab.classifier import labelled, load_classifier
+from lab.judge import scores, shares
+from lab.measures import frechet, in_batches, scenes_of
 from sample import default_weights, noise_for
 from stages import PRESETS, STAGES, fresh_model, load_clip, recipe
 from support.cache import embed
+from support.drawing import slugs
 from support.muon import make_optimizers
-from support.shapes import Shapes
+from support.pictures import load_data
+from support.sheets import draw_grid, save_picture
 from support.tools import (
-    Parser, autocast, choose_device, peak_memory, positive, positive_number, user_errors,
+    Parser, UserError, autocast, choose_device, peak_memory, positive, positive_number, user_errors,
 )
-from train import MAX_GRADIENT, Batches, Loss, take_step, to_device, validate
+from train import MAX_GRADIENT, Batches, Ema, Loss, focused_levels, take_step, to_device, validate
 
-PARTS = ("prior", "decoder", "upsampler1", "upsampler2", "sampling")
+PARTS = ("prior", "decoder", "upsampler1", "upsampler2")
 
 
 def seconds(work, device, repeats=5):
@@ -63,14 +75,14 @@ def made_up_batch(config, B, device, tokens):
 
 
 def training_step(model, muon, rate, device, compiled=False):
-    """A function batch -> loss that takes one step of training, as train.py does."""
+    """A function (batch, rate, t) -> loss that takes one step of training, as train.py does."""
     optimizers, loss_of = make_optimizers(model, muon), Loss(model)
     if compiled:
         loss_of.compile(options={"fallback_random": True})
 
-    def step(batch):
+    def step(batch, rate=rate, t=None):
         with autocast(device):
-            loss = loss_of(batch)
+            loss = loss_of(batch, t)
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT)
@@ -100,64 +112,93 @@ def bench_training(stage, args, peak):
           f"{flops / took / peak:6.1%} of the peak, {peak_memory(device):.1f} GB")
 
 
-class Uncached(DiffusionPrior):
-    """A prior that runs the caption's tokens again at every step."""
+def read_arm(text):
+    """ "predict=x_0 muon=5.0" -> {"predict": "x_0", "muon": 5.0}."""
+    def value(said):
+        try:
+            return ast.literal_eval(said)
+        except (ValueError, SyntaxError):
+            return said
 
-    def encode_caption(self, text_emb, text_enc, text_mask, keep=None):
-        keep = text_mask[:, 0] if keep is None else keep
-        return {"text_emb": text_emb, "text_enc": text_enc, "text_mask": text_mask, "keep": keep}
-
-    def forward(self, x_t, t, **caption):
-        return super().forward(x_t, t, **super().encode_caption(**caption))
-
-
-def bench_prior_cache(device):
-    """Time the prior's sampling with and without the caption's cache."""
-    config = PriorConfig(dim=512, text_width=512, text_len=77, width=512, depth=6, heads=8)
-    text = list(made_up_batch(config, 8, device, 77).values())[2:]
-    times, drawn = [], []
-    for make in (DiffusionPrior, Uncached):
-        torch.manual_seed(0)  # the same weights
-        model = make(config).to(device).eval()
-
-        def draw(model=model):
-            with autocast(device):
-                drawn.append(model.sample(*text, scale=2.0, steps=64, candidates=1,
-                                          noise=noise_for(range(8), "prior")))
-
-        times.append(seconds(draw, device, repeats=1))
-    same = F.cosine_similarity(drawn[0], drawn[-1]).min()
-    print(f"prior, width 512, depth 6, 77 tokens, 64 guided steps, batch 8: {times[0]:.2f} s; "
-          f"without the cache {times[1]:.2f} s, {times[1] / times[0]:.1f} times as long "
-          f"(least cosine between the two results {same:.4f})")
+    try:
+        return {name: value(said) for name, said in (x.split("=") for x in text.split())}
+    except ValueError:
+        raise UserError(f"--race {text!r}: give fields of the stage as 'NAME=VALUE NAME=VALUE'")
 
 
-def race(stage, arms, args):
-    """Train a stage on 5,000 scenes in several ways, for the same time each, and print the
-    validation loss at every quarter. arms: {name: (fields of the model's config, Muon's rate)}."""
-    clip, training = load_clip(default_weights(), device=args.device), recipe(args.preset, stage)[1]
-    data, B = (Shapes(5000, "train"), Shapes(512, "val")), training["batch_size"]
+def race(args):
+    """Train a decoder in several ways for the same time each, and see what it draws from the true
+    embeddings and captions of validation pictures."""
+    clip = load_clip(args.weights or default_weights(), device=args.device)
+    limit = None if args.data != "shapes" else 20_000
+    data = [load_data(args.data, args.root, split, n)
+            for split, n in (("train", limit), ("val", args.n))]
+    right_in = judge_of(data[1], args)
     with tempfile.TemporaryDirectory() as folder:
-        embeddings = [embed(clip, d, folder) for d in data]
-        for name, (fields, muon) in arms.items():
-            torch.manual_seed(0)
-            model = fresh_model(stage, args.preset, data[0], clip, embeddings[0])
-            model = type(model)(replace(model.config, **fields)).to(args.device)
-            batches, val = (Batches(model, d, e, B, 0) for d, e in zip(data, embeddings))
-            step, done, spent = training_step(model, muon, training["lr"], args.device), 0, 0.0
-            for quarter in (0.25, 0.5, 0.75, 1.0):
-                while spent < quarter * args.minutes * 60:
-                    begun = time.perf_counter()
-                    step(to_device(batches[done], args.device)).item()  # the clock waits for a GPU
-                    spent, done = spent + time.perf_counter() - begun, done + 1
-                loss = validate(model.eval(), val, args.device, 512)["val_loss"]
-                model.train()
-                print(f"{stage}, {name}: after {quarter * args.minutes * 60:.0f} s, {done * B} "
-                      f"examples: validation loss {loss:.4f}")
+        with autocast(args.device):
+            embeddings = [embed(clip, d, folder) for d in data]
+        for arm, seed in product(args.race, range(args.seeds)):
+            training, fields = dict(recipe(args.preset, "decoder")[1]), read_arm(arm)
+            training |= {name: fields.pop(name) for name in list(fields) if name in TRAINING}
+            torch.manual_seed(seed)
+            model = fresh_model("decoder", args.preset, data[0], clip, embeddings[0])
+            model = Decoder(replace(model.config, **fields)).to(args.device)
+            batches, val = (Batches(model, d, e, training["batch_size"], seed, args.device)
+                            for d, e in zip(data, embeddings))
+            ema, steps = train_for(model, batches, training, args)
+            drawn = draw(ema, val, args.n)
+            figures = validate(ema, val, args.device) | right_in(drawn)
+            print(f"{arm or 'preset'}, seed {seed}: {steps * training['batch_size']} pictures; "
+                  + ", ".join(f"{name} {x:.4g}" for name, x in figures.items()), flush=True)
+            if args.out:
+                save_picture(draw_grid(drawn[:64], columns=8),
+                             Path(args.out) / f"{slugs([arm or 'preset'])[0]}_{seed}.png")
 
 
-RACES = {"copies": ("prior", {"K = 1": ({"copies": 1}, None), "K = 4": ({"copies": 4}, None)}),
-         "optimizers": ("decoder", {"Adam": ({}, None), "Adam and Muon": ({}, 5.0)})}
+def train_for(model, batches, training, args):
+    """Train for args.minutes: (the averaged model, steps). The learning rate falls with the time.
+    On a CPU it is this process's own time, so that other programs do not matter."""
+    clock = time.perf_counter if args.device.type == "cuda" else time.process_time
+    step, ema = training_step(model, training.get("muon"), 0, args.device), Ema(model)
+    focus, begun, done = training.get("focus"), clock(), 0
+    while (share := (clock() - begun) / (60 * args.minutes)) < 1:
+        rate = training["lr"] * min(1, 20 * share) * 0.5 * (1 + math.cos(math.pi * share))
+        batch = to_device(batches[done], args.device)
+        step(batch, rate, focused_levels(model, batch, focus)).item()  # waits for a GPU
+        ema.update(model)
+        done += 1
+    return ema.model, done
+
+
+def draw(model, val, n):
+    """Pictures (n, 3, size, size) of the first n validation captions and true embeddings."""
+    drawn = []
+    for part in in_batches(n, 50):
+        some = to_device(val.of(range(n)[part], np.random.default_rng(0)), val.device)
+        with autocast(val.device):
+            drawn.append(model.sample(some["image_emb"], some["text_enc"], some["text_mask"], 2.0,
+                                      noise=noise_for(range(n)[part], "decoder")).cpu())
+    return torch.cat(drawn)
+
+
+def judge_of(data, args):
+    """A function pictures -> figures: the share that shows what it should, by the geometric judge
+    or by a classifier, in whose features there is a Frechet distance too."""
+    if args.data == "shapes":
+        return lambda drawn: {k: x for k, x in shares(scores(drawn, scenes_of(data))).items()
+                              if k in ("colours", "shapes", "binding")}
+    classifier = load_classifier(args.classifier, args.device)
+    pictures, labels, _ = labelled(data, classifier.classes)
+    _, true = classifier.look(pictures.float() / 127.5 - 1)
+
+    def right_in(drawn):
+        seen, features = classifier.look(drawn)
+        return {"right": (seen == labels).float().mean().item(), "frechet": frechet(features, true)}
+
+    return right_in
+
+
+TRAINING = ("batch_size", "lr", "muon", "focus")  # fields that are the training's, not the model's
 
 
 @user_errors
@@ -169,22 +210,26 @@ def main(argv=None):
     add("--batch-size", type=positive, help="examples a step (default: the preset's)")
     add("--compile", action="store_true", help="torch.compile the loss")
     add("--device", type=choose_device, default="auto", help="auto, cpu or cuda")
-    add("--race", choices=RACES, help="only train: priors with 1 and 4 noised copies of each "
-        "embedding, or decoders by Adam alone and with Muon")
-    add("--minutes", type=positive_number, default=1.0, help="time for each way in a race")
+    add("--race", nargs="+", metavar="ARM", help="train decoders that differ from the preset's in "
+        "fields, 'NAME=VALUE NAME=VALUE' an arm; '' is the preset's own")
+    add("--minutes", type=positive_number, default=20.0, help="of training for each arm of a race")
+    add("--seeds", type=positive, default=1, help="trainings of each arm")
+    add("-n", type=positive, default=500, help="pictures drawn to judge each training")
+    add("--weights", help="folder with the CLIP of a race (default: as sample.py)")
+    add("--data", default="shapes", help="of a race: shapes, or a data set with classes")
+    add("--root", help="folder of the data (not for shapes)")
+    add("--classifier", default="weights/cifar10/classifier.pt", help="judges pictures of classes")
+    add("--out", help="folder for sheets of what was drawn")
     args = parser.parse_args(argv)
     if args.race:
-        return race(*RACES[args.race], args)
+        return race(args)
     peaks = {kind: matmul_peak(args.device, kind) for kind in (torch.float32, torch.bfloat16)}
     used = torch.bfloat16 if autocast(args.device)._enabled else torch.float32
     said = ", ".join(f"{p / 1e9:.0f} GFLOP/s in {str(k)[6:]}" for k, p in peaks.items())
     print(f"{args.device}, {torch.get_num_threads()} threads; peak of matrix products: {said}; "
           f"training uses {str(used)[6:]}")
     for part in args.only:
-        if part == "sampling":
-            bench_prior_cache(args.device)
-        else:
-            bench_training(part, args, peaks[used])
+        bench_training(part, args, peaks[used])
 
 
 if __name__ == "__main__":

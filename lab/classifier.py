@@ -1,0 +1,232 @@
+"""A classifier of real pictures, and with it the measures of drawings that no geometry can judge.
+
+    python -m lab.classifier --root cifar10/train --test cifar10/test       # trains it
+    python -m lab.evaluate classes --weights weights/cifar10 --root cifar10/test --train cifar10/train
+
+No stage is trained with it or chosen by it, so it is a fair witness: does a picture drawn from "a
+photo of a horse" show a horse? Pictures with the same captions are a class. The network is a small
+residual one (1512.03385) that looks at 32 x 32 pixels; its last features, F of them, are the space
+in which Frechet distances are measured, as Inception's are for FID.
+
+Letters: n pictures, F features, K classes.
+"""
+
+import sys
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from lab.measures import draw_batches, frechet, look, precision_recall
+from sample import Pipeline
+from support.checkpoint import load_checkpoint, save_checkpoint
+from support.muon import make_optimizers
+from support.pictures import load_data
+from support.sheets import draw_grid, save_picture
+from support.tools import (
+    Parser, UserError, autocast, choose_device, positive, seed_number, user_errors,
+)
+
+GUIDANCE = (1.0, 2.0, 4.0)
+SIDE, WIDTHS = 32, (64, 128, 192)  # pixels; channels at 16, 8 and 4 pixels, the last ones F
+
+
+def layer(c_in, c_out, stride=1):
+    return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out),
+                         nn.GELU())
+
+
+class Classifier(nn.Module):
+    """Pictures (n, 3, H, W) in [-1, 1] -> log-odds of their classes (n, K)."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.classes = classes  # of each class, its captions
+        self.stem = layer(3, 32)
+        steps = zip((32, *WIDTHS), WIDTHS)
+        self.layers = nn.ModuleList(nn.ModuleList([
+            layer(c_in, c_out, stride=2), nn.Sequential(layer(c_out, c_out), layer(c_out, c_out))])
+            for c_in, c_out in steps)
+        self.head = nn.Linear(WIDTHS[-1], len(classes))
+
+    def features(self, pictures):
+        """(n, F)"""
+        if pictures.shape[-1] != SIDE:
+            pictures = F.interpolate(pictures, (SIDE, SIDE), mode="bicubic", antialias=True)
+        x = self.stem(pictures.contiguous(memory_format=torch.channels_last))
+        for down, block in self.layers:
+            x = down(x)
+            x = x + block(x)
+        return x.mean(dim=(2, 3))
+
+    def forward(self, pictures):
+        return self.head(self.features(pictures))
+
+    @torch.no_grad()
+    def look(self, pictures):
+        """Each picture and its mirror image, averaged: classes (n,), features (n, F)."""
+        found = []
+        for some in pictures.split(250):
+            some = some.to(self.head.weight.device)
+            with autocast(some.device):
+                found.append((self.features(some) + self.features(some.flip(-1))).float() / 2)
+        found = torch.cat(found)
+        return self.head(found).argmax(dim=1).cpu(), found.cpu()
+
+
+def labelled(data, classes=None):
+    """(pictures (n, 3, SIDE, SIDE) uint8, classes (n,), the captions of each class) of a data set
+    in which many pictures have the same captions."""
+    captions = [tuple(data.captions(i)) for i in range(len(data))]
+    classes = classes or sorted(set(captions))
+    if len(classes) > len(data) / 20 or not set(captions) <= set(classes):
+        raise UserError(f"{data.name}: {len(classes)} different captions for {len(data)} pictures: "
+                        "a classifier needs classes, 20 pictures or more with the same captions")
+    pictures = torch.stack([((data.image(i, SIDE) + 1) * 127.5).round().byte()
+                            for i in tqdm(range(len(data)), "pictures", disable=None)])
+    return pictures, torch.tensor([classes.index(c) for c in captions]), classes
+
+
+def varied(pictures, rng):
+    """A batch of uint8 pictures in [-1, 1], each moved by up to 4 pixels and mirrored or not."""
+    wide = F.pad(pictures.float() / 127.5 - 1, (4, 4, 4, 4), mode="reflect")
+    moved = torch.stack([x[:, top:top + SIDE, left:left + SIDE]
+                         for x, (top, left) in zip(wide, rng.integers(0, 9, (len(wide), 2)))])
+    mirrored = torch.from_numpy(rng.random(len(moved)) < 0.5)[:, None, None, None]
+    return torch.where(mirrored, moved.flip(-1), moved)
+
+
+def train(data, test, epochs, device, seed, batch_size=250):
+    """A trained classifier, and its accuracy on the test pictures."""
+    pictures, labels, classes = labelled(data)
+    torch.manual_seed(seed)
+    model = Classifier(classes).to(device, memory_format=torch.channels_last)
+    optimizers, rng = make_optimizers(model, 5.0), np.random.default_rng(seed)
+    steps = epochs * len(labels) // batch_size
+    order = np.concatenate([rng.permutation(len(labels)) for _ in range(epochs)])
+    for step in (bar := tqdm(range(steps), "training", disable=None)):
+        some = order[step * batch_size:(step + 1) * batch_size]
+        x, y = varied(pictures[some], rng).to(device), labels[some].to(device)
+        with autocast(device):
+            loss = F.cross_entropy(model(x), y, label_smoothing=0.1)
+        model.zero_grad()
+        loss.backward()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:  # up for a fifth of the steps, then down to 0
+                group["lr"] = 2e-3 * group["scale"] * min(5 * (step + 1) / steps,
+                                                          1.25 * (1 - step / steps))
+            with autocast(device):
+                optimizer.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    pictures, labels, _ = labelled(test, classes)
+    seen, _ = model.eval().look(pictures.float() / 127.5 - 1)
+    return model, (seen == labels).float().mean().item()
+
+
+def load_classifier(path, device="cpu"):
+    """The classifier that `train` wrote."""
+    checkpoint = load_checkpoint(path, "classifier")
+    model = Classifier([tuple(c) for c in checkpoint["config"]["classes"]])
+    model.load_state_dict(checkpoint["ema"])
+    return model.to(device, memory_format=torch.channels_last).eval()
+
+
+# --- what is measured with it ----------------------------------------------------------------
+
+
+def judge_classes(args):
+    """Pictures drawn from captions of a data set with classes, judged by a classifier."""
+    model = load_classifier(args.classifier, args.device)
+    pipeline = Pipeline(args.weights, args.device, size=1)
+    data, seen = load_data(args.data, args.root, None), load_data(args.data, args.train, None)
+    pictures, labels, classes = labelled(data, model.classes)
+    table = zero_shot(pipeline.clip, data, labels, classes)
+
+    named, true = model.look(pictures.float() / 127.5 - 1)
+    rng = np.random.default_rng(args.seed)
+    some, old = rng.permutation(len(data))[:args.n], rng.permutation(len(seen))[:args.n]
+    captions = [str(rng.choice(classes[labels[i]])) for i in some]
+    others = labelled(Some(seen, old), classes)
+
+    def row(name, drawn, labels):
+        named, features = model.look(drawn)
+        precision, recall = precision_recall(features, true[some])
+        table[name] = {"right": (named == labels).float().mean().item(),
+                       "frechet": frechet(features, true), "precision": precision,
+                       "recall": recall, "n": len(drawn)}
+
+    row("training pictures", others[0].float() / 127.5 - 1, others[1])
+    given = {"text": "prior", "true_embedding": look(pipeline.clip, Some(data, some))}
+    for (name, emb), args.scale in product(given.items(), GUIDANCE):
+        drawn = torch.cat([p for _, p in draw_batches(pipeline, captions, args, emb,
+                                                      size=pipeline.sizes[0])])
+        row(f"{name}, guidance {args.scale:g}", drawn, labels[some])
+        if args.out:
+            save_picture(draw_grid(drawn[:64], captions[:64], columns=8),
+                         Path(args.out) / f"classes_{name}_{args.scale:g}.png")
+            if (name, args.scale) == ("text", GUIDANCE[1]):
+                save_picture(nearest(model, drawn[:12], seen), Path(args.out) / "nearest.png")
+    return table
+
+
+def zero_shot(clip, data, labels, classes):
+    """How often does CLIP find a picture's class by its captions, and how much of the variance of
+    its embeddings lies within a class (which is what variations vary)?"""
+    emb = look(clip, data).cpu()
+    names = torch.stack([clip.encode_text(list(c))[0].mean(0) for c in classes]).cpu()
+    right = (emb @ F.normalize(names, dim=1).T).argmax(1) == labels
+    middles = torch.stack([emb[labels == k].mean(0) for k in range(len(classes))])
+    within = (emb - middles[labels]).square().sum() / (emb - emb.mean(0)).square().sum()
+    return {"CLIP": {"right": right.float().mean().item(), "within a class": within.item(),
+                     "n": len(data)}}
+
+
+def nearest(model, drawn, seen):
+    """A sheet: drawn pictures, and below each the two training pictures nearest in features."""
+    pictures, _, _ = labelled(seen, model.classes)
+    _, features = model.look(pictures.float() / 127.5 - 1)
+    closest = torch.cdist(model.look(drawn)[1], features).topk(2, largest=False).indices.T
+    rows = [drawn, *(pictures[k].float() / 127.5 - 1 for k in closest)]
+    return draw_grid(torch.cat(rows), columns=len(drawn), cell=64)
+
+
+class Some:
+    """A data set's pictures of these numbers, in this order."""
+
+    def __init__(self, data, numbers):
+        self.data, self.numbers, self.name = data, [int(i) for i in numbers], data.name
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getattr__(self, name):  # image and captions, by the new numbers
+        return lambda i, *args, **kw: getattr(self.data, name)(self.numbers[i], *args, **kw)
+
+
+@user_errors
+def main(argv=None):
+    parser = Parser("python -m lab.classifier", description="Train the classifier of real pictures")
+    add = parser.add_argument
+    add("--data", default="folder", help="cifar10, cifar100 or folder")
+    add("--root", required=True, help="folder of the pictures to train on")
+    add("--test", required=True, help="folder of the pictures to test on")
+    add("--out", default="weights/cifar10/classifier.pt", help="the file to write")
+    add("--epochs", type=positive, default=12, help="times that each picture is seen")
+    add("--device", type=choose_device, default="auto", help="auto, cpu or cuda")
+    add("--seed", type=seed_number, default=0, help="of weights, batches and variations")
+    args = parser.parse_args(argv)
+    data, test = load_data(args.data, args.root), load_data(args.data, args.test, None)
+    model, accuracy = train(data, test, args.epochs, args.device, args.seed)
+    save_checkpoint(Path(args.out), {
+        "stage": "classifier", "config": {"classes": [list(c) for c in model.classes]}, "step": 0,
+        "ema": {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()},
+        "figures": {"accuracy": accuracy}})
+    print(f"{args.out}: {accuracy:.1%} of {len(test)} test pictures right")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
