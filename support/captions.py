@@ -64,7 +64,7 @@ def lines_of(path):
     except ValueError:
         text = "\0"
     if "\0" in text:
-        raise UserError(f"{path}: its text is not UTF-8; save it as UTF-8")
+        raise UserError(printable(f"{path}: its text is not UTF-8; save it as UTF-8"))
     return re.split("\r?\n", text)
 
 

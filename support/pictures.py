@@ -11,10 +11,10 @@ import os
 import sys
 import warnings
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from support.captions import (
 )
 from support.shapes import Shapes, digest, with_article
 from support.sheets import to_tensor
-from support.tools import UserError
+from support.tools import UserError, printable
 
 TEMPLATES = ("a photo of {}", "{}", "a small picture of {}", "a blurry photo of {}")  # for CIFAR
 MOST_PIXELS = 2**26  # of a picture; a small file can hold billions, and take gigabytes
@@ -55,7 +55,7 @@ def open_picture(path, side=None, decode=to_rgb):
     """A file -> decode(it), its upright PIL RGB picture, or UserError. Big JPEGs are decoded at the
     smallest of 1/1, 1/2, 1/4 and 1/8 of their size that still has `side`, if given: much faster."""
     if not os.path.isfile(path):  # nor a folder, or a pipe, which may wait for ever
-        raise UserError(f"no picture at {path}: check the path")
+        raise UserError(printable(f"no picture at {path}: check the path"))
     try:
         with Image.open(path, formats=FORMATS) as picture:
             picture.draft(None, side and (side, side))
@@ -63,7 +63,8 @@ def open_picture(path, side=None, decode=to_rgb):
                 raise ValueError(f"{picture.width} x {picture.height} are too many pixels")
             return decode(picture)
     except Exception as e:  # a broken file can raise nearly anything
-        raise UserError(f"image {path}: not a picture that can be decoded ({e}); replace it")
+        raise UserError(printable(f"image {path}: not a picture that can be decoded ({e}); "
+                                  "replace it"))
 
 
 def fit(picture, size, crop=None, place=0.5, interpolation="bicubic"):
@@ -111,23 +112,24 @@ def picture_files(name, files, captioned, divide, split, limit, seed):
     """Pictures, at most `limit` drawn from a split. files: those that are there. captioned: {path:
     [captions]} of this split, or with `divide` of all."""
     captioned = {path: texts for path, texts in captioned.items() if texts}
-    found = sorted(path for path in files.values() if path.suffix.lower() in SUFFIXES)
-    there = set(found)
-    missing = sorted(p for p in captioned if p not in there and not os.path.isfile(p))
-    paths = sorted(captioned.keys() - missing)
+    found = {path for path in files.values() if path.suffix.lower() in SUFFIXES}
+    missing = sorted(p for p in captioned.keys() - found if not os.path.isfile(p))
+    paths, broken = sorted(captioned.keys() - missing), []
+    if divide and len(paths) <= 100:  # so few that all of val could be broken
+        paths, broken = whole_files(name, paths, len(paths), seed)
     parts = {split: paths}
     if divide:  # about 1 of 20 files is val, by a hash of its name: adding files moves no others
         hashes = {path: zlib.crc32(path.name.encode(errors="surrogatepass")) for path in paths}
         val = {path for path in paths if hashes[path] % 20 == 0}
         if len(paths) >= 2 and len(val) in (0, len(paths)):  # a few files, all on one side
             val = {min(paths, key=hashes.get)}
-        parts = {"train": [path for path in paths if path not in val], "val": sorted(val)}
+        parts = {s: [p for p in paths if (p in val) == (s == "val")] for s in ("train", "val")}
     say(f"{name}: {len(found)} pictures found"
-        + some("without a caption", [path for path in found if path not in captioned])
+        + some("without a caption", sorted(found - captioned.keys()))
         + some("missing", missing) + "".join(f"; {len(p)} {s}" for s, p in parts.items()))
-    fine, broken = whole_files(name, parts[split], limit or len(paths), seed)
-    if broken:
-        say(f"{name}, {split}{some('skipped, broken or too large', broken)}", sys.stderr)
+    fine, more = whole_files(name, parts[split], limit or len(paths), seed)
+    if broken + more:
+        say(f"{name}{some('skipped, broken or too large', broken + more)}", sys.stderr)
     if not fine:
         raise UserError(f"{name}, split {split}: none of {len(captioned)} captioned images is "
                         f"left; {len(missing)} are missing; val needs at least 2 that can be read")
@@ -144,14 +146,14 @@ def some(what, paths):
 
 def whole_files(name, paths, limit, seed):
     """(`limit` paths drawn from those of whole pictures, or all, and the others that were met)"""
-    fine, broken, left = [], [], [paths[i] for i in draw(len(paths), seed)]
-    with ThreadPoolExecutor() as pool:
-        while left and len(fine) < limit:
-            batch, left = left[: limit - len(fine)], left[limit - len(fine) :]
-            look = tqdm(pool.map(is_whole, batch), f"{name}: files", len(batch), **LATER)
-            for path, whole in zip(batch, look):
-                (fine if whole else broken).append(path)
-    return sorted(fine), sorted(broken)
+    fine, left = {}, [paths[i] for i in draw(len(paths), seed)]
+    with ThreadPool() as pool:
+        while left and sum(fine.values()) < limit:
+            wanted = limit - sum(fine.values())
+            look = pool.imap(is_whole, left[:wanted], chunksize=16)
+            fine |= zip(left, tqdm(look, f"{name}: files", len(left[:wanted]), **LATER))
+            left = left[wanted:]
+    return [p for p in paths if fine.get(p)], [p for p in paths if not fine.get(p, True)]
 
 
 @cache
@@ -160,15 +162,17 @@ def is_whole(path):
     JPEG that was cut off lacks its end, FF D9."""
     def check(picture):
         if picture.format == "PNG":
-            picture.verify()
-            return
-        picture.fp.seek(-2, os.SEEK_END)
-        if picture.format != "JPEG" or picture.fp.read() != b"\xff\xd9":
-            to_rgb(picture)
+            return picture.verify()
+        if picture.format == "JPEG":
+            picture.fp.seek(-2, os.SEEK_END)
+            if picture.fp.read() == b"\xff\xd9":
+                return None
+        return to_rgb(picture)
 
     with suppress(UserError):
         open_picture(path, 64, check)
         return True
+    return False
 
 
 def load_cifar(name, root, split, limit, seed):
