@@ -101,8 +101,11 @@ def load_folder(root, files):
         if path.suffix.lower() in SUFFIXES and beside and beside.is_file():
             captioned[path] = [line.strip() for line in lines_of(beside) if line.strip()]
     if not any(captioned.values()):
-        raise UserError(f"{root}: no captions; add metadata.jsonl with lines like "
-                        f"{EXAMPLES['metadata.jsonl']}, or a.txt beside each a.png")
+        below = [f"give --root {path.parent}" for path in files.values()
+                 if path.name in EXAMPLES and path.parent != root]
+        advice = (f"add metadata.jsonl with lines like {EXAMPLES['metadata.jsonl']}, or a.txt "
+                  "beside each a.png")
+        raise UserError(f"{root}: no captions; {min(below, default=advice)}")
     return files, captioned, True
 
 

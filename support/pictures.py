@@ -42,8 +42,9 @@ def to_rgb(picture):
     if picture.mode[0] in "IF":  # Files don't say what is white: cameras put 12 bits into 16.
         grey = np.asarray(picture, np.float64)
         top = np.max(grey, initial=0, where=np.isfinite(grey))
-        whites = [1, *WHITES] if picture.mode == "F" else WHITES
-        white = next((w for w in whites if top <= w), top)
+        white = next((w for w in WHITES if top <= w), top)
+        if picture.mode == "F" and top < 16:  # floats above 1 are brighter than white
+            white = 1
         picture = Image.fromarray(np.nan_to_num(grey * 255 / white).clip(0, 255).astype(np.uint8))
     if picture.has_transparency_data:
         white = Image.new("RGBA", picture.size, "white")

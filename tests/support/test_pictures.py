@@ -70,7 +70,7 @@ CLEAR = {"transparency": PALETTE.getpixel((0, 0))}  # of a palette's entries
     (Image.fromarray(np.full((6, 6), 32896, dtype=np.uint16)), "a.png", {}, (128, 128, 128)),
     (grey(65535, np.uint16, 0), "a.tif", {}, (255, 255, 255)),
     (grey(2048, np.uint16, 4095), "a.png", {}, (127, 127, 127)),  # 12 bits
-    (grey(0.5, np.float32, 1), "a.tif", {}, (127, 127, 127)),
+    (grey(0.5, np.float32, 1.5), "a.tif", {}, (127, 127, 127)),
     (grey(0.5, np.float32, np.nan), "a.tif", {}, (127, 127, 127)),
     (grey(90, np.float32, 255), "a.tif", {}, (90, 90, 90)),
 ])
