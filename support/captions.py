@@ -40,7 +40,8 @@ def find_files(root):
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = [name for name in sorted(folders) if not name.startswith(".")]
+        folders.sort(key=lambda name: os.path.islink(os.path.join(folder, name)))  # links last
         paths = [os.path.join(folder, name) for name in names if not name.startswith(".")]
         files |= {normalize("NFC", path): Path(path) for path in paths}
     return files
