@@ -276,7 +276,7 @@ def test_coco_gives_all_captions_of_an_image_and_skips_missing_ones(tmp_path, ca
 
 @pytest.mark.parametrize("table, folder", [
     ("annotations/captions_{}2014.json", "{}2014"), ("captions_{}2014.json", "images/{}2014"),
-    ("annotations/captions_{}2017.json", "images/{}2017"), ("x/captions_{}2017.json", "all/{}"),
+    ("annotations/captions_{}2017.json", "images/{}2017"), ("x/captions_{}2017.json", "{}2017"),
 ])
 def test_each_layout_of_coco_is_known(tmp_path, table, folder):
     for split in ("train", "val"):
@@ -284,14 +284,18 @@ def test_each_layout_of_coco_is_known(tmp_path, table, folder):
         names = [f"{k}{split}.png" for k in range(2)]
         write_coco(tmp_path / table.format(split), tmp_path / folder.format(split),
                    [(name, name) for name in names], names)
+        for folder_of_others in ("0", "z"):
+            (tmp_path / folder_of_others).mkdir(exist_ok=True)
+            Image.new("RGB", (9, 9)).save(tmp_path / folder_of_others / names[0])
         coco = load_data("coco", tmp_path, split)
-        assert [coco.captions(i) for i in range(len(coco))] == [[name] for name in names]
+        assert coco.items == [(tmp_path / folder.format(split) / name, [name]) for name in names]
 
 
 def test_a_single_coco_file_is_divided_into_train_and_val(tmp_path):
     names = [f"{k}.png" for k in range(5)]
     captions = [(name, name) for name in names]
     write_coco(tmp_path / "captions_all.json", tmp_path / "photos", captions, names)
+    (tmp_path / "captions_a.json").write_text("{}")
     train, val = ([d.captions(i)[0] for i in range(len(d))] for d in both("coco", tmp_path))
     assert sorted(train + val) == names and val
 
