@@ -2,54 +2,70 @@
 
 Every data set has name, __len__, captions(i) -> list of str, fingerprint() -> a str that changes
 with the data, and image(i, size, ...) -> float32 (3, size, size) in [-1, 1]. The size is chosen at
-each call, so models of all sizes train on one data set. Missing and broken pictures are skipped and
+each call, so models of all sizes train on one data set. What is missing or broken is skipped and
 named when the data set is opened, not hours into a training.
 """
 
 import hashlib
-import json
+import os
 import sys
+import warnings
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 from torchvision import datasets
+from tqdm import tqdm
 
+from support.captions import (
+    FORMATS, LATER, SUFFIXES, find_files, load_coco, load_folder, say,
+)
 from support.shapes import Shapes, digest, with_article
 from support.sheets import to_tensor
-from support.tools import UserError
+from support.tools import UserError, printable
 
-EXAMPLE = '{"file_name": "a.png", "text": "a caption"}'
 TEMPLATES = ("a photo of {}", "{}", "a small picture of {}", "a blurry photo of {}")  # for CIFAR
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+MOST_PIXELS = 2**26  # of a picture; a small file can hold billions, and take gigabytes
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Pillow's limit is higher
+WHITES = 255, 1023, 4095, 16383, 65535  # of grey in 8 to 16 bits
 
 
 def to_rgb(picture):
-    """Any PIL picture -> upright RGB, transparency on white, 16-bit grey scaled to 8 bits."""
-    ImageOps.exif_transpose(picture, in_place=True)  # a phone's photo says how it was held
-    if picture.mode.startswith("I"):  # 16-bit grey: 65535 is white, not 255
-        picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
+    """Any PIL picture -> upright RGB, transparency on white, all numbers scaled to 8 bits."""
+    with suppress(Exception):  # broken EXIF says nothing
+        ImageOps.exif_transpose(picture, in_place=True)  # a phone's photo says how it was held
+    if picture.mode[0] in "IF":  # Files don't say what is white: cameras put 12 bits into 16.
+        grey = np.asarray(picture, np.float64)
+        top = np.max(grey, initial=0, where=np.isfinite(grey))
+        white = next((w for w in WHITES if top <= w), top)
+        if picture.mode == "F" and top < 16:  # floats above 1 are brighter than white
+            white = 1
+        picture = Image.fromarray(np.nan_to_num(grey * 255 / white).clip(0, 255).astype(np.uint8))
     if picture.has_transparency_data:
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture.convert("RGBA"))
     return picture.convert("RGB")
 
 
-def open_picture(path, side=None):
-    """A file -> upright PIL RGB picture, or UserError. Big JPEGs are decoded at the smallest of
-    1/1, 1/2, 1/4 and 1/8 of their size that still has `side`, if given: much faster."""
+def open_picture(path, side=None, decode=to_rgb):
+    """A file -> decode(it), its upright PIL RGB picture, or UserError. Big JPEGs are decoded at the
+    smallest of 1/1, 1/2, 1/4 and 1/8 of their size that still has `side`, if given: much faster."""
+    if not os.path.isfile(path):  # nor a folder, or a pipe, which may wait for ever
+        raise UserError(printable(f"no picture at {path}: check the path"))
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=FORMATS) as picture:
             picture.draft(None, side and (side, side))
-            return to_rgb(picture)
-    except FileNotFoundError:
-        raise UserError(f"no picture at {path}: check the path")
+            if picture.width * picture.height > MOST_PIXELS:
+                raise ValueError(f"{picture.width} x {picture.height} are too many pixels")
+            return decode(picture)
     except Exception as e:  # a broken file can raise nearly anything
-        raise UserError(f"image {path}: not a picture that can be decoded ({e}); replace it")
+        raise UserError(printable(f"image {path}: not a picture that can be decoded ({e}); "
+                                  "replace it"))
 
 
 def fit(picture, size, crop=None, place=0.5, interpolation="bicubic"):
@@ -89,104 +105,79 @@ class Pictures:
         return digest([self.name, *self.content])
 
 
-def picture_files(name, captioned, split, limit, divide):
-    """{path: [captions]} -> Pictures. divide: the files are not split yet; keep this split's."""
-    paths = sorted(path for path, captions in captioned.items() if captions)
-    paths = readable_paths(name, paths, None if divide else limit)
+def draw(n, seed):
+    """The numbers below n in an order that is always the same for a seed."""
+    return np.random.default_rng(seed).permutation(n).tolist()
+
+
+def picture_files(name, files, captioned, divide, split, limit, seed):
+    """Pictures, at most `limit` drawn from a split. files: those that are there. captioned: {path:
+    [captions]} of this split, or with `divide` of all."""
+    captioned = {path: texts for path, texts in captioned.items() if texts}
+    found = {path for path in files.values() if path.suffix.lower() in SUFFIXES}
+    missing = sorted(p for p in captioned.keys() - found if not os.path.isfile(p))
+    paths, broken = sorted(captioned.keys() - missing), []
+    if divide and len(paths) <= 100:  # so few that all of val could be broken
+        paths, broken = whole_files(name, paths, len(paths), seed)
+    parts = {split: paths}
     if divide:  # about 1 of 20 files is val, by a hash of its name: adding files moves no others
-        hashes = {path: zlib.crc32(path.name.encode()) for path in paths}
+        hashes = {path: zlib.crc32(path.name.encode(errors="surrogatepass")) for path in paths}
         val = {path for path in paths if hashes[path] % 20 == 0}
         if len(paths) >= 2 and len(val) in (0, len(paths)):  # a few files, all on one side
             val = {min(paths, key=hashes.get)}
-        paths = [path for path in paths if (path in val) == (split == "val")]
-    if not paths:
+        parts = {s: [p for p in paths if (p in val) == (s == "val")] for s in ("train", "val")}
+    say(f"{name}: {len(found)} pictures found"
+        + some("without a caption", sorted(found - captioned.keys()))
+        + some("missing", missing) + "".join(f"; {len(p)} {s}" for s, p in parts.items()))
+    fine, more = whole_files(name, parts[split], limit or len(paths), seed)
+    if broken + more:
+        say(f"{name}{some('skipped, broken or too large', broken + more)}", sys.stderr)
+    if not fine:
         raise UserError(f"{name}, split {split}: none of {len(captioned)} captioned images is "
-                        "left; val needs at least 2 that can be read")
-    items = [(path, captioned[path]) for path in paths[:limit]]
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime) for path, _ in items]
-    return Pictures(name, items, [split, files, [captions for _, captions in items]])
+                        f"left; {len(missing)} are missing; val needs at least 2 that can be read")
+    items = [(path, captioned[path]) for path in fine]
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime) for path in fine]
+    return Pictures(name, items, [split, stats, [captions for _, captions in items]])
 
 
-def readable_paths(name, paths, limit):
-    """At least the first `limit` paths whose pictures can be decoded. Reports the others."""
-    fine, skipped = [], []
-    with ThreadPoolExecutor() as pool:
-        while paths and not (limit and len(fine) >= limit):  # don't open all 100,000 for a few
-            for path, ok in zip(paths[:256], pool.map(readable, paths[:256])):
-                (fine if ok else skipped).append(path)
-            paths = paths[256:]
-    if skipped:
-        names = ", ".join(path.name for path in skipped[:3]) + (", ..." if skipped[3:] else "")
-        print(f"{name}: skipped {len(skipped)} missing or unreadable: {names}", file=sys.stderr)
-    return fine
+def some(what, paths):
+    """How many they are, and the first names."""
+    names = ", ".join(path.name for path in paths[:3]) + (", ..." if paths[3:] else "")
+    return f"; {len(paths)} {what}: {names}" if paths else ""
 
 
-@cache  # train and val ask about the same files
-def readable(path):
-    try:
-        return bool(open_picture(path, 64))
-    except UserError:
-        return False
+def whole_files(name, paths, limit, seed):
+    """(`limit` paths drawn from those of whole pictures, or all, and the others that were met)"""
+    fine, left = {}, [paths[i] for i in draw(len(paths), seed)]
+    with ThreadPool() as pool:
+        while left and sum(fine.values()) < limit:
+            wanted = limit - sum(fine.values())
+            look = pool.imap(is_whole, left[:wanted], chunksize=16)
+            fine |= zip(left, tqdm(look, f"{name}: files", len(left[:wanted]), **LATER))
+            left = left[wanted:]
+    return [p for p in paths if fine.get(p)], [p for p in paths if not fine.get(p, True)]
 
 
-def load_folder(root):
-    """{path: [captions]} from root/metadata.jsonl, where each line names a picture with a caption
-    or a list of them; or from a .txt beside each picture, where each line is a caption."""
-    captioned, table = {}, root / "metadata.jsonl"
-    if table.is_file():
-        for number, line in enumerate(table.read_bytes().splitlines(), start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                name, text = row["file_name"], row["text"]
-                texts = [text] if isinstance(text, str) else [] + text  # fails unless it is a list
-                captioned.setdefault(root / name, []).extend(t.strip() for t in texts if t.strip())
-            except (ValueError, KeyError, TypeError, AttributeError):
-                start = line[:60].decode(errors="replace")
-                raise UserError(f"{table}, line {number}: {start!r} must be JSON like {EXAMPLE}")
-    else:
-        for path in root.rglob("*"):
-            beside = path.with_suffix(".txt")
-            if path.suffix.lower() in SUFFIXES and beside.is_file():
-                try:
-                    texts = beside.read_text(encoding="utf-8-sig").splitlines()
-                except ValueError:
-                    raise UserError(f"{beside}: its text is not UTF-8; save it as UTF-8")
-                captioned[path] = [t.strip() for t in texts if t.strip()]
-    if not any(captioned.values()):
-        raise UserError(f"{root}: no captions; add metadata.jsonl with lines like {EXAMPLE}, or "
-                        "a.txt beside each a.png")
-    return captioned
+@cache
+def is_whole(path):
+    """Whether a picture can be decoded. Most needn't be to find out: a PNG has checksums, and a
+    JPEG that was cut off lacks its end, FF D9."""
+    def check(picture):
+        if picture.format == "PNG":
+            return picture.verify()
+        if picture.format == "JPEG":
+            picture.fp.seek(-2, os.SEEK_END)
+            if picture.fp.read() == b"\xff\xd9":
+                return None
+        return to_rgb(picture)
+
+    with suppress(UserError):
+        open_picture(path, 64, check)
+        return True
+    return False
 
 
-def load_coco(root, split):
-    """({path: [captions]}, whether to divide it into train and val), from the official
-    annotations/captions_{split}2017.json or from a single captions_*.json, to be divided."""
-    table = root / "annotations" / f"captions_{split}2017.json"
-    divide = not table.is_file()
-    if divide:
-        found = [*root.glob("captions_*.json"), *root.glob("*/captions_*.json")]
-        if len(found) != 1 or "2017" in found[0].name:  # the other split must not leak into this
-            raise UserError(f"{root}: no annotations/{table.name}; add it, or name a single file "
-                            f"captions_all.json, to be divided (found {[f.name for f in found]})")
-        table = found[0]
-    try:
-        captioned, content = {}, json.loads(table.read_bytes())
-        names = {image["id"]: Path(image["file_name"]) for image in content["images"]}
-        for note in content["annotations"]:
-            name, text = names.get(note["image_id"]), " ".join(note["caption"].split())
-            if name and text:
-                captioned.setdefault(name, []).append(text)
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{table}: {e!r}: not a COCO captions file, which is JSON with images (id, "
-                        "file_name) and annotations (image_id, caption); download it again")
-    folders, some = [root / f"{split}2017", root, *sorted(root.glob("*/"))], list(captioned)[:20]
-    home = next((f for f in folders if any((f / name).is_file() for name in some)), folders[0])
-    return {home / name: texts for name, texts in captioned.items()}, divide
-
-
-def load_cifar(name, root, split, limit):
+def load_cifar(name, root, split, limit, seed):
     """CIFAR-10 or CIFAR-100, downloaded if need be, with captions made from the class names."""
     kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
     try:
@@ -194,10 +185,12 @@ def load_cifar(name, root, split, limit):
     except Exception as e:  # no network, a full disk, a broken pickle
         raise UserError(f"{name}: not in {root}, or corrupt, and the download failed ({e!r}); "
                         f"fetch {kind.url} and unpack it there")
-    pixels, labels = data.data[:limit], data.targets[:limit]
+    drawn = sorted(draw(len(data), seed)[:limit])
+    pixels, labels = data.data[drawn], [data.targets[i] for i in drawn]
     classes = [label.replace("_", " ") for label in data.classes]
     captions = [[text.format(with_article(label)) for text in TEMPLATES] for label in classes]
     items = [(picture, captions[label]) for picture, label in zip(pixels, labels)]
+    say(f"{name}: {len(data)} pictures found; {len(items)} {split}")
     some = hashlib.sha256(pixels[::97].tobytes()).hexdigest()
     return Pictures(name, items, [split, labels, some, [TEMPLATES, classes]])
 
@@ -206,17 +199,19 @@ DATA = ("shapes", "cifar10", "cifar100", "coco", "folder")
 
 
 def load_data(name, root=None, split="train", limit=None, seed=0):
-    """The data set `name`, from the folder root; its first `limit` pictures (shapes: that many)."""
+    """The data set `name`, from the folder root; `limit` pictures drawn from its split, the same
+    for a seed (shapes: that many)."""
     if name not in DATA:
         raise UserError(f"data {name!r}: use one of {', '.join(DATA)}")
     if name == "shapes":
         return Shapes(limit, split, seed)
     if root is None:
         raise UserError(f"data {name} needs its folder: give --root FOLDER")
-    root = Path(root).expanduser()
+    root = Path(os.path.abspath(Path(root).expanduser()))
     if name.startswith("cifar"):
-        return load_cifar(name, root, split, limit)
+        return load_cifar(name, root, split, limit, seed)
     if not root.is_dir() or not any(root.iterdir()):
         raise UserError(f"{root}: not a folder or empty; give the folder that holds the images")
-    captioned, divide = load_coco(root, split) if name == "coco" else (load_folder(root), True)
-    return picture_files(name, captioned, split, limit, divide)
+    files = find_files(root)
+    found = load_coco(root, files, split) if name == "coco" else load_folder(root, files)
+    return picture_files(name, *found, split, limit, seed)

@@ -178,3 +178,8 @@ seed_number = number(int, 0, 2**29 - 1, "0 or more, and below 2^29")
 finite = number(float, -1e30, 1e30, "finite")
 positive_number = number(float, 1e-30, 1e30, "above 0 and below 1e30")
 fraction = number(float, 0, 1, "between 0 and 1")
+
+
+def printable(text):
+    """Text from files, safe to print: control characters could drive the terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text)

@@ -1,7 +1,9 @@
 """Claims about pictures from disk, in the formats found outside, and about writing pictures."""
 
 import json
+import os
 import pickle
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from PIL import Image
 from torch.testing import assert_close
 from torchvision import datasets
 
+from support.captions import say
 from support.pictures import load_data
 from support.sheets import save_picture, to_pil, to_tensor
 from support.tools import UserError
@@ -46,6 +49,13 @@ def test_tensors_map_0_to_minus_1_and_255_to_1_channels_first_and_back():
     assert to_pil(9 * to_tensor(picture)).getpixel((0, 0)) == (0, 255, 0)  # fixed limits: clipped
 
 
+def grey(value, kind, top):
+    """A picture of one value, with another in its corner."""
+    pixels = np.full((60, 60), value, kind)
+    pixels[0, 0] = top
+    return Image.fromarray(pixels)
+
+
 PALETTE = Image.new("RGB", (6, 6), (200, 100, 50)).convert("P", palette=Image.Palette.ADAPTIVE)
 CLEAR = {"transparency": PALETTE.getpixel((0, 0))}  # of a palette's entries
 
@@ -58,7 +68,11 @@ CLEAR = {"transparency": PALETTE.getpixel((0, 0))}  # of a palette's entries
     (Image.new("LA", (6, 6), (0, 102)), "a.png", {}, (153, 153, 153)),
     (Image.new("CMYK", (6, 6), (255, 0, 255, 0)), "a.jpg", {}, (0, 255, 0)),
     (Image.fromarray(np.full((6, 6), 32896, dtype=np.uint16)), "a.png", {}, (128, 128, 128)),
-    (Image.fromarray(np.full((6, 6), 65535, dtype=np.uint16)), "a.tif", {}, (255, 255, 255)),
+    (grey(65535, np.uint16, 0), "a.tif", {}, (255, 255, 255)),
+    (grey(2048, np.uint16, 4095), "a.png", {}, (127, 127, 127)),  # 12 bits
+    (grey(0.5, np.float32, 1.5), "a.tif", {}, (127, 127, 127)),
+    (grey(0.5, np.float32, np.nan), "a.tif", {}, (127, 127, 127)),
+    (grey(90, np.float32, 255), "a.tif", {}, (90, 90, 90)),
 ])
 def test_every_kind_of_picture_becomes_its_rgb(tmp_path, picture, name, options, colour):
     assert centre(save_alone(tmp_path, picture, name, **options)) == pytest.approx(colour, abs=3)
@@ -111,9 +125,56 @@ def test_a_folder_gives_each_picture_one_caption_or_several(tmp_path):
     write_folder(tmp_path, {"in/a.png": ("red", "one"), "b.png": ("blue", ["two", " three ", ""])})
     found = sorted((s.captions(0), centre(s)) for s in both("folder", tmp_path))
     assert found == [(["one"], [255, 0, 0]), (["two", "three"], [0, 0, 255])]
-    (tmp_path / "metadata.jsonl").unlink()
-    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbffirst\r\n\r\n second \r\n")
-    assert load_data("folder", tmp_path).captions(0) == ["first", "second"]
+
+
+CSV = 'file_name,text\r\na.png,"a ""big"", red\ncircle"\r\na.png,two\r\n'
+ROW = '{"file_name": "caf%s.png", "text": "hot"}'
+ACCENTS = "\u00e9", "e\u0301"  # both forms that Unicode has
+
+
+@pytest.mark.parametrize("picture, name, content, captions", [
+    *((f"caf{x}.png", "metadata.jsonl", (ROW % y).encode(), ["hot"])
+      for x, y in (ACCENTS, ACCENTS[::-1])),
+    (f"{ACCENTS[0]}.png", f"{ACCENTS[1]}.txt", b"hot", ["hot"]),
+    ("a.png", "a.txt", "first\r\n\r\n second \r\n".encode("utf-8-sig"), ["first", "second"]),
+    ("a.png", "a.txt", "one\u2028and\x85more\ntwo".encode(), ["one\u2028and\x85more", "two"]),
+    ("a.png", "a.txt", "кот".encode("utf-16"), ["кот"]),
+    ("cafe.png", "metadata.jsonl", (ROW % "e").replace("hot", "a\u2028b").encode("utf-16"),
+     ["a\u2028b"]),
+    ("a.png", "metadata.csv", CSV.encode("utf-8-sig"), ['a "big", red\ncircle', "two"]),
+])
+def test_captions_are_read_as_others_write_them(tmp_path, picture, name, content, captions):
+    Image.new("RGB", (9, 9)).save(tmp_path / picture)
+    (tmp_path / name).write_bytes(content)
+    assert load_data("folder", tmp_path).captions(0) == captions
+
+
+def test_linked_folders_and_all_suffixes_are_found_and_hidden_files_are_not(tmp_path, capsys):
+    root, away = tmp_path / "root", tmp_path / "away"
+    for path in (root / "a.png", root / "._b.png", root / ".old/c.png", away / "d.jfif",
+                 away / "e.PPM", away / "f.webp", root / "g.tif", tmp_path / "h.png"):
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (9, 9)).save(path)
+        path.with_suffix(".txt").write_bytes(b"\xff" if "." in path.stem else path.name.encode())
+    (root / "g.txt").unlink()
+    for link, folder in (("root/link", away), ("root/twice", away), ("away/up", tmp_path)):
+        (tmp_path / link).symlink_to(folder)
+    say.cache_clear()
+    captions = [s.captions(i)[0] for s in both("folder", root) for i in range(len(s))]
+    assert sorted(captions) == ["a.png", "d.jfif", "e.PPM", "f.webp"]
+    line = "folder: 5 pictures found; 1 without a caption: g.tif; 3 train; 1 val"
+    assert capsys.readouterr().out.splitlines() == [line]  # once for both
+
+
+def test_a_limit_is_a_draw_from_all_that_is_the_same_for_a_seed(tmp_path, monkeypatch):
+    write_folder(tmp_path, {f"{kind}/{k}{kind}.png": ("red", kind)
+                            for kind in ("cat", "dog", "ship", "truck") for k in range(50)})
+    looked = []
+    monkeypatch.setattr("support.pictures.is_whole", lambda path: looked.append(path) or True)
+    first, again, other = (load_data("folder", tmp_path, "train", 40, x).items for x in (0, 0, 1))
+    assert first == again != other and len(looked) == 3 * 40
+    counts = Counter(captions[0] for _, captions in first)
+    assert len(counts) == 4 and min(counts.values()) >= 4
 
 
 def test_train_and_val_share_no_file_and_stay_as_they_are_when_files_are_added(tmp_path):
@@ -137,17 +198,28 @@ def test_a_fingerprint_changes_with_captions_and_files(tmp_path):
 
 
 def test_missing_and_unreadable_files_are_skipped_and_named(tmp_path, capsys, monkeypatch):
-    names = "good1 good2 bad bomb cut gone"
-    write_folder(tmp_path, {f"{name}.png": ("red", name) for name in names.split()})
-    (tmp_path / "gone.png").unlink()
-    (tmp_path / "cut.png").write_bytes((tmp_path / "good1.png").read_bytes()[:20])
-    # Pillow meets this JPEG's broken EXIF not when it opens the file but when it turns it upright.
-    Image.new("RGB", (12, 12)).save(tmp_path / "bad.png", "JPEG", dpi=(72, 72), exif=b"Exif\0\0no")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    Image.new("L", (80, 80)).save(tmp_path / "bomb.png")  # more than twice the limit
-    assert sorted(s.captions(0)[0] for s in both("folder", tmp_path)) == ["good1", "good2"]
-    said = "folder: skipped 4 missing or unreadable: bad.png, bomb.png, cut.png, ..."
-    assert capsys.readouterr().err.splitlines() == [said, said]
+    names = "good bad bomb cut end gone pipe spoilt strange".split() + ["x" * 300, "\x1b[2J"]
+    rows = [json.dumps({"file_name": f"{name}.png", "text": name}) for name in names]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    os.mkfifo(tmp_path / "pipe.png")
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "good.png")
+    whole = (tmp_path / "good.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[:-9])
+    (tmp_path / "spoilt.png").write_bytes(whole[:50] + b"?" + whole[51:])
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20), dtype=np.uint8))
+    noise.save(tmp_path / "end.png", "JPEG")
+    os.truncate(tmp_path / "end.png", os.path.getsize(tmp_path / "end.png") - 99)
+    noise.save(tmp_path / "strange.png", "PCX")
+    # This JPEG's EXIF is broken, which Pillow meets when it turns the picture upright.
+    noise.save(tmp_path / "bad.png", "JPEG", dpi=(72, 72), exif=b"Exif\0\0no")
+    monkeypatch.setattr("support.pictures.MOST_PIXELS", 1000)
+    Image.new("L", (80, 80)).save(tmp_path / "bomb.png")
+    say.cache_clear()
+    shown = {s.captions(0)[0]: s.image(0, 8).shape for s in both("folder", tmp_path)}
+    assert shown == {"good": (3, 8, 8), "bad": (3, 8, 8)}
+    said = capsys.readouterr()
+    assert f"; 3 missing: ?[2J.png, gone.png, {'x' * 300}.png; " in said.out
+    assert "folder; 6 skipped, broken or too large: bomb.png, cut.png, end.png, ..." in said.err
 
 
 GOOD = '{"file_name": "a.png", "text": "a"}\n'
@@ -160,7 +232,13 @@ BAD = ("{broken", '["a.png"]', '{"file_name": "a.png"}', '{"text": 5, "file_name
     ("a", b"", {"root": None}, "needs its folder"),
     ("a", b"", {"root": "/absent"}, "not a folder"),
     ("a", b"", {}, "no captions"),
-    ("a.txt", "a cat".encode("utf-16"), {}, "a.txt: .* save it as UTF-8"),
+    ("a.txt", b"\xff a cat", {}, "a.txt: .* save it as UTF-8"),
+    ("a.txt", "a cat".encode("utf-16-le"), {}, "a.txt: .* save it as UTF-8"),
+    ("metadata.csv", b"file;text\na.png;a", {}, "metadata.csv, line 2: .*file_name,text"),
+    ("metadata.csv", b'file_name,text\na.png,"a\n', {}, "quotation marks"),
+    ("metadata.jsonl", b'{"file_name": "../a.png", "text": "a"}', {}, "a.png' is not inside"),
+    ("metadata.jsonl", b'{"file_name": "/a.png", "text": "a"}', {}, "a.png' is not inside"),
+    pytest.param("metadata.jsonl", b"[" * 9999, {}, "metadata.jsonl, line 1: ", id="deep"),
     ("metadata.jsonl", GOOD.encode(), {}, "none of 1 captioned images"),
     *(("metadata.jsonl", (GOOD + bad).encode(), {}, "metadata.jsonl, line 2: ") for bad in BAD),
 ])
@@ -189,14 +267,35 @@ def test_coco_gives_all_captions_of_an_image_and_skips_missing_ones(tmp_path, ca
     coco = load_data("coco", tmp_path, "val")
     assert [coco.captions(i) for i in range(len(coco))] == [["a dog"], ["a cat", "a kitten"]]
     assert [centre(coco, i)[0] for i in range(2)] == pytest.approx([0, 50], abs=3)
-    assert "skipped 1 missing or unreadable: 3.jpg" in capsys.readouterr().err
-    fails("captions_train2017.json", "coco", tmp_path, "train")  # val must not leak into train
+    assert "1 missing: 3.jpg" in capsys.readouterr().out
+    # val must not leak into train
+    fails("captions_train2017.json.* captions_all.json", "coco", tmp_path, "train")
+    table.rename(table.with_name("captions_all.json"))  # as advised
+    assert [len(data) for data in both("coco", tmp_path)] == [1, 1]
+
+
+@pytest.mark.parametrize("table, folder", [
+    ("annotations/captions_{}2014.json", "{}2014"), ("captions_{}2014.json", "images/{}2014"),
+    ("annotations/captions_{}2017.json", "images/{}2017"), ("x/captions_{}2017.json", "{}2017"),
+])
+def test_each_layout_of_coco_is_known(tmp_path, table, folder):
+    for split in ("train", "val"):
+        (tmp_path / folder.format(split)).parent.mkdir(exist_ok=True)
+        names = [f"{k}{split}.png" for k in range(2)]
+        write_coco(tmp_path / table.format(split), tmp_path / folder.format(split),
+                   [(name, name) for name in names], names)
+        for folder_of_others in ("0", "z"):
+            (tmp_path / folder_of_others).mkdir(exist_ok=True)
+            Image.new("RGB", (9, 9)).save(tmp_path / folder_of_others / names[0])
+        coco = load_data("coco", tmp_path, split)
+        assert coco.items == [(tmp_path / folder.format(split) / name, [name]) for name in names]
 
 
 def test_a_single_coco_file_is_divided_into_train_and_val(tmp_path):
     names = [f"{k}.png" for k in range(5)]
     captions = [(name, name) for name in names]
     write_coco(tmp_path / "captions_all.json", tmp_path / "photos", captions, names)
+    (tmp_path / "captions_a.json").write_text("{}")
     train, val = ([d.captions(i)[0] for i in range(len(d))] for d in both("coco", tmp_path))
     assert sorted(train + val) == names and val
 
@@ -205,6 +304,8 @@ def test_a_single_coco_file_is_divided_into_train_and_val(tmp_path):
     ('{"images": [],\n oops}', "line 2"), ('{"images": []}', "KeyError.'annotations'"),
     ("[1, 2]", "TypeError"), ('{"images": [], "annotations": []}', "none of 0"),
     ('{"images": [], "annotations": [{"image_id": 1, "caption": null}]}', "AttributeError"),
+    ('{"images": [{"id": 1, "file_name": "../a.png"}],'
+     ' "annotations": [{"image_id": 1, "caption": "a"}]}', "a.png' is not inside"),
 ])
 def test_mistakes_with_coco_files_are_told_in_one_line(tmp_path, content, words):
     (tmp_path / "captions_all.json").write_text(content)
