@@ -74,6 +74,15 @@ PRESETS = {
                         "sample_steps": 15},
                        {"steps": 3000, "batch_size": 8, "lr": 1e-3, "muon": 5.0}),
     },
+    # CIFAR-10, or other photographs of 32 pixels: no upsampler, as there is nothing larger to learn.
+    "cifar": {
+        "clip": ({"vision_width": 24, "vision_layers": (2, 2, 2, 1)},
+                 {"steps": 3200, "batch_size": 256, "lr": 2e-3}),
+        "prior": ({"width": 192, "depth": 4}, {"steps": 2500, "batch_size": 128, "lr": 1e-3}),
+        "decoder": ({"size": 32, "channels": 48, "multiples": (1, 2, 3),
+                     "attention_levels": (1, 2)},
+                    {"steps": 20_000, "batch_size": 32, "lr": 1e-3}),
+    },
     # The paper's design, a thirtieth of its size.
     "large": {
         "data": 100_000,

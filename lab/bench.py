@@ -35,7 +35,8 @@ from support.muon import make_optimizers
 from support.pictures import load_data
 from support.sheets import draw_grid, save_picture
 from support.tools import (
-    Parser, UserError, autocast, choose_device, peak_memory, positive, positive_number, user_errors,
+    Parser, UserError, autocast, choose_device, peak_memory, positive, positive_number,
+    usable_cores, user_errors,
 )
 from train import MAX_GRADIENT, Batches, Ema, Loss, focused_levels, take_step, to_device, validate
 
@@ -158,16 +159,21 @@ def race(args):
 def train_for(model, batches, training, args):
     """Train for args.minutes: (the averaged model, steps). The learning rate falls with the time.
     On a CPU it is this process's own time, so that other programs do not matter."""
-    clock = time.perf_counter if args.device.type == "cuda" else time.process_time
-    step, ema = training_step(model, training.get("muon"), 0, args.device), Ema(model)
-    focus, begun, done = training.get("focus"), clock(), 0
-    while (share := (clock() - begun) / (60 * args.minutes)) < 1:
+    gpu = args.device.type == "cuda"
+    clock, focus = time.perf_counter if gpu else time.process_time, training.get("focus")
+    step = training_step(model, training.get("muon"), 0.0, args.device, args.compile)
+    step(to_device(batches[0], args.device))  # compiles, and changes nothing at a rate of 0
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(10**9),
+                                         num_workers=usable_cores() if gpu else 0)
+    ema, begun = Ema(model), clock()
+    for done, batch in enumerate(loader):
+        share = (clock() - begun) / (60 * args.minutes)
+        if share >= 1:
+            return ema.model, done
         rate = training["lr"] * min(1, 20 * share) * 0.5 * (1 + math.cos(math.pi * share))
-        batch = to_device(batches[done], args.device)
+        batch = to_device(batch, args.device)
         step(batch, rate, focused_levels(model, batch, focus)).item()  # waits for a GPU
         ema.update(model)
-        done += 1
-    return ema.model, done
 
 
 def draw(model, val, n):

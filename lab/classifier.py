@@ -1,7 +1,7 @@
 """A classifier of real pictures, and with it the measures of drawings that no geometry can judge.
 
     python -m lab.classifier --root cifar10/train --test cifar10/test       # trains it
-    python -m lab.evaluate classes --weights weights/cifar10 --root cifar10/test --train cifar10/train
+    python -m lab.evaluate classes --weights weights/cifar10 --root cifar10/test
 
 No stage is trained with it or chosen by it, so it is a fair witness: does a picture drawn from "a
 photo of a horse" show a horse? Pictures with the same captions are a class. The network is a small
@@ -100,9 +100,10 @@ def varied(pictures, rng):
     return torch.where(mirrored, moved.flip(-1), moved)
 
 
-def train(data, test, epochs, device, seed, batch_size=250):
+def train(data, test, epochs, device, seed):
     """A trained classifier, and its accuracy on the test pictures."""
     pictures, labels, classes = labelled(data)
+    batch_size = min(250, len(labels) // 8)
     torch.manual_seed(seed)
     model = Classifier(classes).to(device, memory_format=torch.channels_last)
     optimizers, rng = make_optimizers(model, 5.0), np.random.default_rng(seed)

@@ -129,7 +129,7 @@ def picture_files(name, files, captioned, divide, split, limit, seed):
     say(f"{name}: {len(found)} pictures found"
         + some("without a caption", sorted(found - captioned.keys()))
         + some("missing", missing) + "".join(f"; {len(p)} {s}" for s, p in parts.items()))
-    fine, more = whole_files(name, parts[split], limit or len(paths), seed)
+    fine, more = whole_files(name, parts.get(split, paths), limit or len(paths), seed)
     if broken + more:
         say(f"{name}{some('skipped, broken or too large', broken + more)}", sys.stderr)
     if not fine:
@@ -200,7 +200,7 @@ DATA = ("shapes", "cifar10", "cifar100", "coco", "folder")
 
 def load_data(name, root=None, split="train", limit=None, seed=0):
     """The data set `name`, from the folder root; `limit` pictures drawn from its split, the same
-    for a seed (shapes: that many)."""
+    for a seed (shapes: that many). split: "train" or "val"; None is all of a folder."""
     if name not in DATA:
         raise UserError(f"data {name!r}: use one of {', '.join(DATA)}")
     if name == "shapes":
