@@ -74,7 +74,7 @@ PRESETS = {
                         "sample_steps": 15},
                        {"steps": 3000, "batch_size": 8, "lr": 1e-3, "muon": 5.0}),
     },
-    # CIFAR-10, or other photographs of 32 pixels: no upsampler, as there is nothing larger to learn.
+    # CIFAR-10, or other photos of 32 pixels. No upsampler: there is nothing larger to learn from.
     "cifar": {
         "clip": ({"vision_width": 24, "vision_layers": (2, 2, 2, 1)},
                  {"steps": 3200, "batch_size": 256, "lr": 2e-3}),
