@@ -114,10 +114,10 @@ def mask_of(pipeline, path, picture):
         raise UserError(f"{path}: its shape {mask.size} is not the picture's, {width, height}")
     if max(high for _, high in mask.getextrema()) <= 1:  # then 1 is white
         mask = mask.point(lambda level: 255 * level)
-    white = to_tensor(fit(mask, pipeline.sizes[0])).mean(dim=0)[None, None] > 0
+    white = to_tensor(fit(mask, pipeline.sizes[0])).amax(dim=0)[None, None] > 0  # any colour
     if not white.any():
         raise UserError(f"{path}: the mask must be white where to draw, and is black all over")
-    print(f"{path}: {white.float().mean():.1%} of the square is white or transparent, to be drawn")
+    print(f"{path}: {white.float().mean():.1%} of the square is light or transparent, to be drawn")
     return white.to(pipeline.device)
 
 
