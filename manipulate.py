@@ -27,14 +27,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves it out
 from diffusion import SeededNoise, at_least_float32, expand
 from sample import PRIOR_SCALE_HELP, Pipeline
-from support.drawing import drawing_options, reachable_size, slugs, write_strip
-from support.pictures import fit, open_picture
-from support.sheets import to_tensor
+from support.drawing import drawing_options, mask_of, read, reachable_size, sheet_path, write_strip
 from support.tools import (
-    Parser, UserError, autocast, finite, fraction, positive, sampling_steps, two_or_more,
-    user_errors,
+    Parser, UserError, autocast, finite, fraction, sampling_steps, some, two_or_more, user_errors,
 )
 
 INVERSION_STEPS = 50  # each way; a step up runs the network four times
@@ -201,13 +199,6 @@ def resample(diffusion, network, x_0, mask, steps, resamples=1, noise=torch.rand
 # --- the commands: (pipeline, args) -> pictures (n, 3, H, W) and a label for each ----------------
 
 
-def read(pipeline, path):
-    """A file -> its middle square at the decoder's size (1, 3, H, W), and its image_emb (1, D)."""
-    picture = open_picture(path)
-    pixels = to_tensor(fit(picture, pipeline.sizes[0]))[None].to(pipeline.device)
-    return pixels, pipeline.look(picture)
-
-
 def vary_command(pipeline, args):
     """Variations: the latent of a picture, redrawn with noise added on the way (sec. 3.1)."""
     picture, image_emb = read(pipeline, args.image)
@@ -246,19 +237,16 @@ def probe_command(pipeline, args):
     picture, image_emb = read(pipeline, args.image)
     prior, D = pipeline.prior, image_emb.shape[1]  # the prior was fitted to these components
     counts = [2**k for k in range(math.ceil(math.log2(D)))] + [D]  # 1, 2, 4, ... and all
-    components, frames = (image_emb - prior.mean) @ prior.basis.T, []
-    for n in counts:  # always from the same noise
-        rebuilt = F.normalize(prior.reconstruct(components[:, :n]), dim=-1)
-        frames.append(redraw(pipeline, rebuilt, None, [args.seed], args.steps))
+    components = (image_emb - prior.mean) @ prior.basis.T
+    rebuilt = [F.normalize(prior.reconstruct(components[:, :n]), dim=-1) for n in counts]
+    frames = [redraw(pipeline, emb, None, [args.seed], args.steps) for emb in rebuilt]  # same noise
     return torch.cat([*frames, picture]), [f"{n} of {D}" for n in counts] + ["source"]
 
 
 def inpaint_command(pipeline, args):
     """Redraw a picture where the mask is white, and keep it where it is black."""
     picture, _ = read(pipeline, args.image)
-    mask = read(pipeline, args.mask)[0][:, :1] > 0
-    if not mask.any():
-        raise UserError(f"{args.mask}: the mask must be white where to draw, and is black all over")
+    mask = mask_of(pipeline, args.mask, args.image)
     text, decoder = pipeline.text([args.caption]), pipeline.decoder
     image_emb = pipeline.embed(text, [args.seed], args.prior_scale)
     steps, noise = args.steps or decoder.config.sample_steps, SeededNoise([args.seed])
@@ -285,35 +273,31 @@ def main(argv=None):
         return add
 
     add = command("vary", vary_command)
-    add("-n", type=positive, default=4, help="how many")
+    add("-n", type=some, default=4, help="how many")
     add("--eta", type=fraction, default=1.0, help="0 reconstructs, larger varies more, up to 1")
-
     add = command("blend", blend_command, ("a", "b"))
     add("--frames", type=two_or_more, default=7, help="how many, both ends counted")
     add("--noise", choices=("slerp", "fixed"), default="slerp", help="x_T: from one inverted noise "
         "to the other, or one random noise for all")
-
     add = command("edit", edit_command)
     add("--to", dest="caption", required=True, help="of the picture as it should become")
-    add("--from", dest="baseline", metavar="CAPTION",
-        help="of the picture as it is (default: the empty caption)")
+    add("--from", dest="baseline", help="of the picture as it is (default: the empty caption)")
     add("--theta", type=fraction, default=0.5, help="how far to turn, 0 to 1 (paper: 0.25 to 0.5)")
     add("--frames", type=two_or_more, default=6, help="how many, from theta 0 on")
-
     command("probe", probe_command, prior="ar_prior", steps=None)
     add = command("inpaint", inpaint_command, prior="prior", steps=None)
     add("mask", help="a picture file: white where to draw, black where to keep")
     add("caption", help="what the whole picture should show")
     add("--prior-scale", type=finite, help=PRIOR_SCALE_HELP)
     add("--scale", type=finite, default=2.0, help="guidance of the decoder, off at 1")
-    add("--resamples", type=positive, default=4, help="times that each step is done")
-
+    add("--resamples", type=some, default=4, help="times that each step is done")
     args = parser.parse_args(argv)
+    inputs = [getattr(args, picture) for picture in args.pictures]
+    words = [args.command, *(Path(x).stem for x in inputs), *filter(None, [args.caption])]
+    path = sheet_path(args.out, words, inputs + [getattr(args, "mask", "")])
     pipeline = Pipeline(args.weights, args.device, args.size, args.prior, clip=args.clip)
     size = reachable_size(pipeline, args.size)
     pictures, labels = args.function(pipeline, args)
-    name = [args.command, *(Path(getattr(args, picture)).stem for picture in args.pictures)]
-    path = args.out / ("_".join(name + slugs(filter(None, [args.caption]))) + ".png")
     write_strip(pipeline, size, pictures, labels, args.seed, path, film=args.command == "blend")
 
 

@@ -18,14 +18,17 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves it out
 from diffusion import SeededNoise
 from prior import DiffusionPrior
 from stages import check_clip, clip_of, load_stage
-from support.drawing import default_weights, drawing_options, reachable_size, write_drawings
+from support.drawing import (
+    default_weights, drawing_options, reachable_size, utf8_file, write_drawings,
+)
 from support.pictures import fit
 from support.sheets import Film, to_pil, to_tensor
 from support.tools import (
-    Parser, autocast, choose_device, finite, positive, sampling_steps, user_errors,
+    Parser, UserError, autocast, choose_device, finite, sampling_steps, some, user_errors,
 )
 
 STAGE_SEEDS = {"prior": 1, "decoder": 2, "upsampler1": 3, "upsampler2": 4}
@@ -75,9 +78,12 @@ class Pipeline:
         the decoder draws for CLIP to choose from. stages: return each picture at every size it had,
         smallest first. films: a list to which a Film of each picture is added.
         """
+        scale, prior_scale, candidates = finite(scale), finite(prior_scale), some(candidates)
+        steps, prior_steps = sampling_steps(steps), sampling_steps(prior_steps)
         size, pictures = reachable_size(self, size), []
         sides = [side for side in self.sizes if side <= size] if stages else [size]
-        texts = [self.text([c]) for c in ([captions] if isinstance(captions, str) else captions)]
+        several = hasattr(captions, "__iter__") and not isinstance(captions, str)
+        texts = [self.text([caption]) for caption in (captions if several else [captions])]
         for text, seed in itertools.product(texts, seeds):
             takes = None if films is None else [Film() for _ in range(candidates)]
             emb = self.condition(self.source, text, [seed], prior_scale, prior_steps)
@@ -143,6 +149,8 @@ class Pipeline:
             if model.config.low_size == pictures.shape[-1] < size:
                 with autocast(self.device):
                     pictures = model.sample(pictures, noise=noise_for(seeds, stage))
+        if not pictures.isfinite().all():  # it would look black
+            raise UserError(f"{self.folder}: what its stages draw is not finite; train them again")
         return pictures
 
 
@@ -150,8 +158,9 @@ class Pipeline:
 def main(argv=None):
     parser = Parser("sample.py", description="Draw pictures of captions.")
     add = drawing_options(parser)
-    add("caption", nargs="+", help="what to draw; several captions in one call work")
-    add("-n", type=positive, default=4, help="pictures a caption")
+    add("caption", nargs="*", help="what to draw; several captions in one call work")
+    add("--from-file", type=utf8_file, metavar="FILE", help="of further captions, one a line")
+    add("-n", type=some, default=4, help="pictures a caption")
     add("--prior", choices=("prior", "ar_prior", "text_emb", "none"), help="where the decoder's "
         "image embedding comes from (default: prior, or what a baseline was trained with)")
     add("--decoder", default="decoder", choices=("decoder", *BASELINES), help="or a baseline")
@@ -159,10 +168,13 @@ def main(argv=None):
     add("--scale", type=finite, default=2.0, help="guidance of the decoder, off at 1")
     add("--prior-steps", type=sampling_steps, help="of the prior, 1 to 1000 (default: 64)")
     add("--steps", type=sampling_steps, help="of the decoder, 1 to 1000 (default: the model's)")
-    add("--candidates", type=positive, default=2, help="pictures drawn; CLIP keeps the best")
+    add("--candidates", type=some, default=2, help="pictures drawn; CLIP keeps the best")
     add("--film", action="store_true", help="also write the denoising as animated GIFs")
     add("--stages", action="store_true", help="the grid shows each picture at every size it had")
     args = parser.parse_args(argv)
+    args.caption += args.from_file or []
+    if not args.caption:
+        parser.error("nothing to draw: give a caption, or --from-file")
     prior = BASELINES.get(args.decoder, args.prior or "prior")
     if args.prior not in (None, prior):
         parser.error(f"--prior {args.prior}: {args.decoder} needs {prior}; leave --prior out")

@@ -2,13 +2,17 @@
 
 import itertools
 import re
+import sys
 from pathlib import Path
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-from support.sheets import check_folder, draw_grid, save_film, save_picture, to_pil, to_tensor
+from support.pictures import fit, open_picture
+from support.sheets import (
+    SUFFIXES, check_folder, draw_grid, save_film, save_picture, to_pil, to_tensor,
+)
 from support.tools import UserError, choose_device, positive, seed_number
 
 
@@ -27,7 +31,7 @@ def drawing_options(parser):
     add("--weights", help="folder of checkpoints (default: weights/shapes, else newest run)")
     add("--size", type=positive, default=64, help="side of the pictures: 64, 256 or 1024")
     add("--seed", type=seed_number, default=0, help="of the first picture; the next has one more")
-    add("--out", type=check_folder, default="samples", help="folder for the pictures")
+    add("--out", type=check_folder, default="samples", help="folder, or the sheet: NAME.png, ...")
     add("--device", type=choose_device, default="auto", help="auto, cpu or cuda")
     add("--clip", help="MODEL:TAG=FILE, to read the CLIP of the training from a file")
     return add
@@ -43,27 +47,41 @@ def reachable_size(pipeline, size):
     return side
 
 
+def utf8_file(path):
+    """An argument's type: the lines of a text file that are not empty."""
+    lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    return [line.strip() for line in lines if line.strip()]
+
+
 def slugs(captions):
     """Captions as file names: their words, cut at 60 bytes, numbered where two are the same."""
-    names = []
+    names, code = {}, sys.getfilesystemencoding()
     for caption in captions:
-        words = re.findall(r"[^\W_]+", caption.lower())
-        name = "-".join(words).encode()[:60].decode(errors="ignore") or "caption"
+        words = "-".join(re.findall(r"[^\W_]+", caption.lower()))
+        name = words.encode(code, "ignore")[:60].decode(code, "ignore") or "caption"
         numbered = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
-        names.append(next(x for x in numbered if x not in names))
-    return names
+        names[next(x for x in numbered if x not in names)] = caption
+    return list(names)
+
+
+def sheet_path(out, words, inputs=()):
+    """The sheet's Path: `out`, if that is a picture's name, else one in that folder, named after
+    `words`. Both it and the film beside it can be written, see check_folder."""
+    path = out if out.suffix.lower() in SUFFIXES else out / f"{'_'.join(slugs(words))}.png"
+    for file in (path, path.with_suffix(".gif")):
+        check_folder(file, inputs)
+    return path
 
 
 def write_drawings(pipeline, args):
     """sample.py's files: a PNG for each picture, a grid of all, and with --film a GIF for each."""
     pipeline.text(args.caption)  # refuses an empty one before the work
-    size, names, grid = reachable_size(pipeline, args.size), slugs(args.caption), args.out
-    if grid.suffix != ".png":
-        grid = grid / f"grid_{names[0]}_{args.seed}.png"
+    size, names = reachable_size(pipeline, args.size), slugs(args.caption)
+    grid = sheet_path(args.out, ["grid", names[0], str(args.seed)])
     jobs = {grid.parent / f"{name}_{seed}.png": (caption, seed)
             for caption, name in zip(args.caption, names)
             for seed in range(args.seed, args.seed + args.n)}
-    if grid in jobs:
+    if grid in [sheet_path(path, []) for path in jobs]:
         raise UserError(f"--out {grid}: one of the pictures has this name; choose another")
     shown, labels, films = [], [], [] if args.film else None
     for path, (caption, seed) in tqdm(jobs.items(), "pictures", disable=None):
@@ -78,6 +96,29 @@ def write_drawings(pipeline, args):
     if args.stages:  # a row is one picture at each of its sizes, drawn equally large
         layout = len(pipeline.sizes), min(512, max(128, size))
     print(save_picture(draw_grid(shown, labels, *layout), grid))
+
+
+def read(pipeline, path):
+    """A file -> its middle square at the decoder's size (1, 3, H, W), and its image_emb (1, D)."""
+    picture = open_picture(path)
+    if picture.width != picture.height:
+        print(f"{path}: of {picture.width} x {picture.height} pixels, the middle square is used")
+    pixels = to_tensor(fit(picture, pipeline.sizes[0]))[None].to(pipeline.device)
+    return pixels, pipeline.look(picture)
+
+
+def mask_of(pipeline, path, picture):
+    """Two files of the same shape -> the mask (1, 1, H, W) at the decoder's size: True is white."""
+    mask, (width, height) = open_picture(path), open_picture(picture).size
+    if abs(mask.width * height / (mask.height * width) - 1) > 0.01:
+        raise UserError(f"{path}: its shape {mask.size} is not the picture's, {width, height}")
+    if max(high for _, high in mask.getextrema()) <= 1:  # then 1 is white
+        mask = mask.point(lambda level: 255 * level)
+    white = to_tensor(fit(mask, pipeline.sizes[0])).amax(dim=0)[None, None] > 0  # any colour
+    if not white.any():
+        raise UserError(f"{path}: the mask must be white where to draw, and is black all over")
+    print(f"{path}: {white.float().mean():.1%} of the square is light or transparent, to be drawn")
+    return white.to(pipeline.device)
 
 
 def write_strip(pipeline, size, pictures, labels, seed, path, film=False):

@@ -5,16 +5,21 @@ The networks' pictures are float32 tensors (3, H, W) in [-1, 1], files hold inte
 pale drawing stays pale.
 """
 
+import functools
 import math
 import os
 import textwrap
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from support.tools import UserError
+from support.tools import UserError, printable
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+print_once = functools.cache(print)
 
 
 def to_tensor(picture):
@@ -35,11 +40,15 @@ def draw_grid(pictures, captions=None, columns=4, cell=None):
     cell = cell or max(128, *(p.shape[-1] for p in pictures))
     font = ImageFont.load_default(max(13, cell // 12))
     # Captions are wrapped to the cell's width; the longest one sets the height of all rows.
-    captions = captions or [""] * len(pictures)
-    lines = [textwrap.wrap(c, width=max(8, int(cell / font.getlength("e")))) for c in captions]
+    captions = [printable(c) for c in captions or [""] * len(pictures)]
+    width, box = max(8, int(cell / font.getlength("e"))), bytes(font.getmask("\uffff"))
+    lines = [textwrap.wrap(c, width, max_lines=8, placeholder=" ...") for c in captions]
+    if lacking := [c for c in sorted(set("".join(captions))) if bytes(font.getmask(c)) == box]:
+        print_once("note: the sheet's typeface draws boxes for", *lacking)
     line = int(font.size * 1.25)
     under = 6 + line * max(len(x) for x in lines) if any(captions) else 0
-    columns, wide, high = min(columns, len(pictures)), cell + 4, cell + under + 4
+    wide, high = cell + 4, cell + under + 4
+    columns = min(columns, len(pictures), 16000 // wide)  # a WebP has at most 16383 pixels
     rows = math.ceil(len(pictures) / columns)
     sheet = Image.new("RGB", (columns * wide + 4, rows * high + 4), "white")
     pen = ImageDraw.Draw(sheet)
@@ -53,24 +62,35 @@ def draw_grid(pictures, captions=None, columns=4, cell=None):
     return sheet
 
 
-def check_folder(path):
-    """An argument's type, a Path: a folder to write into, or a .png in one. It isn't made yet, so a
-    command that fails later leaves nothing behind."""
-    there = Path(path).absolute()
-    while not there.exists() or there.suffix == ".png" and there.is_file():
+def check_folder(path, inputs=()):
+    """An argument's type, a Path: a picture, if its name ends like one, else a folder to fill. Only
+    a picture is ever replaced, and none of `inputs`. Nothing is made yet, so a command that fails
+    later leaves nothing behind."""
+    path = Path(path)
+    there = whole = path.absolute()
+    picture, known = path.suffix.lower() in SUFFIXES, [Path(x).resolve() for x in inputs]
+    with suppress(Exception):  # Pillow has many ways to say what it cannot read
+        if picture and there.is_file() and there.resolve() not in known:
+            Image.open(there).close()
+            there = there.parent
+    while not os.path.lexists(there):
         there = there.parent
+    if picture and there == whole:
+        raise UserError(f"cannot write into {path}: it is an input or not a picture")
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f"cannot write into {path}: {there} is not a folder you may write to")
-    return Path(path)
+    if max(len(os.fsencode(name)) for name in whole.parts) > 240:
+        raise UserError(f"cannot write into {path}: choose a shorter name")
+    return path
 
 
 def save_picture(picture, path, **options):
     """Write a PIL picture under another name beside the Path `path`, then rename it, so neither a
     full disk nor Ctrl-C leaves half a picture behind. Returns the path."""
-    beside = path.with_name(f".{path.name}")  # keeps the suffix, which tells Pillow the format
+    beside = path.with_name(f".{os.getpid()}.{path.name}")  # the suffix tells Pillow the format
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(beside, **options)
+        picture.save(beside, quality=95, **options)
         os.replace(beside, path)
     except (OSError, ValueError) as e:
         raise UserError(f"cannot write {path}: {e}") from e

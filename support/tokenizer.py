@@ -28,8 +28,9 @@ class Tokenizer:
         """captions: list of B strings -> (B, L) int64: start, pieces, end, then zeros."""
         ids = torch.zeros(len(captions), self.context_length, dtype=torch.long)
         for row, caption in zip(ids, captions, strict=True):
-            if not caption.strip():
-                raise UserError("the caption is empty: write what the picture should show")
+            if not isinstance(caption, str) or not caption.strip():
+                raise UserError("the caption is empty or no text: write what the picture should "
+                                f"show, not {caption!r}")
             pieces = self.bpe.encode(caption)
             room = self.context_length - 2  # for the start and end tokens
             if dropped := pieces[room:]:

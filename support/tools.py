@@ -8,17 +8,18 @@ import argparse
 import functools
 import math
 import os
+import re
 import signal
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import torch
 
 
-class UserError(Exception):
-    """A user's mistake in one line: the value, the rule, the fix."""
+class UserError(argparse.ArgumentTypeError):
+    """A user's mistake in one line: the value, the rule, the fix. argparse adds the option."""
 
 
 def choose_device(name):
@@ -114,6 +115,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, formatter_class=Help, **kwargs)
+        self.color = False  # Python 3.14 would colour the help by control characters
 
     def error(self, message):
         raise UserError(f"{message} (see {self.prog} --help)")
@@ -131,51 +133,80 @@ def known_failure(e):
 
 
 def user_errors(main):
-    """Make main(argv=None) return 0, or 2 after a user's mistake: one line on stderr."""
+    """Make main(argv=None) return 0, or 2 after a user's mistake: one line on stderr. At Python's
+    prompt and in a notebook, where an exit code goes unseen, it raises UserError instead."""
 
     @functools.wraps(main)
     def wrapped(argv=None):
-        try:
-            main(argv)
-            return 0
-        except UserError as e:
-            # From a worker process it arrives as a whole traceback, whose last line is the message.
-            message = str(e).strip().splitlines()[-1].removeprefix("support.tools.UserError: ")
-        except OSError as e:  # a full disk, a folder that is a file, no permission, ...
-            where = f"{e.filename}: " if e.filename else ""
-            message = f"{where}{e.strerror or e}; check the path and the free space"
-        except (MemoryError, RuntimeError) as e:
-            message = known_failure(e)
-            if message is None:
-                raise
-        except KeyboardInterrupt as e:
-            print(f"stopped. {e}", file=sys.stderr)
-            return 130  # what a shell reports after Ctrl-C
-        print(f"error: {message}", file=sys.stderr)
-        return 2
+        with redirect_stdout(Voice(sys.stdout)), redirect_stderr(Voice(sys.stderr)):
+            try:
+                main(argv)
+                return 0
+            except UserError as e:  # from a worker process it comes at the end of a traceback
+                message = str(e).rpartition("support.tools.UserError: ")[2]
+            except OSError as e:  # a full disk, a folder that is a file, no permission, ...
+                where = f"{e.filename}: " if e.filename else ""
+                message = f"{where}{e.strerror or e}; check the path and the free space"
+            except (MemoryError, RuntimeError) as e:
+                message = known_failure(e)
+                if message is None:
+                    raise
+            except KeyboardInterrupt as e:
+                print(f"stopped. {e}", file=sys.stderr)
+                return 130  # what a shell reports after Ctrl-C
+            message = " ".join(message.split())
+            if hasattr(sys, "ps1"):
+                raise UserError(message)
+            print(f"error: {message}", file=sys.stderr)
+            return 2
 
     return wrapped
 
 
+class Voice:
+    """A stream for print that never fails, as no message is worth a training: what it cannot show
+    becomes "?", and one that is closed, full or not there falls silent."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        self.write("")  # finds out whether it is there
+
+    def write(self, text):
+        text = re.sub(r"[^\r\n]+", lambda words: printable(words[0]), text)
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        try:
+            self.stream.write(text.encode(encoding, "replace").decode(encoding))
+            self.stream.flush()
+        except (AttributeError, OSError, ValueError):
+            null = open(os.devnull, "w")
+            with suppress(AttributeError, OSError, ValueError):
+                os.dup2(null.fileno(), self.stream.fileno())  # or Python's exit tries it again
+            self.stream = null
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 def number(kind, least, most, rule):
-    """An argument's type: an int or a float from `least` to `most`."""
+    """An argument's type: an int or a float from `least` to `most`; None stays None."""
     def parse(text):
-        value = kind(text)
-        if not least <= value <= most:  # true of NaN as well
-            raise argparse.ArgumentTypeError(f"{text}: must be {rule}")
+        value = None if text is None else kind(text)
+        if value is not None and not least <= value <= most:  # true of NaN as well
+            raise UserError(f"{text}: must be {rule}")
         return value
 
     parse.__name__ = kind.__name__  # for argparse's messages
     return parse
 
 
-natural = number(int, 0, 2**48, "0 or more, and at most 2^48")
-positive = number(int, 1, 2**48, "1 or more, and at most 2^48")
+natural = number(int, 0, 1000, "0 to 1000")
+positive = number(int, 1, 10**9, "1 to 10^9")
+some = number(int, 1, 10**5, "1 to 100000")
 sampling_steps = number(int, 1, 1000, "1 to 1000: the stages have 1000 noise levels")
-two_or_more = number(int, 2, 2**48, "2 or more, and at most 2^48")
+two_or_more = number(int, 2, 1000, "2 to 1000")
 # sample.noise_for multiplies seeds by 8, and PyTorch's CPU generator uses only 32 bits of a seed.
 seed_number = number(int, 0, 2**29 - 1, "0 or more, and below 2^29")
-finite = number(float, -1e30, 1e30, "finite")
+finite = number(float, -100, 100, "from -100 to 100")
 positive_number = number(float, 1e-30, 1e30, "above 0 and below 1e30")
 fraction = number(float, 0, 1, "between 0 and 1")
 

@@ -6,7 +6,7 @@ from argparse import Namespace
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.testing import assert_close
 
 import manipulate
@@ -36,10 +36,11 @@ def files(tmp_path, monkeypatch):
         picture = Image.new("RGB", (40, 32), "gray")
         picture.paste(colour, (8, 8, 24, 24))
         picture.save(f"{name}.png")
-    mask = Image.new("L", (32, 32))
+    mask = Image.new("L", (40, 32))
     mask.save("black.png")
-    mask.paste(255, (16, 0, 32, 32))
+    mask.paste(255, (20, 0, 40, 32))
     mask.save("mask.png")
+    mask.resize((32, 32)).save("square.png")
     (tmp_path / "words.png").write_text("not a picture")
     return tmp_path
 
@@ -240,18 +241,28 @@ def test_inpainting_repeats_each_step_but_the_last_and_sees_the_known_part_noise
         assert noise == pytest.approx((1 - d.alphas_cumprod[t]).sqrt().item(), rel=0.1)
 
 
+def test_a_mask_is_white_where_it_is_light_or_transparent(files):
+    pipeline, half = Namespace(sizes=[16], device="cpu"), Image.open("mask.png")
+    clear = Image.merge("LA", (Image.new("L", half.size), ImageOps.invert(half)))
+    blue = ImageOps.colorize(half, "black", "blue")
+    for mask in (half, half.resize((80, 64)), half.point(lambda v: v // 255), clear, blue):
+        mask.save("other.png")
+        white = manipulate.mask_of(pipeline, "other.png", "a.png")
+        assert torch.equal(white, (torch.arange(16) >= 8).expand(1, 1, 16, 16))
+
+
 # --- the commands
 
 
 @pytest.mark.parametrize("arguments, columns, name, says", [
-    ("vary a.png -n 2", 4, "vary_a", "dB"),
+    ("vary a.png -n 2", 4, "vary_a", "middle square"),
     ("vary a.png --eta 0", 2, "vary_a", "dB"),
     ("blend a.png b.png --frames 3", 5, "blend_a_b", "blend_a_b.gif"),
     ("blend a.png b.png --noise fixed --frames 2", 4, "blend_a_b", "dB"),
     ("edit a.png --to circle --frames 3", 4, "edit_a_circle", "dB"),
     ("edit a.png --to circle --from star", 7, "edit_a_circle", "dB"),
     ("probe a.png", 6, "probe_a", "probe"),
-    ("inpaint a.png mask.png circle", 3, "inpaint_a_circle", "png"),
+    ("inpaint a.png mask.png circle", 3, "inpaint_a_circle", "50.0% of the square"),
 ])
 def test_each_command_writes_a_labelled_strip(
     arguments, columns, name, says, untrained_run, files, capsys
@@ -272,6 +283,7 @@ def test_each_command_writes_a_labelled_strip(
     ("edit a.png --to ", "empty"),
     ("edit a.png --to circle --from circle", "the same to CLIP"),
     ("inpaint a.png black.png circle", "white where to draw"),
+    ("inpaint a.png square.png circle", "its shape"),
 ])
 def test_mistakes_end_in_one_line_and_exit_code_2(arguments, says, untrained_run, files, capsys):
     command = [*arguments.split(" "), "--weights", str(untrained_run), "--out", "out"]

@@ -1,6 +1,8 @@
 """sample.py: captions in, pictures out; the same command gives the same bytes."""
 
+import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +12,9 @@ from PIL import Image
 import sample
 from diffusion import GaussianDiffusion
 from sample import Pipeline
-from support.drawing import slugs
+from support.drawing import sheet_path, slugs
 from support.sheets import to_pil
+from support.tools import UserError
 
 NEAREST = Image.Resampling.NEAREST
 
@@ -36,13 +39,24 @@ def draw(untrained_run, tmp_path):
 
 def test_all_seeds_of_a_caption_come_first_and_the_command_writes_the_same_pictures(pipeline, draw):
     captions = ["a red circle", "a star, on black"]
-    both = pipeline.draw(captions, seeds=[3, 4], size=16)
+    both = pipeline.draw((c for c in captions), seeds=[3, 4], size=16)
     alone = pipeline.draw(captions[0], [3], 16) + pipeline.draw(captions[1], [4], 16)
     assert both[0] == alone[0] and both[3] == alone[1]
     assert len({picture.tobytes() for picture in both}) == len(both) == 4
     out = draw("-n", "2", "--seed", "3", "--size", "16", captions=captions)
     names = [f"{c}_{s}.png" for c in ("a-red-circle", "a-star-on-black") for s in (3, 4)]
     assert all(np.array_equal(p, Image.open(out / name)) for p, name in zip(both, names))
+
+
+@pytest.mark.parametrize("wrong", [
+    {"captions": ["star", 5]}, {"captions": None}, {"captions": ["star", " "]}, {"scale": math.nan},
+    {"prior_scale": 1e300}, {"candidates": 10**12}, {"prior_steps": 0},
+])
+def test_nonsense_is_a_users_mistake_and_what_is_not_finite_is_not_drawn_in_black(wrong, pipeline):
+    with pytest.raises(UserError):
+        pipeline.draw(**{"captions": "star", "size": 16} | wrong)
+    with pytest.raises(UserError, match="not finite"):
+        pipeline.upsample(torch.full((1, 3, 16, 16), math.nan), [0], 16)
 
 
 def test_noise_is_that_of_the_seed_stage_and_attempt_in_any_batch():
@@ -101,11 +115,19 @@ def test_says_what_it_wrote_and_nothing_else_but_one_warning(draw, capfd):
 
 
 def test_out_can_name_the_grid_but_not_take_the_place_of_a_picture(draw, untrained_run, capsys):
-    out = draw("-n", "1", out="here/sheet.png")
-    assert sorted(p.name for p in out.parent.iterdir()) == ["a-red-circle_0.png", "sheet.png"]
+    out = draw("-n", "1", out="here/sheet.JPG")
+    assert sorted(p.name for p in out.parent.iterdir()) == ["a-red-circle_0.png", "sheet.JPG"]
+    assert Image.open(out).format == "JPEG"
     taken = str(out.parent / "a-red-circle_0.png")
     assert sample.main(["a red circle", "--weights", str(untrained_run), "--out", taken]) == 2
     assert "choose another" in capsys.readouterr().err
+
+
+def test_captions_can_come_from_a_file(draw, tmp_path):
+    (tmp_path / "it.txt").write_text("a star\r\n\n a star", encoding="utf-8-sig", newline="")
+    out = draw("-n", "1", "--from-file", tmp_path / "it.txt", out="it.webp").parent
+    names = ["a-red-circle_0.png", "a-star-2_0.png", "a-star_0.png", "it.txt", "it.webp"]
+    assert sorted(p.name for p in out.iterdir()) == names
 
 
 def test_the_same_command_writes_the_same_bytes(draw):
@@ -143,6 +165,7 @@ def test_stops_at_the_largest_trained_size_and_says_so(untrained_run, draw, tmp_
 def test_file_names_are_different_and_short_enough_in_bytes():
     assert slugs(["Red", "red 2", "red!", "..."]) == ["red", "red-2", "red-3", "caption"]
     assert all(0 < len(name.encode()) <= 60 for name in slugs(["\U0001d49c" * 100]))
+    assert len(sheet_path(Path("out"), ["blend", "x" * 170, "y" * 170]).name) == 131
 
 
 @pytest.mark.parametrize("arguments, says", [
@@ -151,6 +174,7 @@ def test_file_names_are_different_and_short_enough_in_bytes():
     ("a|--size|8", "--size 8"),
     ("a|--prior-steps|1001", "--prior-steps: 1001: must be 1 to 1000"),
     ("a|--out|file/there", "cannot write into file/there"),
+    ("-n|1", "give a caption"),
     ("a|--decoder|decoder_caption|--prior|text_emb", "leave --prior out"),
 ])
 def test_mistakes_end_in_one_line_before_any_work(

@@ -1,9 +1,14 @@
 """Claims about devices, errors and arguments: a user's mistake is one line."""
 
-import argparse
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from support import tools
 from support.sheets import check_folder
@@ -47,26 +52,66 @@ def test_out_of_memory_is_one_line(error, capsys):
     assert "--batch-size" in said and said.count("\n") == 1
 
 
-def test_where_nothing_can_be_written_is_said_and_nothing_is_made(tmp_path):
-    (tmp_path / "file").write_text("")
-    check_folder(tmp_path / "new" / "newer")
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-    for path in (tmp_path / "file", tmp_path / "file" / "inside"):
+def test_only_a_picture_is_replaced_but_no_input_and_nothing_is_made_yet(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("file.png").touch()
+    Path("dir.png").mkdir()
+    Image.new("RGB", (2, 2)).save("ours.JPG")
+    for path in ("new/newer", "new/a.png", "a.webp", "dir.png/a.png", "ours.JPG"):
+        check_folder(path)
+    for path in ("file", "file/in", "file.png", "dir.png", "x" * 241, "ours.JPG"):
         with pytest.raises(UserError, match="cannot write into"):
-            check_folder(path)
+            check_folder(path, inputs=["dir.png/../ours.JPG"])
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_no_stream_can_stop_a_command(monkeypatch):
+    closed = io.StringIO()
+    closed.close()
+    for stream in (None, closed):
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert user_errors(lambda argv: print(sys.stderr.isatty()))([]) == 0
+
+
+def test_what_a_stream_cannot_show_is_a_question_mark():
+    stream = io.TextIOWrapper(io.BytesIO(), "cp1252")
+    tools.Voice(stream).write("\ré круг \x1b[31m\udce9\n")
+    assert stream.buffer.getvalue() == b"\r\xe9 ???? ?[31m?\n"
+
+
+@pytest.mark.parametrize("script", ["sample.py", "manipulate.py"])
+def test_commands_run_isolated_without_docstrings_and_into_a_pipe_that_nobody_reads(script):
+    reader, pipe = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-I", "-OO", Path(tools.__file__).parent.parent / script, "--help"]
+    done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE)
+    os.close(pipe)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_notebook_gets_the_line_as_an_exception(monkeypatch):
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    with pytest.raises(UserError, match="^the line$"):
+        run(UserError("Traceback ...\nsupport.tools.UserError: the\nline\n"))
 
 
 @pytest.mark.parametrize("kind, good, bad", [
-    (tools.natural, {"0": 0, "7": 7}, ["-1", "1.5", "x", str(2**60)]),
-    (tools.positive, {"1": 1}, ["0"]),
+    (tools.natural, {"0": 0, "7": 7}, ["-1", "1.5", "x", str(2**40)]),
+    (tools.positive, {"1": 1}, ["0", str(2**60)]),
+    (tools.some, {"100000": 100000}, ["0", "1000000000000"]),
+    (tools.two_or_more, {"2": 2}, ["1", str(2**47)]),
+    (tools.finite, {"-3": -3, "100": 100}, ["nan", "1e300"]),
     (tools.seed_number, {"0": 0}, [str(2**29)]),
     (tools.positive_number, {"0.5": 0.5}, ["0", "-1", "nan", "inf", "1e300"]),
     (tools.fraction, {"0": 0, "1": 1}, ["1.01", "-0.1", "nan"]),
 ])
 def test_arguments_have_the_types_that_they_say(kind, good, bad):
     assert all(kind(text) == value for text, value in good.items())
+    assert kind(None) is None
     for text in bad:
-        with pytest.raises((argparse.ArgumentTypeError, ValueError)):
+        with pytest.raises((UserError, ValueError)):
             kind(text)
 
 
