@@ -39,8 +39,8 @@ from support.pictures import DATA, load_data
 from support.run import Run
 from support.sheets import draw_grid, save_picture
 from support.tools import (
-    Parser, UserError, autocast, choose_device, ignore_signals, natural, positive, positive_number,
-    seed_number, stop_signals, usable_cores, user_errors,
+    Parser, UserError, autocast, batches_of, choose_device, ignore_signals, natural, positive,
+    positive_number, seed_number, stop_signals, usable_cores, user_errors,
 )
 
 EMA_DECAY = 0.9995  # Paper: .9999 (AR prior .999), over 600K steps and more; our runs are shorter
@@ -205,8 +205,8 @@ def train(run, model, batches, val_batches, checkpoint):
     loader = torch.utils.data.DataLoader(  # of whole batches, in order
         batches, batch_size=None, sampler=range(first, steps), num_workers=settings["workers"],
         worker_init_fn=ignore_signals, pin_memory=device.type == "cuda")
-    bar = tqdm(run.timed(loader), run.stage, total=steps, initial=first, disable=rank > 0 or None)
-    with stop_signals(listen=rank == 0) as asked:
+    with stop_signals(listen=rank == 0) as asked, batches_of(loader) as fresh:
+        bar = tqdm(run.timed(fresh), run.stage, steps, initial=first, disable=rank > 0 or None)
         for step, batch in enumerate(bar, first):
             batch = to_device(batch, device)
             torch.manual_seed(hash((settings["seed"], step, rank)) % 2**62)  # the step's own noise

@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from support.checkpoint import save_checkpoint
-from support.tools import UserError, usable_cores
+from support.tools import UserError, batches_of, usable_cores
 
 SHARD = 4096  # pictures or captions
 read = functools.partial(torch.load, mmap=True, weights_only=True)
@@ -143,8 +143,9 @@ def embed_pictures(clip, data, start, batch_size):
     loader = torch.utils.data.DataLoader(
         range(start, min(start + SHARD, len(data))), batch_size, num_workers=min(usable_cores(), 8),
         collate_fn=functools.partial(decode, data, clip.image_size, clip.interpolation))
-    image_emb = [clip.encode_image(images.to(clip.mean.device)).cpu()
-                 for images in tqdm(loader, f"CLIP: pictures from {start}", disable=None)]
+    with batches_of(loader) as batches:
+        image_emb = [clip.encode_image(images.to(clip.mean.device)).cpu() for images in tqdm(
+            batches, f"CLIP: pictures from {start}", len(loader), disable=None)]
     return {"image_emb": torch.cat(image_emb).half()}
 
 

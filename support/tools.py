@@ -101,6 +101,21 @@ def ignore_signals(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
+@contextmanager
+def batches_of(loader):
+    """iter(loader), whose worker processes end with the loop, whatever ends it and whatever they
+    are doing. Left to themselves they outlive an error, and Python waits for them at its exit."""
+    batches = iter(loader)
+    workers = getattr(batches, "_workers", [])  # it has none where this process does the work
+    for worker in workers:
+        worker.terminate = worker.kill  # they ignore SIGTERM, which is the loader's last resort
+    try:
+        yield batches
+    finally:
+        if workers:
+            batches._shutdown_workers()
+
+
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows every default but None and False."""
 
