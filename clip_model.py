@@ -15,12 +15,14 @@ Letters: B batch, D embedding, L context length, W text width.
 
 import functools
 import math
+import re
 from dataclasses import dataclass
 
 import open_clip
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from open_clip.loss import gather_features
 from torch import nn
 
 from diffusion import at_least_float32
@@ -60,6 +62,7 @@ class SmallClip(nn.Module):
             context_length=config.context_length, vocab_size=len(config.vocab) + 2,  # see Tokenizer
             width=config.text_width, heads=config.text_heads, layers=config.text_layers)
         self.model = open_clip.CLIP(config.dim, vision, text)
+        self.model.visual.to(memory_format=torch.channels_last)  # faster convolutions, as in UNet
 
     @classmethod
     def fresh(cls, fields, data, clip=None, embeddings=None):
@@ -71,8 +74,7 @@ class SmallClip(nn.Module):
     def batch(config, data, embeddings, indices, rng):
         """Pictures `indices`, each with one of its captions: image (B, 3, H, W), tokens (B, L)."""
         captions = [c[rng.integers(len(c))] for c in map(data.captions, indices)]
-        # A photo is cut to a square: anywhere in training, in the centre for FrozenClip.
-        images = [data.image(i, config.image_size, place=rng.random()) for i in indices]
+        images = [varied(data, i, config.image_size, c, rng) for i, c in zip(indices, captions)]
         return {"image": torch.stack(images), "tokens": tokenizer_of(config)(captions)}
 
     def loss(self, batch, t=None):
@@ -80,15 +82,18 @@ class SmallClip(nn.Module):
         self.model.logit_scale.data.clamp_(max=math.log(100))  # see clip_loss
         # open_clip's forward normalises, and returns the scale already exponentiated: another exp
         # would start it at exp(14). Its encode_image and encode_text do *not* normalise.
-        image_emb, text_emb, scale = self.model(batch["image"], batch["tokens"])
-        contrast = clip_loss
+        captions, which = batch["tokens"].unique(dim=0, return_inverse=True)  # each one once
+        image_emb, text_emb, scale = self.model(batch["image"], captions)
+        rows = at_least_float32(image_emb), at_least_float32(text_emb)[which]
         if self.training and dist.is_initialized():
             # All processes' rows together: among fewer, the right caption is easier to find.
-            contrast = open_clip.ClipLoss(gather_with_grad=True, rank=dist.get_rank(),
-                                          world_size=dist.get_world_size())
+            rows = gather_features(*rows, gather_with_grad=True)
+            tokens = batch["tokens"].expand(dist.get_world_size(), -1, -1).contiguous()
+            dist.all_gather(list(tokens), batch["tokens"])
+            which = tokens.flatten(0, 1).unique(dim=0, return_inverse=True)[1]
         # Not in bfloat16, whose 8 significant bits leave logits near 100 off by up to 0.25.
         with torch.autocast(image_emb.device.type, enabled=False):
-            return contrast(at_least_float32(image_emb), at_least_float32(text_emb), scale)
+            return clip_loss(*rows, scale, which)
 
     @torch.no_grad()
     def preview(self, batches):
@@ -100,16 +105,34 @@ class SmallClip(nn.Module):
         return {"match_of_16": match}, None, None
 
 
-def clip_loss(image_emb, text_emb, scale):
+def varied(data, i, size, caption, rng):
+    """Picture i as another photo of the same thing: a window of 7/8 of its side or more, mirrored
+    half the time. Not where a caption tells left from right, nor for drawings."""
+    if not data.photographs:
+        return data.image(i, size)
+    whole = int(rng.integers(size, size * 8 // 7 + 1))
+    top, left = map(int, rng.integers(0, whole - size + 1, 2))
+    # A photo is cut to a square: anywhere in training, in the centre for FrozenClip.
+    image = data.image(i, whole, (top, left, size), place=rng.random())
+    mirrored = rng.random() < 0.5 and not re.search(r"\b(left|right)\b", caption)
+    return image.flip(-1) if mirrored else image
+
+
+def clip_loss(image_emb, text_emb, scale, which=None):
     """Symmetric contrastive loss (CLIP fig. 3): which caption goes with which picture, and back.
 
     image_emb, text_emb: (B, D) unit norm; row i of one belongs to row i of the other.
+    which: (B,) numbers of the captions. Rows of the same number are not each other's negatives:
+    among 256 captions of a data set with few, many are equal, and all of those are right.
     scale: the inverse temperature of the softmax. Cosines end at 1: unscaled, a perfect match
     among 256 captions would have a probability of only e / (e + 255) = 1%. CLIP learns the scale,
     starting at 1 / 0.07 = 14, and clamps it at 100 to keep training stable (CLIP sec. 2.5).
     """
     logits = scale * image_emb @ text_emb.T  # (B, B)
     target = torch.arange(len(logits), device=logits.device)
+    which = target if which is None else which
+    same = (which[:, None] == which) & (target[:, None] != target)
+    logits = logits.masked_fill(same, -math.inf)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 

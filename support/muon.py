@@ -65,11 +65,17 @@ def make_optimizers(model, muon=None):
 
     muon: its learning rate as a multiple of Adam's, which the loop reads from a group's "scale".
     First and last layers, embeddings, norms and biases stay with Adam: each of their rows means
-    something by itself, such as a colour channel or a word.
+    something by itself, such as a colour channel or a word. Norms, biases and embeddings do not
+    decay: nothing is gained by pulling a scale or a word towards 0.
     """
     stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     inside = {p for stack in stacks for p in stack.parameters() if p.dim() > 1} if muon else set()
     matrices = [p for p in model.parameters() if p in inside]  # in the model's order, for resuming
-    others = [p for p in model.parameters() if p not in inside]
-    adam = torch.optim.AdamW([{"params": others, "scale": 1.0}], fused=True, **ADAM)
+    others = [(name, p) for name, p in model.named_parameters() if p not in inside]
+    groups = {True: [], False: []}  # whether they decay
+    for name, p in others:
+        groups[p.dim() > 1 and "embedding" not in name and "position" not in name].append(p)
+    adam = torch.optim.AdamW([{"params": groups[True], "scale": 1.0},
+                              {"params": groups[False], "scale": 1.0, "weight_decay": 0.0}],
+                             fused=True, **ADAM)
     return [adam, Muon([{"params": matrices, "scale": muon}], lr=0.0)] if matrices else [adam]

@@ -71,6 +71,7 @@ class Pictures:
     name: str
     items: list  # (a path or uint8 pixels (H, W, 3), captions)
     content: list  # what the fingerprint is made from
+    photographs = True  # they may be cropped and mirrored
 
     def __len__(self):
         return len(self.items)

@@ -231,7 +231,7 @@ class Shapes:
     n: int
     split: str = "train"  # or "val", or "held_out": colour-shape pairs unseen in training
     seed: int = 0
-    name = "shapes"
+    name, photographs = "shapes", False
 
     def __len__(self):
         return self.n

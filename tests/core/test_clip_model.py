@@ -12,9 +12,12 @@ from open_clip import image_transform
 from PIL import Image
 from torch.testing import assert_close
 
-from clip_model import FrozenClip, SmallClip, SmallClipConfig, clip_loss, freeze_small_clip
+from clip_model import (
+    FrozenClip, SmallClip, SmallClipConfig, clip_loss, freeze_small_clip, varied,
+)
 from helpers import FakeBatches, pictures, unit
 from support.openclip import weights_hash
+from support.pictures import Pictures
 from support.sheets import to_tensor
 from support.tokenizer import Tokenizer, make_vocab
 
@@ -91,8 +94,18 @@ def test_loss_is_its_formula_both_ways_and_in_float32_under_autocast(monkeypatch
     for rows in ((a, b), (b, a)):
         monkeypatch.setattr(small.model, "forward", lambda *_, rows=rows: (*rows, 100.0))
         with torch.autocast("cpu", torch.bfloat16):
-            loss = small.loss({"image": None, "tokens": None})
+            loss = small.loss({"image": None, "tokens": torch.arange(6)[:, None]})
         assert_close(loss, plain_loss(a, b, 100.0))
+
+
+def test_equal_captions_are_not_each_others_negatives():
+    """Against the same sums, each over the row itself and the rows with other captions."""
+    a, b, which = unit(5, D), unit(5, D), torch.tensor([0, 1, 0, 2, 1])
+    allowed = (which[:, None] != which) | torch.eye(5, dtype=torch.bool)
+    weights = torch.where(allowed, (9.0 * a @ b.T).exp(), 0)
+    wanted = (weights.sum(0).log() + weights.sum(1).log() - 2 * weights.diag().log()).mean() / 2
+    assert_close(clip_loss(a, b, 9.0, which), wanted)
+    assert clip_loss(a, b, 9.0, torch.zeros(5)) == 0  # nothing to tell apart
 
 
 def gradients(small, batch):
@@ -120,6 +133,7 @@ def one_process(rank, world, folder):
 @pytest.mark.parametrize("world", [1, 2])
 def test_processes_together_have_the_loss_and_gradients_of_one(world, tmp_path):
     small, batch = make_small(), {name: x[:4] for name, x in batch_of(make_small()).items()}
+    batch["tokens"][3] = batch["tokens"][0]  # equal captions, one in each process
     torch.save(batch, tmp_path / "batch.pt")
     wanted = gradients(small, batch)
     start = torch.multiprocessing.start_processes
@@ -131,22 +145,24 @@ def test_processes_together_have_the_loss_and_gradients_of_one(world, tmp_path):
 
 
 class Data(list):
-    """Pictures of one grey, which says which picture it is and where its square was taken."""
+    """Pictures of one grey, which says which picture it is."""
+
+    photographs = False
 
     def captions(self, i):
         return [CAPTIONS[i], CAPTIONS[i - 1], CAPTIONS[i - 2]]
 
-    def image(self, i, size, place):
-        return torch.full((3, size, size), i + place)
+    def image(self, i, size):
+        return torch.full((3, size, size), float(i))
 
 
-def test_a_batch_draws_all_captions_and_then_all_places():
+def test_a_batch_draws_a_caption_of_each_picture():
     small, data, indices, rng = make_small(), Data(range(5)), [3, 0, 4], np.random.default_rng(7)
     batch = SmallClip.batch(small.config, data, None, indices, np.random.default_rng(7))
     captions = [data.captions(i)[rng.integers(3)] for i in indices]
     assert_close(batch["tokens"], Tokenizer(L, small.config.vocab)(captions))
     for i, image in zip(indices, batch["image"], strict=True):
-        assert_close(image, torch.full((3, 32, 32), i + rng.random()))
+        assert_close(image, torch.full((3, 32, 32), float(i)))
     # A fresh CLIP knows the words of its data.
     assert SmallClip.fresh(SIZES, data, None, None).config == small.config
 
@@ -224,3 +240,17 @@ def test_identity_is_that_of_the_weights_even_stored_in_half():
     assert before == weights_hash(small.half()) == weights_hash(small.float())
     small.model.positional_embedding.data[3, 3] += 0.1
     assert weights_hash(small) != before
+
+
+def test_photographs_vary_in_place_and_scale_and_side_unless_the_caption_says_left():
+    """A ramp from left to right: its ends and its slope say which window was taken."""
+    ramp = np.tile(np.arange(256, dtype=np.uint8), (256, 1))
+    data = Pictures("ramp", [(np.dstack([ramp] * 3), ["a ramp"])], [])
+    seen = {}
+    for caption in ("a ramp", "dark on the left"):
+        rng = np.random.default_rng(0)
+        rows = [varied(data, 0, 56, caption, rng)[0, 28] for _ in range(100)]
+        widths = torch.stack([(row[-1] - row[0]) / 2 * 256 / 255 * 56 / 55 for row in rows])
+        seen[caption] = (widths < 0).sum().item()
+        assert 7 / 8 - 0.01 < widths.abs().min() < 0.90 and 0.97 < widths.abs().max() < 1.01
+    assert 30 < seen["a ramp"] < 70 and seen["dark on the left"] == 0

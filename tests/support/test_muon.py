@@ -77,8 +77,13 @@ def test_every_parameter_has_one_optimizer_and_the_ends_have_adam():
                                   attention_levels=(1,), context_width=32, text_depth=1))
     of = {id(p): name for name, p in model.named_parameters()}
     optimizers = make_optimizers(model, 5.0)
-    adam, muon = ([of[id(p)] for p in o.param_groups[0]["params"]] for o in optimizers)
+    decaying, others, muon = ([of[id(p)] for p in group["params"]]
+                              for o in optimizers for group in o.param_groups)
+    adam = decaying + others
     assert sorted(adam + muon) == sorted(of.values())
+    assert optimizers[0].param_groups[1]["weight_decay"] == 0
+    assert {"unet.conv_in.weight", "image_to_time.weight"} <= set(decaying)
+    assert {"text_position", "text_norm.weight", "unet.conv_in.bias"} <= set(others)
     assert {"unet.down.0.res.conv_1.weight", "text_blocks.0.mlp.0.weight"} <= set(muon)
     assert {"unet.conv_in.weight", "unet.conv_out.weight", "null_image_emb",
             "unet.down.0.res.conv_1.bias", "unet.down.0.res.norm_1.weight"} <= set(adam)
