@@ -118,6 +118,13 @@ class GaussianDiffusion(nn.Module):
         if variance == "analytic":  # This one is measured, so it has. 0 until then.
             self.register_buffer("x_0_variance", torch.zeros(T, dtype=torch.float64))
 
+    def _apply(self, move, recurse=True):
+        """What .to() does to each tensor. Apple's GPUs ("mps") have no float64, hence float32."""
+        try:
+            return super()._apply(move, recurse)
+        except TypeError:
+            return super()._apply(lambda x: move(x.float() if x.is_floating_point() else x))
+
     def alpha_bar(self, t):
         """alphas_cumprod at t: (B,) float64. At t = -1 it is 1, the entry appended here."""
         return F.pad(self.alphas_cumprod, (0, 1), value=1.0)[t]
@@ -263,7 +270,7 @@ class GaussianDiffusion(nn.Module):
         ts = self.timesteps(min(levels, self.T))[::-1]  # ascending
         # It is at most the data's variance. But where noise is predicted, dividing by a tiny
         # sqrt(alpha_bar) makes a huge error of a small one.
-        data_variance = x_0.double().var(dim=0, correction=0).mean().item()
+        data_variance = x_0.cpu().double().var(dim=0, correction=0).mean().item()
         most = data_variance if self.predict == "noise" else math.inf
         generator, errors = torch.Generator().manual_seed(0), []
         for level in ts:
@@ -271,7 +278,7 @@ class GaussianDiffusion(nn.Module):
             noise = torch.randn(x_0.shape, generator=generator).to(x_0)
             x_t = self.q_sample(x_0, t, noise)
             error = self.predictions(network(x_t, t), x_t, t)[0] - x_0
-            errors.append(min(error.double().square().mean().item(), most))
+            errors.append(min(error.cpu().double().square().mean().item(), most))
         self.x_0_variance.copy_(torch.from_numpy(np.interp(range(self.T), ts, errors)))
 
     # --- sampling --------------------------------------------------------------------------------

@@ -13,8 +13,12 @@ Letters: B pictures, D CLIP embedding, L caption tokens, W text width, H, W pict
 """
 
 import itertools
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # support.tools takes Ctrl-C back: no traceback
 
 import torch
 

@@ -31,6 +31,8 @@ STAGES = {
     "decoder_text_emb": (Decoder, DecoderConfig),
     "decoder_caption": (Decoder, DecoderConfig),
 }
+SHARED = ("data", "root", "limit", "preset", "seed")  # settings that a run's stages share
+KEPT = (*SHARED, "steps", "batch_size", "lr", "muon", "focus")  # and that a resumed stage keeps
 
 # For each stage: fields of the model's config that differ from its defaults, then the training.
 # "muon": Muon's learning rate, as a multiple of "lr" (support/muon.py); without it, Adam alone.
@@ -159,6 +161,18 @@ def load_stage(folder, stage, device="cpu"):
     model = build(checkpoint, path).to(device)
     model.clip = checkpoint["clip"]
     return model
+
+
+def begun(path):
+    """(the checkpoint to continue or an empty one, the settings known so far, their CLIP's spec).
+    A new stage takes them from the first other one in its folder: a run has one data set."""
+    paths = [p for p in (path, *(path.with_name(f"{s}.pt") for s in STAGES)) if p.exists()]
+    fresh = {"step": 0, "clip": None, "run": {}, "figures": {}}
+    told = load_checkpoint(paths[0], paths[0].stem) if paths else fresh
+    spec = (told["clip"] or {"spec": "small"})["spec"]
+    if path.exists():
+        return told, told["run"], spec
+    return fresh, {k: told["run"][k] for k in (*SHARED, "fingerprint") if k in told["run"]}, spec
 
 
 def load_clip(folder, spec="small", device="cpu"):

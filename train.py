@@ -21,26 +21,29 @@ import functools
 import math
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # support.tools takes Ctrl-C back: no traceback
+
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from stages import BASELINES, ORDER, PRESETS, STAGES, build, check_clip, fresh_model, load_clip
-from stages import needs_clip, recipe
+from stages import BASELINES, KEPT, ORDER, PRESETS, STAGES, begun, build, check_clip, fresh_model
+from stages import load_clip, needs_clip, recipe
 from support.cache import embed
-from support.checkpoint import export_checkpoints, load_checkpoint, restore
+from support.checkpoint import export_checkpoints, restore
 from support.muon import make_optimizers
 from support.pictures import DATA, load_data
 from support.run import Run
 from support.sheets import draw_grid, save_picture
 from support.tools import (
-    Parser, UserError, autocast, choose_device, ignore_signals, natural, positive, positive_number,
-    seed_number, stop_signals, usable_cores, user_errors,
+    Parser, UserError, autocast, choose_device, in_workers, joined_processes, natural, positive,
+    positive_number, seed_number, sole_trainer, stop_signals, usable_cores, user_errors,
 )
 
 EMA_DECAY = 0.9995  # Paper: .9999 (AR prior .999), over 600K steps and more; our runs are shorter
@@ -134,7 +137,8 @@ def focused_levels(model, batch, band):
 
 
 def to_device(batch, device):
-    return {name: x.to(device, non_blocking=True) for name, x in batch.items()}
+    fast = "cuda" in str(device)  # from pinned memory: need not wait for the copy
+    return {name: torch.as_tensor(x).to(device, non_blocking=fast) for name, x in batch.items()}
 
 
 @torch.no_grad()
@@ -202,11 +206,9 @@ def train(run, model, batches, val_batches, checkpoint):
         loss_of.compile(options={"fallback_random": True})  # the same noise as without
     if batches.world > 1:
         loss_of = nn.parallel.DistributedDataParallel(loss_of)
-    loader = torch.utils.data.DataLoader(  # of whole batches, in order
-        batches, batch_size=None, sampler=range(first, steps), num_workers=settings["workers"],
-        worker_init_fn=ignore_signals, pin_memory=device.type == "cuda")
-    bar = tqdm(run.timed(loader), run.stage, total=steps, initial=first, disable=rank > 0 or None)
-    with stop_signals(listen=rank == 0) as asked:
+    loading = in_workers(batches.__getitem__, range(first, steps), settings["workers"], device)
+    with stop_signals(listen=rank == 0) as asked, loading as loaded:
+        bar = tqdm(run.timed(loaded), run.stage, steps, initial=first, disable=rank > 0 or None)
         for step, batch in enumerate(bar, first):
             batch = to_device(batch, device)
             torch.manual_seed(hash((settings["seed"], step, rank)) % 2**62)  # the step's own noise
@@ -235,29 +237,24 @@ def train(run, model, batches, val_batches, checkpoint):
                 look(run, done, ema.model, val_batches)
             if stop:
                 raise KeyboardInterrupt(f"{run.path} is saved at step {done}: --resume continues")
-    if batches.world > 1:
-        dist.barrier()  # nobody reads the checkpoint before it is written
     if rank == 0:
         run.summary(device)
 
 
 # --- the command line ----------------------------------------------------------------------------
 
-# What a resumed training keeps unless the command line says otherwise.
-KEPT = ("data", "root", "limit", "preset", "seed", "steps", "batch_size", "lr", "muon", "focus")
-
-
 def settle(stage, args, before):
-    """The settings of a training: from the command line, else from before --resume, else from the
-    preset. Refuses to change the data, the preset or the seed, and notes other changes."""
+    """The settings of a training: from the command line, else as its run began, else the preset's.
+    Refuses other data and, with --resume, another preset or seed; notes other changes."""
     given = {name: x for name, x in vars(args).items() if name in KEPT and x is not None}
+    fixed = ("data", "preset", "seed") if "steps" in before else ("data",)
     before = {name: x for name, x in before.items() if name in KEPT}
     for name in given:
         if name in before and before[name] != given[name]:
-            changed = f"{name} was {before[name]}, is {given[name]} now"
-            if name in ("data", "preset", "seed"):
-                raise UserError(f"--resume: {changed}; leave it out, or give another --out")
-            print(f"note: {stage}: {changed}")
+            changed = f"{stage}: {name} was {before[name]}, is {given[name]} now"
+            if name in fixed:
+                raise UserError(f"{changed}; leave it out, or give another --out")
+            print(f"note: {changed}")
     said = {"data": "shapes", "preset": "tiny", "seed": 0} | before | given
     settings = dict.fromkeys(KEPT) | recipe(said["preset"], stage)[1] | said
     return settings | {
@@ -275,9 +272,8 @@ def run_stage(stage, args, device, rank, world):
     path = Path(args.out) / f"{stage}.pt"
     if path.exists() and not args.resume:
         raise UserError(f"{path} is there: --resume continues it, another --out starts afresh")
-    checkpoint = (load_checkpoint(path, stage) if path.exists()
-                  else {"step": 0, "clip": None, "run": {}, "figures": {}})
-    settings = settle(stage, args, checkpoint["run"])
+    checkpoint, before, spec = begun(path)
+    settings = settle(stage, args, before)
     steps, size = settings["steps"], settings["batch_size"]
     if checkpoint["step"] >= steps:
         print(f"{stage}: already trained to step {checkpoint['step']} in {path}")
@@ -290,16 +286,15 @@ def run_stage(stage, args, device, rank, world):
         limits = {"train": settings["limit"] or PRESETS[settings["preset"]]["data"], "val": 512}
     data, val = (load_data(settings["data"], settings["root"], *x) for x in limits.items())
     settings |= {"fingerprint": data.fingerprint(), "world": world}
-    if (checkpoint["run"] or settings).get("fingerprint") != settings["fingerprint"]:
-        print(f"note: {stage}: the data is not the same as when this training began")
+    if before.get("fingerprint", data.fingerprint()) != data.fingerprint():
+        print(f"note: {stage}: the data is not the same as when this run began")
     clip, trained_for, embeddings = None, None, (None, None)
     if needs_clip(stage):
-        spec = args.clip or (checkpoint["clip"] or {"spec": "small"})["spec"]
-        clip = load_clip(path.parent, spec, device)
+        clip = load_clip(path.parent, spec := args.clip or spec, device)
         check_clip(checkpoint["clip"], clip, path)
         trained_for = {"spec": spec, "identity": clip.identity}
         with autocast(device):
-            embeddings = [embed(clip, d, path.parent / "cache") for d in (data, val)]
+            embeddings = [embed(clip, d, path.parent / "cache", args.workers) for d in (data, val)]
     torch.manual_seed(settings["seed"])
     model = (build(checkpoint, path) if "ema" in checkpoint
              else fresh_model(stage, settings["preset"], data, clip, embeddings[0]))
@@ -316,15 +311,14 @@ def main(argv=None):
     parser = Parser("train.py", description="Train one stage, or all of them in turn.")
     add = parser.add_argument
     add("stage", choices=("all", *STAGES, "export"), metavar="STAGE",
-        help=f"all ({', '.join(ORDER)}), one of them, or one of {', '.join(BASELINES)}; "
-        "export writes small copies of the stages in --out to --to")
+        help=f"all ({', '.join(ORDER)}), one of them, one of {', '.join(BASELINES)}, or export")
     add("--preset", choices=PRESETS, help="sizes and training budget (default: tiny)")
     add("--data", choices=DATA, help="captioned pictures (default: shapes)")
-    add("--root", help="folder of the data (not for shapes)")
+    add("--root", type=os.path.abspath, help="folder of the data (not for shapes)")
     add("--limit", type=positive, help="pictures to train on (default: all; shapes: the preset's)")
     add("--clip", help="small, trained here (default), or open_clip's MODEL:TAG_OR_FILE")
     add("--out", help="folder of the run (default: runs/DATA-PRESET)")
-    add("--to", help="folder for export")
+    add("--to", help="folder for export, for small copies of the stages in --out")
     add("--resume", action="store_true", help="continue the training in --out, with its settings")
     add("--steps", type=positive, help="training steps (default: the preset's)")
     add("--batch-size", type=positive, help="pictures a step, in all (default: the preset's)")
@@ -333,33 +327,17 @@ def main(argv=None):
     add("--sample-every", type=positive, help="steps between sample grids (default: a fifth)")
     add("--workers", type=natural, default=min(8, usable_cores()), help="to prepare batches")
     add("--compile", action="store_true", help="torch.compile the loss: faster steps on a GPU")
-    add("--device", type=choose_device, default="auto", help="auto, cpu or cuda")
+    add("--device", type=choose_device, default="auto", help="auto, cpu, cuda or mps")
     add("--seed", type=seed_number, help="of weights, batches and noise (default: 0)")
     args = parser.parse_args(argv)
     args.command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
     args.out = args.out or f"runs/{args.data or 'shapes'}-{args.preset or 'tiny'}"
     if args.stage == "export":
         return export_checkpoints(args.out, args.to, STAGES)
-    rank, world, device = join_processes(args.device)
-    try:
+    with joined_processes(args.device) as (rank, world, device):
         for stage in ORDER if args.stage == "all" else [args.stage]:
-            run_stage(stage, args, device, rank, world)
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
-
-
-def join_processes(device):
-    """(rank, world, device): 0, 1 and the device, or this process's own as torchrun started it."""
-    if not dist.is_torchelastic_launched():
-        return 0, 1, device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
-    return dist.get_rank(), dist.get_world_size(), device
+            with sole_trainer(args.out, stage, rank, world):
+                run_stage(stage, args, device, rank, world)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from support.checkpoint import save_checkpoint
-from support.tools import UserError, usable_cores
+from support.tools import UserError, in_workers, usable_cores
 
 SHARD = 4096  # pictures or captions
 read = functools.partial(torch.load, mmap=True, weights_only=True)
@@ -78,9 +78,10 @@ def rows(shards, name, numbers):
     return torch.stack([shards[u // SHARD][name][u % SHARD].float() for u in map(int, numbers)])
 
 
-def embed(clip, data, folder, batch_size=128):
+def embed(clip, data, folder, workers=None, batch_size=128):
     """Embeddings of `data` under `clip`: computes what `folder` lacks. Each CLIP and version of the
     data has its own sub-folder, so no embeddings are out of date."""
+    workers = min(usable_cores(), 8) if workers is None else workers
     key = f"{clip.identity}|{data.name}|{data.fingerprint()}|{len(data)}"
     folder = Path(folder) / hashlib.sha256(key.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +90,7 @@ def embed(clip, data, folder, batch_size=128):
     index = keep(folder / "index.pt", lambda: listed()[0])
     for start in range(0, len(data), SHARD):
         keep(folder / f"pictures-{start // SHARD:05}.pt",
-             lambda: embed_pictures(clip, data, start, batch_size))
+             lambda: embed_pictures(clip, data, start, batch_size, workers))
     for start in range(0, int(index["caption_ids"].max()) + 1, SHARD):
         keep(folder / f"captions-{start // SHARD:05}.pt",
              lambda: embed_captions(clip, listed()[1], start, batch_size))
@@ -138,16 +139,17 @@ def embed_captions(clip, captions, start, batch_size):
             "text_enc": torch.cat(text_enc).half()}
 
 
-def embed_pictures(clip, data, start, batch_size):
+def embed_pictures(clip, data, start, batch_size, workers):
     """The shard of pictures that begins with number `start`. Worker processes decode them."""
-    loader = torch.utils.data.DataLoader(
-        range(start, min(start + SHARD, len(data))), batch_size, num_workers=min(usable_cores(), 8),
-        collate_fn=functools.partial(decode, data, clip.image_size, clip.interpolation))
-    image_emb = [clip.encode_image(images.to(clip.mean.device)).cpu()
-                 for images in tqdm(loader, f"CLIP: pictures from {start}", disable=None)]
+    work = functools.partial(decode, data, clip.image_size, clip.interpolation)
+    jobs = torch.arange(start, min(start + SHARD, len(data))).split(batch_size)
+    with in_workers(work, jobs, workers, clip.mean.device) as made:
+        image_emb = [clip.encode_image(torch.as_tensor(x["image"]).to(clip.mean.device)).cpu()
+                     for x in tqdm(made, f"CLIP: pictures from {start}", len(jobs), disable=None)]
     return {"image_emb": torch.cat(image_emb).half()}
 
 
 def decode(data, size, interpolation, indices):
     """Pictures `indices` as a CLIP wants them."""
-    return torch.stack([data.image(i, size, interpolation=interpolation) for i in indices])
+    return {"image": torch.stack([data.image(i, size, interpolation=interpolation)
+                                  for i in indices.tolist()])}

@@ -19,6 +19,7 @@ the middle leaves the old one as it was.
 import os
 import pickle
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -39,28 +40,30 @@ def save_checkpoint(path, checkpoint):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-        if temporary.is_file():  # unlink fails where the folder is a file
-            temporary.unlink()
         kept = "; the previous checkpoint is untouched" if path.exists() else ""
         raise UserError(f"cannot write {path} ({e}): make room or choose another --out"
                         f"{kept}") from e
+    finally:  # after a second Ctrl-C as well
+        with suppress(OSError):  # it has been renamed, or the folder is a file
+            temporary.unlink()
 
 
 def export_checkpoints(run, folder, stages):
     """Small copies of a run's stages: averaged weights in half precision, without raw weights and
     optimizer. They are a sixth (Muon) to an eighth (Adam) of the size, enough to draw with or to
-    continue training from. CLIP's identity is a hash of weights rounded to half precision, so it
-    stays what the other stages expect."""
+    continue training from. CLIP's identity, a hash of half-precision weights, stays the same."""
     paths = [p for p in (Path(run) / f"{stage}.pt" for stage in stages) if p.exists()]
     if not folder or Path(run).resolve() == Path(folder).resolve():
         raise UserError("export: give --to, another folder than the run's, for the copies")
     if not paths:
         raise UserError(f"{run} has no trained stage to export: give --out the folder of a run")
     copies = [Path(folder) / path.name for path in paths]
-    for copy in copies:
-        if copy.is_file() and "optimizer" in load_checkpoint(copy):
-            raise UserError(f"--to {folder}: {copy} is a training's own checkpoint, which a copy "
-                            "would replace; give another folder")
+    for path, copy in zip(paths, copies):
+        settings = load_checkpoint(path)["run"]
+        there = load_checkpoint(copy) if copy.exists() else {"run": settings}
+        if "optimizer" in there or there["run"] != settings:
+            raise UserError(f"--to {folder}: {copy} is not a copy of this training, whose copy "
+                            "would replace it; give another folder, or delete it")
     for path, copy in zip(paths, copies):
         whole = load_checkpoint(path, path.stem)
         ema = {k: v.half() if v.is_floating_point() else v for k, v in whole["ema"].items()}
@@ -72,15 +75,18 @@ def export_checkpoints(run, folder, stages):
 def load_checkpoint(path, stage=None):
     """The dictionary at `path`. UserError if it is missing, broken, unsafe or another stage's."""
     if not Path(path).is_file():
-        raise UserError(f"no weights at {path}: train this stage with train.py, or give another "
-                        "folder")
+        raise UserError(f"no weights at {path}: train this stage, or give another folder")
+    with open(path, "rb") as file:
+        start, size = file.read(100), os.path.getsize(path)
+    if not start.startswith(b"PK"):  # torch.save writes ZIP archives
+        kind = "an empty" if not size else "a strange" if b"\0" in start else "a text"
+        raise UserError(f"{path} is not weights: {kind} file of {size} bytes; did git-lfs run? "
+                        "Copy it or train it again")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # checksums, which torch does not look at
                 raise ValueError("a checksum is wrong")
-    except PermissionError:
-        raise  # tools.user_errors makes one line of it
     except pickle.UnpicklingError as e:
         raise UserError(f"{path} is not a file of plain weights (it may hold code, which is never "
                         "run): delete it and train or copy it again") from e

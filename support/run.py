@@ -33,11 +33,9 @@ class Run:
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         self.path.with_suffix(".json").write_text(json.dumps(self.about, indent=2) + "\n")
 
-    def timed(self, loader):
-        """The loader's batches; adds up how long each one took to arrive."""
-        self.begun = self.started = time.time()
-        batches = iter(loader)
-        asked = time.time()
+    def timed(self, batches):
+        """The batches; adds up how long each one took to arrive."""
+        self.begun = self.started = asked = time.time()
         for batch in batches:
             self.waited += time.time() - asked
             yield batch

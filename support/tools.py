@@ -5,6 +5,8 @@ is a UserError, which `user_errors` turns into one line and exit code 2.
 """
 
 import argparse
+import atexit
+import ctypes
 import functools
 import math
 import os
@@ -12,10 +14,19 @@ import re
 import signal
 import sys
 import threading
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # a script's first lines, for its imports
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # a second one while Python ends
 
 
 class UserError(argparse.ArgumentTypeError):
@@ -23,21 +34,25 @@ class UserError(argparse.ArgumentTypeError):
 
 
 def choose_device(name):
-    """ "auto", "cpu", "cuda", "cuda:1", ... -> torch.device. Raises UserError if it isn't there."""
+    """ "auto", "cpu", "cuda", "cuda:1", "mps", ... -> torch.device. UserError if it isn't there."""
     count = torch.cuda.device_count()
+    there = ["cpu", *["mps"][: torch.backends.mps.is_available()],
+             *["cuda"][:count], *(f"cuda:{k}" for k in range(count))]
     if name == "auto":
         name = "cuda" if count else "cpu"
-    if name not in ("cpu", *["cuda"][:count], *(f"cuda:{k}" for k in range(count))):
-        raise UserError(f"--device {name}: this machine has the device cpu and {count} of the kind "
-                        "cuda; use --device cpu or auto")
+    if name not in there:
+        raise UserError(f"--device {name}: this machine has {', '.join(there)}; use one of them, "
+                        "or auto")
     return torch.device(name)
 
 
 def autocast(device):
     """Compute in bfloat16 where the hardware multiplies it fast; weights stay in float32."""
     kind = torch.device(device).type
-    fast = (torch.cuda.get_device_capability(device) >= (8, 0) if kind == "cuda"
-            else cpu_is_fast_in_bf16())
+    if kind == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:  # an Apple GPU ("mps") computes in float32, as nobody has tried
+        fast = kind == "cpu" and cpu_is_fast_in_bf16()
     return torch.autocast(kind, torch.bfloat16, enabled=fast)
 
 
@@ -85,7 +100,8 @@ def stop_signals(listen=True):
         asked.extend([number] if listen else [])
 
     if threading.current_thread() is threading.main_thread():  # other threads get no signals
-        before = {number: signal.signal(number, ask) for number in SIGNALS}
+        before = {number: signal.signal(number, ask) for number in SIGNALS
+                  if signal.getsignal(number) != signal.SIG_IGN}  # as nohup has SIGHUP ignored
     try:
         yield asked
     finally:
@@ -100,6 +116,85 @@ def ignore_signals(worker):
     """For a DataLoader's worker processes: the main process decides when to stop."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def in_workers(work, jobs, workers, device):
+    """An iterator of work(job), a dictionary of tensors, for each job in order: made ahead by
+    `workers` processes, or here by none. They end with the loop, whatever ends it and whatever they
+    are doing. Left to themselves they outlive an error, and Python waits for them at its exit."""
+    loader = torch.utils.data.DataLoader(
+        jobs, batch_size=None, num_workers=workers, worker_init_fn=ignore_signals,
+        collate_fn=functools.partial(hand_over, work), pin_memory=device.type == "cuda")
+    before = fcntl and signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a worker keeps this
+    try:
+        made = iter(loader)
+    finally:
+        if fcntl:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    for worker in getattr(made, "_workers", []):
+        worker.terminate = worker.kill  # they ignore SIGTERM, which is the loader's last resort
+    try:
+        yield made
+    finally:
+        if workers:
+            made._shutdown_workers()
+
+
+def hand_over(work, job):
+    """work(job), on its way out of a worker in shared memory; where that is full (a container may
+    have 64 MB of it) as arrays through a pipe. torch.as_tensor takes both."""
+    tensors = work(job)
+    try:
+        for x in tensors.values() if torch.utils.data.get_worker_info() else ():
+            x.share_memory_()
+        return tensors
+    except RuntimeError:
+        return {name: x.numpy() for name, x in tensors.items()}
+
+
+@contextmanager
+def joined_processes(device):
+    """(rank, world, device): 0, 1 and the device, or this process's own as torchrun started it."""
+    if not dist.is_torchelastic_launched():
+        yield 0, 1, device
+        return
+    if sys.platform == "linux":  # if torchrun is killed, so is this: 1 is PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+    try:
+        yield dist.get_rank(), dist.get_world_size(), device
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def sole_trainer(folder, stage, rank, world):
+    """Refuses a stage that another process trains in this folder. The system takes a lock away from
+    a process that ends, however it ends; Windows has no such locks."""
+    lock = Path(folder) / f"{stage}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "w") if rank == 0 and fcntl else nullcontext() as file:
+        try:
+            if file:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as e:
+            raise UserError(f"{folder}: another process is training {stage} here; wait for it, or "
+                            "give another --out") from e
+        try:
+            for left in lock.parent.glob(f"{stage}.*.tmp") if file else ():
+                left.unlink()  # half a checkpoint, by a process that was killed
+            yield
+        finally:
+            if file:
+                lock.unlink()
+    if world > 1:
+        dist.barrier()  # nobody reads the checkpoint before it is written
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -124,7 +219,7 @@ class Parser(argparse.ArgumentParser):
 def known_failure(e):
     """What to do about a failure of the machine; None if it is the program's own."""
     words = (str(e).strip() or type(e).__name__).splitlines()[0][:100]
-    memory = ("allocate memory", "ALLOC_FAILED", "is killed by signal")
+    memory = ("allocate memory", "ALLOC_FAILED", "is killed by signal", "exited unexpectedly")
     if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or any(m in str(e) for m in memory):
         return (f"out of memory ({words}); try a smaller --batch-size or fewer --workers in "
                 "training, a smaller -n or --size in drawing")

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: bit for bit, as tests want it, is CPUs' own
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no pool of compilers that outlives the tests
 
 import pytest
 import torch

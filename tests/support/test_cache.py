@@ -172,8 +172,10 @@ def test_two_passes_at_once_do_no_harm(tmp_path, monkeypatch):
 
 def test_worker_processes_decode_and_reopen(tmp_path, monkeypatch):
     """Decoded by workers the pictures are the same; sent to a worker, Embeddings are a path."""
-    alone = embed(Clip(), Data(), tmp_path / "alone")
-    monkeypatch.setattr(cache, "usable_cores", lambda: 2)
-    sent = pickle.dumps(embed(Clip(), Data(), tmp_path))
-    assert len(sent) < 1000
+    here, decode = [], cache.decode
+    monkeypatch.setattr(cache, "decode", lambda *args: here.append(1) or decode(*args))
+    alone = embed(Clip(), Data(), tmp_path / "alone", workers=0)
+    assert here.pop() and len(here) == 2  # a job a shard
+    sent = pickle.dumps(embed(Clip(), Data(), tmp_path, workers=2))
+    assert len(sent) < 1000 and len(here) == 2
     assert_same(pickle.loads(sent), alone)

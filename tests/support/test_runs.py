@@ -142,13 +142,32 @@ def test_every_signal_that_asks_to_stop_saves_first(
     assert_same(saved(tmp_path)["model"], saved(uninterrupted)["model"])
 
 
-def test_a_training_runs_in_a_thread(tmp_path):
-    """A web demo or a notebook has no signals to listen to there."""
-    codes = []
-    thread = threading.Thread(target=lambda: codes.append(run(tmp_path, "--steps", 2)))
+def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with tools.stop_signals() as asked:
+        signal.raise_signal(signal.SIGHUP)
+    assert not asked and signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
+
+
+def test_a_blocked_worker_ends_with_the_loop(monkeypatch):
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+    busy, cpu = torch.multiprocessing.Event(), torch.device("cpu")
+    with tools.in_workers(lambda k: busy.set() or time.sleep(1000), [0], 1, cpu) as made:
+        assert busy.wait(100)
+    made._workers[0].join(100)
+    assert made._workers[0].exitcode == -signal.SIGKILL
+
+
+def test_a_thread_or_full_shared_memory_changes_nothing(tmp_path, monkeypatch, uninterrupted):
+    """A thread, as in a web demo or a notebook, has no signals; a container has little memory."""
+    def full(x):
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    thread = threading.Thread(target=lambda: run(tmp_path, "--steps", 30, "--workers", "1"))
     thread.start()
     thread.join()
-    assert codes == [0] and saved(tmp_path)["step"] == 2
+    assert_same(saved(tmp_path)["model"], saved(uninterrupted)["model"])
 
 
 def test_a_finished_stage_is_left_alone(micro_run, tmp_path, capsys, monkeypatch):
@@ -173,13 +192,37 @@ def photos(tmp_path):
             "--out", str(tmp_path / "run")]
 
 
-def test_a_run_that_is_resumed_keeps_its_data_and_its_settings(tmp_path, photos):
+def test_a_run_keeps_its_data_and_a_stage_its_settings(tmp_path, photos, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    photos[photos.index("--root") + 1] = "."
     assert train.main([*photos, "--steps", "2", "--batch-size", "4", "--workers", "0"]) == 0
-    again = ["clip", "--resume", "--steps", "4", "--workers", "0", "--out", str(tmp_path / "run")]
-    assert train.main(again) == 0
-    made = saved(tmp_path / "run", "clip")
-    assert made["step"] == 4 and made["run"]["data"] == "folder" and made["run"]["batch_size"] == 4
-    assert train.main([*again, "--data", "shapes"]) == 2  # not on other pictures, silently
+    monkeypatch.chdir(ROOT)
+    for stage, steps, size in (("clip", 4, 4), ("upsampler1", 3, 2)):
+        again = [stage, "--resume", "--workers", "0", "--out", str(tmp_path / "run")]
+        assert train.main([*again, "--data", "shapes"]) == 2  # not on other pictures, silently
+        assert f"error: {stage}: data was folder, is shapes now" in capsys.readouterr().err
+        given = ["--steps", str(steps), *(["--batch-size", "2"] if stage != "clip" else [])]
+        assert train.main([*again, *given]) == 0
+        made = saved(tmp_path / "run", stage)["run"]
+        assert (made["data"], made["root"], made["preset"]) == ("folder", str(tmp_path), "micro")
+        assert (made["steps"], made["batch_size"]) == (steps, size)
+
+
+def test_a_stage_is_trained_by_one_process_at_a_time(tmp_path, capsys):
+    (tmp_path / "upsampler1.99.tmp").write_text("left by a process that was killed")
+    script = f"""import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from support.tools import sole_trainer
+with sole_trainer({str(tmp_path)!r}, "upsampler1", 0, 1):
+    time.sleep(print("mine", flush=True) or 1000)"""
+    other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "mine\n"
+    assert run(tmp_path, "--steps", 2) == 2
+    assert "another process is training upsampler1 here" in capsys.readouterr().err
+    other.kill()
+    other.communicate()
+    assert run(tmp_path, "--steps", 2) == 0
+    assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob("*.lock"))
 
 
 def test_examples_are_counted_through_another_batch_size(tmp_path):
@@ -193,28 +236,22 @@ def test_examples_are_counted_through_another_batch_size(tmp_path):
 # --- when something goes wrong -------------------------------------------------------------------
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("what", ["the loss is nan", "a weight is no longer finite"])
+def test_what_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsys, what):
+    """The loss of a step is that of the weights before it, so it is finite when they break."""
     loss, calls = stages.Upsampler.loss, []
 
     def breaks_at_step_5(self, batch, t=None):
         calls.extend([1] * self.training)  # not those of the validation
         return loss(self, batch, t) * (math.nan if self.training and len(calls) == 5 else 1)
 
-    monkeypatch.setattr(stages.Upsampler, "loss", breaks_at_step_5)
+    if "loss" in what:
+        monkeypatch.setattr(stages.Upsampler, "loss", breaks_at_step_5)
+    else:
+        monkeypatch.setattr(train, "learning_rate", lambda k, settings: 1e-3 if k < 4 else math.inf)
     assert run(tmp_path, "--save-every", 2, "--steps", 8) == 2
-    errors = capsys.readouterr().err
-    assert "step 5" in errors and "nan" in errors and "--lr" in errors
-    assert saved(tmp_path)["step"] == 4
-
-
-def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path, capsys, monkeypatch):
-    """The loss of a step is that of the weights before it, so it is finite when they break."""
-    assert run(tmp_path, "--steps", 2) == 0
-    before = (tmp_path / "upsampler1.pt").read_bytes()
-    monkeypatch.setattr(train, "learning_rate", lambda step, settings: math.inf)
-    assert run(tmp_path, "--resume", "--steps", 4, "--save-every", 1) == 2
-    assert "a weight is no longer finite. The last checkpoint is kept" in capsys.readouterr().err
-    assert (tmp_path / "upsampler1.pt").read_bytes() == before
+    said = f"step 5: {what}. The last checkpoint is kept: try a smaller --lr"
+    assert said in capsys.readouterr().err and saved(tmp_path)["step"] == 4
 
 
 def test_an_optimizer_that_does_not_fit_is_refused_before_anything_changes(tmp_path, capsys):
@@ -267,14 +304,18 @@ def test_resume_refuses_another_clip(micro_run, tmp_path, capsys):
     assert "do not mix" in capsys.readouterr().err
 
 
-def test_a_picture_that_breaks_in_training_is_named_in_one_line(tmp_path, photos, capsys):
-    data = train.load_data("folder", str(tmp_path))  # all fine now, and remembered as fine
-    whole = data.items[0][0].read_bytes()
-    data.items[0][0].write_bytes(whole[: len(whole) // 2])
-    assert train.main([*photos, "--workers", "1"]) == 2
-    errors = capsys.readouterr().err.strip().splitlines()
-    assert errors[-1].startswith("error: image") and data.items[0][0].name in errors[-1]
-    assert not any("Traceback" in line for line in errors)
+def test_a_picture_that_breaks_in_training_is_named_in_one_line(tmp_path, photos):
+    """And the workers end, which wait for orders and ignore signals: in a process of its own."""
+    data = train.load_data("folder", str(tmp_path))
+    script = SCRIPT.replace("sys.exit", f"""
+    train.load_data("folder", {str(tmp_path)!r})  # all fine now, and remembered as fine
+    os.truncate({str(data.items[0][0])!r}, 50)
+    sys.exit""").replace("import sys", "import os, sys")
+    made = subprocess.run([sys.executable, "-c", script, *photos, "--workers", "2"], cwd=ROOT,
+                          stderr=subprocess.PIPE, text=True, timeout=300)
+    last = made.stderr.strip().splitlines()[-1]
+    assert made.returncode == 2 and "Traceback" not in made.stderr
+    assert last.startswith("error: image") and data.items[0][0].name in last
 
 
 # --- copies to give away -------------------------------------------------------------------------
@@ -302,8 +343,11 @@ def test_an_export_replaces_no_trainings_checkpoint(micro_run, tmp_path):
     assert (tmp_path / "upsampler2.pt").read_bytes() == before
     assert not (tmp_path / "clip.pt").exists()  # nothing is written at all
     assert train.main(["export", "--out", str(micro_run), "--to", f"{micro_run}/../micro"]) == 2
+    to = ["--to", str(tmp_path / "x")]
     for _ in range(2):  # but an earlier copy may be replaced
-        assert train.main(["export", "--out", str(micro_run), "--to", str(tmp_path / "x")]) == 0
+        assert train.main(["export", "--out", str(micro_run), *to]) == 0
+    assert run(tmp_path / "y", "--steps", 1) == 0  # by a copy of the same training
+    assert train.main(["export", "--out", str(tmp_path / "y"), *to]) == 2
 
 
 # --- precision, compiler, processes --------------------------------------------------------------
