@@ -106,11 +106,11 @@ class SmallClip(nn.Module):
 
 
 def varied(data, i, size, caption, rng):
-    """Picture i as another photo of the same thing: a window of 7/8 of its side or more, mirrored
+    """Picture i as another photo of the same thing: a window of 4/5 of its side or more, mirrored
     half the time. Not where a caption tells left from right, nor for drawings."""
     if not data.photographs:
         return data.image(i, size)
-    whole = int(rng.integers(size, size * 8 // 7 + 1))
+    whole = int(rng.integers(size, size * 5 // 4 + 1))
     top, left = map(int, rng.integers(0, whole - size + 1, 2))
     # A photo is cut to a square: anywhere in training, in the centre for FrozenClip.
     image = data.image(i, whole, (top, left, size), place=rng.random())

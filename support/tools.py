@@ -267,7 +267,8 @@ class Voice:
         self.write("")  # finds out whether it is there
 
     def write(self, text):
-        text = re.sub(r"[^\r\n]+", lambda words: printable(words[0]), text)
+        text = re.sub(r"[^\r\n\x1b]+", lambda words: printable(words[0]), text)
+        text = re.sub(r"\x1b(?!\[A)", "?", text)  # tqdm goes up a line by the other
         encoding = getattr(self.stream, "encoding", None) or "utf-8"
         try:
             self.stream.write(text.encode(encoding, "replace").decode(encoding))
