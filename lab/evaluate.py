@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from functools import cache
 from itertools import cycle, product
 from pathlib import Path
 
@@ -22,20 +23,20 @@ from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 from lab.findings import report
-from lab.judge import S, judge, scores, shares
+from lab.judge import S, judge, scores, shares, the_thing
 from lab.measures import (
     draw_batches, frechet, in_batches, judged_pipeline, linear_probe, look, mixed_captions,
     pairs_shown, pictures_of, precision_recall, prefers, redrawn, scenes_of, single_objects,
     wrong_captions,
 )
+from lab.plots import file_ending
 from manipulate import blend, edit, psnr, text_diff
 from sample import PRIOR_SCALE_HELP, Pipeline, default_weights, noise_for
 from stages import STAGES, clip_of, load_clip, load_stage, needs_clip
 from support.cache import embed
-from support.pictures import load_data
-from support.shapes import (
-    BACKGROUNDS, COLOURS, SHAPES, Shapes, parse_caption, render, with_article,
-)
+from support.checkpoint import load_checkpoint
+from support.pictures import DATA, load_data
+from support.shapes import BACKGROUNDS, COLOURS, SHAPES, Shapes, render, with_article
 from support.sheets import check_folder, draw_grid, save_picture, to_pil
 from support.tools import (
     Parser, UserError, autocast, choose_device, finite, positive, sampling_steps, seed_number,
@@ -56,10 +57,10 @@ def print_table(table):
     for name, row in table.items():
         if columns != list(row):
             columns = list(row)
-            print(" " * wide + "".join(f"{c:>{max(10, len(c) + 2)}}" for c in columns))
-        cells = ["-" if x is None else format(x, FORMATS.get(c, ".1%")) for c, x in row.items()]
-        print(f"{name:{wide}}" + "".join(f"{x:>{max(10, len(c) + 2)}}"
-                                         for c, x in zip(columns, cells, strict=True)))
+            print(" " * wide, *(f"{c:>8}" for c in columns), sep="  ")
+        cells = ("-" if x is None else format(x, FORMATS.get(c, ".1%")) for c, x in row.items())
+        cells = (f"{x:>{max(8, len(c))}}" for c, x in zip(columns, cells))
+        print(f"{name:{wide}}", *cells, sep="  ")
 
 
 def judge_judge(args):
@@ -67,9 +68,9 @@ def judge_judge(args):
     scenes, rng = scenes_of(Shapes(args.n, "val", args.seed)), np.random.default_rng(args.seed)
     clean = [render(scene, S) for scene in scenes]
     noisy = [np.asarray(picture) + 255 * 0.05 * rng.standard_normal((S, S, 3)) for picture in clean]
-    noisy = [Image.fromarray(pixels.clip(0, 255).astype(np.uint8)) for pixels in noisy]
-    blurred = [picture.filter(ImageFilter.GaussianBlur(0.7)) for picture in clean]  # pixels
-    ways = {"clean": clean, "noise": noisy, "blur": blurred}
+    ways = {"clean": clean,
+            "noise": [Image.fromarray(x.clip(0, 255).astype(np.uint8)) for x in noisy],
+            "blur": [x.filter(ImageFilter.GaussianBlur(0.7)) for x in clean]}  # pixels
     return {name: shares(scores(pictures, scenes)) for name, pictures in ways.items()}
 
 
@@ -109,15 +110,11 @@ def a_clip(args):
     return clip_of(load_stage(args.weights, stage), args.weights, stage, args.device)
 
 
-ROWS = {  # of `captions`: (which scenes, what the decoder is given, which stages)
-    "true_embedding": ("val", "truth", {"prior": None}),
-    "text": ("val", "prior", {}),
-    "held_out": ("held_out", "prior", {}),
-    "ar_prior": ("val", "prior", {"prior": "ar_prior"}),
-    "text_emb": ("val", "text_emb", {"prior": None}),
-    "caption": ("val", "caption", {"prior": None}),
-    "trained_text": ("val", "text_emb", {"prior": None, "decoder": "decoder_text_emb"}),
-    "glide": ("val", "caption", {"prior": None, "decoder": "decoder_caption"}),
+ROWS = {  # of `captions`: (which scenes, which prior; without one, the true embeddings)
+    "true_embedding": ("val", None),
+    "text": ("val", "prior"),
+    "held_out": ("held_out", "prior"),
+    "ar_prior": ("val", "ar_prior"),
 }
 
 
@@ -125,37 +122,35 @@ def judge_captions(args):
     """Do pictures drawn from captions show what the captions say?"""
     table = {}
     for row in args.rows:
-        split, given, stages = ROWS[row]
-        pipeline = judged_pipeline(args.weights, args.device, **stages)
+        split, prior = ROWS[row]
+        pipeline = judged_pipeline(args.weights, args.device, prior=prior)
         data = Shapes(args.n, split, args.seed)
-        captions = mixed_captions(data)
-        given = look(pipeline.clip, data) if given == "truth" else given
+        captions, given = mixed_captions(data), prior or look(pipeline.clip, data)
         pictures = torch.cat([p for _, p in draw_batches(pipeline, captions, args, given)])
-        table[row] = shares(scores(pictures, map(parse_caption, captions)))
+        table[row] = shares(scores(pictures, captions))
         if args.out:
             grid = draw_grid(pictures[:64], captions[:64], columns=8)
-            save_picture(grid, Path(args.out) / f"captions_{row}.png")
+            save_picture(grid, args.out / f"captions_{row}.png")
     return table
 
 
 def judge_priors(args):
     """Both priors, and the diffusion prior's variances at few steps, against true embeddings.
 
-    All rows but "best of 2" draw one candidate, so that CLIP's choice does not hide what the
-    variance does."""
+    All rows but "best of 2" draw one candidate, lest CLIP's choice hides what the variance does."""
     prior = load_stage(args.weights, "prior", args.device)
     clip = clip_of(prior, args.weights, "prior", args.device)
     data, diffusion, table = Shapes(args.n, "val", args.seed), prior.diffusion, {}
     captions, true = mixed_captions(data), look(clip, data).cpu()
+    seeds = range(args.seed, args.seed + args.n)
     parts = [(part, clip.encode_text(captions[part])) for part in in_batches(args.n, 64)]
 
     def measure(row, prior, evaluations, **settings):
-        drawn, started = [], time.perf_counter()
-        for part, text in parts:
-            noise = noise_for(range(args.seed + part.start, args.seed + part.stop), "prior")
-            with autocast(args.device):
-                drawn.append(prior.sample(*text, args.prior_scale, noise=noise, **settings))
-        drawn = torch.cat(drawn).cpu()  # waits for a GPU before the clock is read
+        started = time.perf_counter()
+        with autocast(args.device):
+            drawn = torch.cat([prior.sample(*text, args.prior_scale, **settings, noise=noise_for(
+                seeds[part], "prior")) for part, text in parts])
+        drawn = drawn.cpu()  # waits for a GPU before the clock is read
         table[row] = {
             "frechet": frechet(drawn, true), "cosine": (drawn * true).sum(1).mean().item(),
             "evaluations": evaluations * (1 if args.prior_scale == 1 else 2),
@@ -186,32 +181,48 @@ def judge_upsamplers(args):
         raise UserError(f"{args.weights} has no upsampler from {low} to {args.size} pixels: train "
                         f"upsampler1, or give a --size above {low}")
     for size in pipeline.sizes[1:]:
-        errors, found = np.zeros((args.n, 3)), []
+        errors = []
         for i in tqdm(range(args.n), f"to {size}", disable=None):
-            true, scene = data.image(i, size)[None], data.scene(i)
+            true = data.image(i, size)[None]
             small = F.avg_pool2d(true, size // low)
             drawn = pipeline.upsample(small.to(args.device), [args.seed + i], size).cpu()
             bicubic = F.interpolate(small, size=size, mode="bicubic").clamp(-1, 1)
-            pictures = torch.cat([drawn, bicubic, true])
-            errors[i] = psnr(pictures, true)
-            found.append(scores(pictures, [scene] * 3))
-        for k, way in enumerate(("upsamplers", "bicubic", "truth")):
-            error = None if way == "truth" else errors[:, k].mean()
-            table[f"{way} {size}"] = {"psnr": error, **shares([row[k] for row in found])}
+            errors.append(psnr(torch.cat([drawn, bicubic]), true).tolist())
+        for way, error in zip(("upsamplers", "bicubic"), np.mean(errors, axis=0)):
+            table[f"{way} {size}"] = {"psnr": error, "n": args.n}
     return table
+
+
+def data_of(args, *stages):
+    """Where validation pictures are, {stage: (data, root, limit)}: as in the stage's training, of
+    shapes if its checkpoint doesn't say, unless --data or --root differs."""
+    found, notes = {}, set()
+    for stage in stages:
+        run = {"data": "shapes"} | load_checkpoint(args.weights / f"{stage}.pt", stage)["run"]
+        trained_on = run["data"], run.get("root")
+        if args.data not in (None, run["data"]):
+            run = {"data": args.data}  # the other data's folder and limit mean nothing here
+        here = run["data"], args.root or run.get("root")
+        found[stage] = *here, run.get("limit")
+        if here != trained_on:
+            was, now = (" ".join(filter(None, place)) for place in (trained_on, here))
+            notes.add(f"note: {args.weights} was trained on {was}, these figures are for {now}")
+    print(*notes, sep="\n", end="\n" * bool(notes))
+    return found
 
 
 def measure_losses(args):
     """The validation loss of every trained stage, on the pictures that training looked at."""
-    limit = max(512, args.n) if args.data == "shapes" else None
-    data, table = load_data(args.data, args.root, "val", limit, args.seed), {}
-    with tempfile.TemporaryDirectory() as cache:
-        for stage in trained(args.weights):
+    table, load = {}, cache(load_data)  # most stages share their data
+    with tempfile.TemporaryDirectory() as folder:
+        for stage, (name, root, limit) in data_of(args, *trained(args.weights)).items():
+            limit = max(512, args.n) if name == "shapes" else limit
+            data = load(name, root, "val", limit, args.seed)
             model, embeddings = load_stage(args.weights, stage, args.device), None
             if needs_clip(stage):
                 clip = clip_of(model, args.weights, stage, args.device, args.clip)
                 with autocast(args.device):  # as in training
-                    embeddings = embed(clip, data, cache)  # computed for the first stage only
+                    embeddings = embed(clip, data, folder)  # computed once for the same data
             batches = Batches(model, data, embeddings, size=1, seed=0)
             table[stage] = validate(model, batches, args.device, args.n)
     return table
@@ -222,13 +233,13 @@ def single_edits(data, n):
     before and after, the changed scene)."""
     edits, values = [], {"colour": COLOURS, "shape": SHAPES, "background": BACKGROUNDS}
     for (i, scene), part in zip(single_objects(data)[:n], cycle(values)):
-        old = scene if part == "background" else scene.things[0]
+        whole = part == "background"
+        old = scene if whole else scene.things[0]
         others = [value for value in values[part] if value != getattr(old, part)]
         new = replace(old, **{part: others[i % len(others)]})
-        claim = new if part == "background" else replace(scene, things=(new,))
-        ground = " on {}" if part == "background" else ""
+        claim = new if whole else replace(scene, things=(new,))
         captions = [with_article(f"{s.things[0].colour} {s.things[0].shape}")
-                    + ground.format(s.background) for s in (scene, claim)]
+                    + f" on {s.background}" * whole for s in (scene, claim)]
         edits.append((i, part, *captions, claim))
     return edits
 
@@ -247,11 +258,8 @@ def judge_manipulations(args):
         frames = blend(pipeline, pictures[k:k + 2], embs[k:k + 2], args.seed, 2)
         ends += psnr(frames, pictures[k:k + 2]).tolist()
     table["blends' ends"] = {"psnr": sum(ends) / len(ends) if ends else None, "n": len(ends)}
-    return table | judge_edits(pipeline, args)
 
-
-def judge_edits(pipeline, args):
-    """Text diffs of one attribute, at every theta: is the new one there, are the others kept?"""
+    # Text diffs of one attribute, at every theta: is the new one there, are the others kept?
     data, results = Shapes(20 * args.edits, "val", args.seed), []
     for i, part, before, after, claim in tqdm(single_edits(data, args.edits), disable=None):
         picture, for_clip = (data.image(i, size)[None].to(args.device)
@@ -260,24 +268,26 @@ def judge_edits(pipeline, args):
                       text_diff(pipeline, after, before), THETAS, args.seed)
         frames = pipeline.upsample(frames, [args.seed] * len(THETAS), S).cpu()
         results.append([changed_and_kept(judge(frame), claim, part) for frame in frames])
-    return {f"theta {theta:.3f}": {"new": np.mean(new), "kept": np.mean(kept),
-                                   "both": np.mean(np.logical_and(new, kept)), "n": len(new)}
-            for theta, (new, kept) in zip(THETAS, np.transpose(results, (1, 2, 0)), strict=True)}
+    for theta, (new, kept) in zip(THETAS, np.transpose(results, (1, 2, 0)), strict=True):
+        table[f"theta {theta:.3f}"] = {"new": new.mean(), "kept": kept.mean(),
+                                       "both": (new & kept).mean(), "n": len(new)}
+    return table
 
 
 def changed_and_kept(seen, claim, part):
     """After an edit of a one-object scene: is the new attribute there, are the others?"""
-    wanted, things = claim.things[0], seen.things
-    right = {name: len(things) == 1 and getattr(things[0], name) == getattr(wanted, name)
-             for name in ("colour", "shape")} | {"background": seen.background == claim.background}
+    there, wanted = the_thing(seen), claim.things[0]
+    right = {"colour": there.colour == wanted.colour, "shape": there.shape == wanted.shape,
+             "background": seen.background == claim.background}
     return right.pop(part), all(right.values())
 
 
 def drawn_from(args):
-    """Draw a picture for each validation caption of --data: (pipeline, data, captions, size,
-    batches). The size is --size, or the largest below it that these stages draw."""
+    """Draw a picture for each of n validation captions: (pipeline, data, captions, size, batches).
+    The size is --size, or the largest below it that these stages draw."""
     pipeline = Pipeline(args.weights, args.device, args.size, clip=args.clip)
     size = max([pipeline.sizes[0], *(size for size in pipeline.sizes if size <= args.size)])
+    args.data, args.root, _ = data_of(args, "decoder")["decoder"]
     data = load_data(args.data, args.root, "val", args.n, args.seed)
     captions = [data.captions(i)[0] for i in range(len(data))]
     return pipeline, data, captions, size, draw_batches(pipeline, captions, args, size=size)
@@ -301,16 +311,15 @@ def judge_real(args):
 
 def export_pictures(args):
     """Write samples and references, numbered alike, for the standard FID and IS tools."""
-    out = Path(args.out)
-    if any(out.glob("*/*.png")):
-        raise UserError(f"{out} already has pictures, which would mix with the new ones: give "
+    if any(args.out.glob("*/*.png")):
+        raise UserError(f"{args.out} already has pictures, which would mix with the new ones: give "
                         "another --out, or delete it")
     _, data, captions, size, batches = drawn_from(args)
     for part, pictures in batches:  # written at once: 30,000 are too many to keep in memory
         for i, picture in enumerate(pictures, part.start):
-            save_picture(to_pil(picture), out / "samples" / f"{i:06d}.png")
-            save_picture(to_pil(data.image(i, size)), out / "references" / f"{i:06d}.png")
-    print(f"{out}: {len(data)} samples and as many references of {size} x {size} pixels")
+            save_picture(to_pil(picture), args.out / "samples" / f"{i:06d}.png")
+            save_picture(to_pil(data.image(i, size)), args.out / "references" / f"{i:06d}.png")
+    print(f"{args.out}: {len(data)} samples and as many references of {size} x {size} pixels")
     return {"captions": captions}
 
 
@@ -318,8 +327,8 @@ OPTIONS = {
     "names": dict(nargs="*", metavar="F1 ... F10", help="which findings (default: all)"),
     "-n": dict(type=positive, default=500, help="number of scenes or pictures"),
     "--seed": dict(type=seed_number, default=0, help="seed of scenes and noise"),
-    "--json": dict(metavar="FILE", help="also write the table to this file"),
-    "--weights": dict(help="folder of checkpoints (default: as sample.py)"),
+    "--json": dict(metavar="FILE", type=file_ending(".json"), help="also write the table to it"),
+    "--weights": dict(type=Path, help="folder of checkpoints (default: as sample.py)"),
     "--device": dict(type=choose_device, default="auto", help="auto, cpu or cuda"),
     "--prior-scale": dict(type=finite, help=PRIOR_SCALE_HELP),
     "--scale": dict(type=finite, default=2.0, help="guidance of the decoder; off at 1"),
@@ -327,11 +336,11 @@ OPTIONS = {
     "--prior-steps": dict(type=sampling_steps, help="steps of the prior (default: the model's)"),
     "--steps": dict(type=sampling_steps, help="steps of the decoder (default: the model's)"),
     "--rows": dict(nargs="+", choices=ROWS, default=list(ROWS)[:3], help="what to draw from"),
-    "--out": dict(help="folder for pictures"),
+    "--out": dict(type=check_folder, help="folder for pictures"),
     "--edits": dict(type=positive, default=20, help="number of text diffs"),
     "--size": dict(type=positive, default=64, help="side of the pictures, pixels"),
-    "--data": dict(default="shapes", help="shapes, cifar10, cifar100, coco or folder"),
-    "--root": dict(help="folder of the data (not for shapes)"),
+    "--data": dict(choices=DATA, help="captioned pictures (default: as in the training)"),
+    "--root": dict(help="folder of the data (default: as in the training)"),
     "--clip": dict(help="MODEL:TAG=FILE: read the CLIP of the training from a file"),
 }
 WEIGHTS, DATA = ["--weights", "--device"], ["--data", "--root", "--clip"]
@@ -352,24 +361,22 @@ COMMANDS = {  # name: (function, its options, its own defaults)
 
 @user_errors
 def main(argv=None):
-    parser = Parser("python -m lab.evaluate", description=__doc__.split("\n")[0])
+    parser = Parser("python -m lab.evaluate", description="Measure trained stages.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (run, options, defaults) in COMMANDS.items():
-        text = run.__doc__.split("\n")[0]
+        text = (run.__doc__ or "").split("\n")[0]  # python -OO drops docstrings
         sub = commands.add_parser(name, help=text, description=text)
         for option in ["-n", "--seed", "--json", *options]:
             sub.add_argument(option, **OPTIONS[option])
         sub.set_defaults(run=run, **defaults)
     args = parser.parse_args(argv)
-    for path in (Path(args.json or ".").parent, getattr(args, "out", None) or "."):
-        check_folder(path)  # now, not after hours of work
     if "weights" in args:
-        args.weights = Path(args.weights or default_weights())
+        args.weights = args.weights or default_weights()
     table = args.run(args)
     if args.run not in (export_pictures, report):  # these print as they go
         print_table(table)
     if args.json:
-        Path(args.json).write_text(json.dumps(table, indent=2) + "\n")
+        args.json.write_text(json.dumps(table, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,9 @@
 """The paper's findings, one by one, on the toy world: `python -m lab.evaluate findings`.
 
 A finding is a question, a table with 95% intervals, a picture, and a verdict that is computed,
-never written by hand (Result.verdict): some differences are claimed to be above zero, and their
+never written by hand (measures.Result): some differences are claimed to be above zero, and their
 intervals decide. A finding's docstring is its text in FINDINGS.md: the question, the setup, the
 paper's figure. F1 to F7, on the prior, the decoder and guidance, are here, F8 to F10 in probing.py.
-
-n: number of scenes; D: size of a CLIP embedding.
 """
 
 import os
@@ -14,35 +12,33 @@ import time
 from datetime import date
 from functools import cache
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from lab.judge import judge
-from lab.measures import bootstrap, entropy, mixed_captions, precision_recall, scenes_of
+from lab.judge import judge, scores, the_thing
+from lab.measures import (
+    Lab, Result, bootstrap, entropy, frechet, frechet_cell, mixed_captions, number,
+    precision_recall, scenes_of, share,
+)
 from lab.plots import chart
 from lab.probing import f8, f9, f10
-from lab.scenes import Lab, Result, farther, frechet_cell, number, right, share, sheet
 from prior import DiffusionPrior, PriorConfig, embedding_scale
 from sample import noise_for
 from support.cache import embed
 from support.muon import ADAM
 from support.shapes import (
-    BACKGROUNDS, COLOURS, SHAPES, SIZES, TRAIN_PAIRS, Shapes, Thing, parse_caption, with_article,
+    BACKGROUNDS, COLOURS, SHAPES, SIZES, TRAIN_PAIRS, Shapes, parse_caption, with_article,
 )
 from support.sheets import save_picture
 from support.tools import UserError, autocast
 
 
-def draw_ways(lab, ways, **settings):
-    """Draw the lab's captions in several ways, {name: settings of Lab.draw}: {name: (binding right
-    (n,), CLIP's embeddings (n, D))}, and a sheet of the pictures."""
-    drawn = {name: lab.draw(lab.captions, **settings, **way) for name, way in ways.items()}
-    found = {name: (right(p, lab.captions), lab.clip_emb(p)) for name, p in drawn.items()}
-    return found, sheet(drawn, lab.captions)
+def farther(a, b, true):
+    """How much farther from the true embeddings a is than b."""
+    return frechet(a, true) - frechet(b, true)
 
 
 def f1(lab):
@@ -52,15 +48,15 @@ def f1(lab):
     unCLIP's decoder given the text embedding as if it were an image embedding.
     paper: FID 7.99 with the prior, 9.16 trained on text embeddings, 16.55 text embedding put in"""
     ways = {"prior": {}, "text embedding put in": {"given": "text_emb"}}
-    result = Result(["system", "guidance", "binding right", "Frechet distance (CLIP) x 1000"],
-                    **lab.caveat("decoder_text_emb"))
     if lab.has("decoder_text_emb"):
         ways["trained on text embeddings"] = {"given": "text_emb", "decoder": "decoder_text_emb"}
+    result = Result(["system", "guidance", "binding right", "Frechet distance (CLIP) x 1000"],
+                    **lab.caveat("decoder_text_emb"))
     true = lab.true_emb(lab.scenes)
     for scale in (1.0, 2.0):
-        drawn, result.picture = draw_ways(lab, ways, scale=scale)
-        result.table += [[name, f"{scale:g}", share(bound), frechet_cell(emb, true)]
-                         for name, (bound, emb) in drawn.items()]
+        drawn = lab.draw_ways(result, ways, scale=scale)
+        for name, (bound, emb) in drawn.items():
+            result.row(name, f"{scale:g}", share(bound), frechet_cell(emb, true))
     for name in list(ways)[1:]:
         result.claim(f"Frechet distance x 1000: {name} minus prior", farther,
                      drawn[name][1], drawn["prior"][1], true, biased=True)
@@ -71,17 +67,15 @@ def f2(lab):
     """What does one decoder draw from the caption, from the embedding, from both?
 
     unCLIP's decoder at guidance 2, given the prior's embedding and the caption, or only one of
-    them.
+    them. In training, 45% of the examples had both, 45% the embedding alone, 5% the caption alone.
     paper: fig. 8: the caption alone is worst; sec. 2.1: the text pathway "offers little help"
     """
     result = Result(["given", "binding right", "Frechet distance (CLIP) x 1000"])
-    result.note = ("In training, 45% of the examples had both, 45% the embedding alone, 5% the "
-                   "caption alone.")
-    drawn, result.picture = draw_ways(lab, {"both": {}, "embedding alone": {"say": False},
-                                            "caption alone": {"given": "caption"}})
+    drawn = lab.draw_ways(result, {"both": {}, "embedding alone": {"say": False},
+                                   "caption alone": {"given": "caption"}})
     true = lab.true_emb(lab.scenes)
-    result.table = [[name, share(bound), frechet_cell(emb, true)]
-                    for name, (bound, emb) in drawn.items()]
+    for name, (bound, emb) in drawn.items():
+        result.row(name, share(bound), frechet_cell(emb, true))
     both, alone, caption = (bound for bound, _ in drawn.values())
     result.claim("binding, points: embedding alone minus caption alone",
                  lambda e, c: np.nanmean(e - c), alone, caption, unit=100)
@@ -95,31 +89,23 @@ def f3(lab):
     """Is the diffusion prior better than the autoregressive one?
 
     Embeddings from both priors for the same captions, against the true ones, and pictures drawn
-    from them.
+    from them. `priors` (README.md, here) compares their cost.
     paper: FID 10.39 (diffusion) against 10.63 (autoregressive), with less training compute"""
     if not lab.has("ar_prior"):
         return Result(["prior"], **lab.caveat("ar_prior"))
     data = Shapes(4 * lab.n, "val", lab.seed + 1)
     captions, true, embs = mixed_captions(data), lab.true_emb(scenes_of(data)), {}
-    result = Result(["prior", "parameters", "captions seen", "evaluations", "ms an embedding",
-                     "cosine with the true one", "Frechet x 1000", "binding right"])
-    drawn, result.picture = draw_ways(lab, {"prior": {}, "ar_prior": {"prior": "ar_prior"}})
+    result = Result(["prior", "parameters", "captions seen", "cosine with the true one",
+                     "Frechet x 1000", "binding right"])
+    drawn = lab.draw_ways(result, {"prior": {}, "ar_prior": {"prior": "ar_prior"}})
     for name, (bound, _) in drawn.items():
-        model = lab.pipeline(prior=name).prior
-        config, parameters = model.config, sum(p.numel() for p in model.parameters())
-        lab.prior_emb(captions[:1], name)  # the first call pays for starting up
-        begun = time.perf_counter()
+        parameters = sum(p.numel() for p in lab.pipeline(prior=name).prior.parameters())
         embs[name] = lab.prior_emb(captions, name)
-        ms = 1000 * (time.perf_counter() - begun) / len(data)  # with CLIP's share, in both rows
-        steps = 2 * config.sample_steps if name == "prior" else config.components
-        result.table.append([
-            name, f"{parameters / 1e6:.2f}M", f"{lab.examples(name):,}", str(steps), f"{ms:.1f}",
-            number(bootstrap(np.mean, (embs[name] * true).sum(1)), 3),
-            frechet_cell(embs[name], true), share(bound)])
+        result.row(name, f"{parameters / 1e6:.2f}M", f"{lab.examples(name):,}",
+                   number(bootstrap(np.mean, (embs[name] * true).sum(1)), 3),
+                   frechet_cell(embs[name], true), share(bound))
     result.claim("Frechet distance x 1000: autoregressive prior minus diffusion prior", farther,
                  embs["ar_prior"], embs["prior"], true, biased=True)
-    result.note = (f"In training, the diffusion prior sees {lab.pipeline().prior.config.copies} "
-                   "noised copies of each embedding.")
     return result
 
 
@@ -132,12 +118,9 @@ OPEN = [with_article(words) for words in (*SHAPES[:3], *(f"{c} shape" for c in l
 def attributes(pictures):
     """What the judge sees in pictures of one object: (n, 4) names of colour, shape, size and
     background, None where there is not exactly one object or no name fits."""
-    rows = []
-    for seen in map(judge, pictures):
-        thing = seen.things[0] if len(seen.things) == 1 else Thing()
-        shape = thing.shape if thing.shape in SHAPES else None  # a sign is none of them
-        rows.append([thing.colour, shape, thing.size, seen.background])
-    return np.array(rows, object)
+    seen = [(the_thing(scene), scene.background) for scene in map(judge, pictures)]
+    return np.array([(t.colour, t.shape if t.shape in SHAPES else None, t.size, background)
+                     for t, background in seen], object)  # a sign is no shape
 
 
 @cache
@@ -168,10 +151,6 @@ def spread(emb, captions):
                                          for mine in groups])))
 
 
-def open_captions(n):
-    return [OPEN[k % len(OPEN)] for k in range(max(12, n // 2))]
-
-
 def f4(lab):
     """Does guidance cost GLIDE more diversity than unCLIP?
 
@@ -181,28 +160,29 @@ def f4(lab):
     everything the caption says. Distance: 1 minus the cosine of two pictures of one caption. Loss:
     how far a figure falls with each doubling of guidance, fitted to all six.
     paper: figs. 9 to 11: unCLIP's diversity survives guidance, since the embedding holds it"""
-    captions, systems = open_captions(lab.n), lab.systems()
+    captions, systems = np.resize(OPEN, max(12, lab.n // 2)).tolist(), lab.systems()
+    ours, rival = systems
     result = Result(["system", "guidance", "fidelity", "diversity", "distance in CLIP's space"],
                     **lab.caveat("decoder_caption"))
     curves, rows, embs = ({name: [] for name in systems} for _ in range(3))
     for name, scale in product(systems, GUIDANCE):
         pictures = lab.draw(captions, scale=scale, **systems[name])
-        fit = right(pictures, captions, "all")
+        fit = scores(pictures, captions)["all"]
         rows[name].append(attributes(pictures))
         embs[name].append(lab.clip_emb(pictures).numpy())
         varied = bootstrap(diversity, rows[name][-1], captions, biased=True)
         apart = bootstrap(spread, embs[name][-1], captions, biased=True)
-        result.table.append([name, f"{scale:g}", share(fit), number(varied), number(apart, 3)])
+        result.row(name, f"{scale:g}", share(fit), number(varied), number(apart, 3))
         curves[name].append((varied[0], fit.mean()))
     for what, figure, x in (("diversity", diversity, rows), ("distance", spread, embs)):
         def difference(captions, *both, figure=figure):  # a loss is a negative slope
             ours, theirs = np.reshape([figure(x, captions) for x in both], (2, len(GUIDANCE)))
             return np.polyfit(np.log2(GUIDANCE), ours - theirs, 1)[0]
 
-        result.claim(f"{what}: {lab.rival}'s loss with each doubling of guidance minus unCLIP's",
-                     difference, captions, *x["unCLIP"], *x[lab.rival], biased=True)
+        result.claim(f"{what}: {rival}'s loss with each doubling of guidance minus unCLIP's",
+                     difference, captions, *x[ours], *x[rival], biased=True)
     result.picture = chart(curves, "guidance 1 to 6: fidelity against diversity", "diversity",
-                           "fidelity", points=True, ends=("1", "6"))
+                           "fidelity")
     return result
 
 
@@ -212,36 +192,22 @@ def f5(lab):
     Both at guidance 2. Diversity as in F4; binding stands for caption similarity ("about as
     faithful" allows 5 points less), precision in CLIP's space for realism.
     paper: preferred over GLIDE in 48.9% (realism), 45.3% (caption), 70.5% (diversity)"""
-    true, captions, rival, rows = lab.true_emb(lab.scenes), open_captions(lab.n), lab.rival, {}
+    captions, systems = np.resize(OPEN, max(12, lab.n // 2)).tolist(), lab.systems()
+    true, rows, (ours, rival) = lab.true_emb(lab.scenes), {}, systems
     result = Result(["system", "realism (precision)", "binding right", "diversity"],
                     **lab.caveat("decoder_caption"))
-    drawn, result.picture = draw_ways(lab, lab.systems())
+    drawn = lab.draw_ways(result, systems)
     for name, (bound, emb) in drawn.items():
-        rows[name] = attributes(lab.draw(captions, **lab.systems()[name]))
-        varied = number(bootstrap(diversity, rows[name], captions, biased=True))
-        result.table.append([name, f"{precision_recall(emb, true)[0]:.1%}", share(bound), varied])
+        rows[name] = attributes(lab.draw(captions, **systems[name]))
+        varied = bootstrap(diversity, rows[name], captions, biased=True)
+        result.row(name, f"{precision_recall(emb, true)[0]:.1%}", share(bound), number(varied))
     result.claim(f"diversity: unCLIP minus {rival}",
                  lambda u, g, captions: diversity(u, captions) - diversity(g, captions),
-                 rows["unCLIP"], rows[rival], captions, biased=True)
+                 rows[ours], rows[rival], captions, biased=True)
     result.claim(f"binding, points: unCLIP minus {rival}, plus 5",
                  lambda u, g: np.nanmean(u - g) + 0.05,
-                 drawn["unCLIP"][0], drawn[rival][0], unit=100)
+                 drawn[ours][0], drawn[rival][0], unit=100)
     return result
-
-
-def f6(lab):
-    """What is the zero-shot FID on COCO?
-
-    Shapes cannot tell: it takes COCO, weights trained on photos, and Inception's features.
-    paper: FID about 28 DALL-E, 12.24 GLIDE, 10.39 unCLIP; filtered FID 11.84 Make-A-Scene, 10.87
-    unCLIP"""
-    return Result(["step", "command"], [
-        ["draw", "python -m lab.evaluate export --data coco --root COCO --weights RUN -n 30000 "
-                 "--size 256 --candidates 1 --prior-scale 1 --scale 1.25 --out fid"],
-        ["measure", "fidelity --gpu 0 --fid --isc --input1 fid/samples --input2 fid/references"],
-    ], note="The protocol: 30,000 validation captions, one picture each, not chosen by CLIP, at "
-            "256 pixels, with the decoder's guidance at 1.25 as in the paper. The paper does not "
-            "state the prior's guidance; here it is off.")
 
 
 def short_prior(lab, predict, embeddings, steps):
@@ -292,14 +258,7 @@ def f7(lab, scenes=3000, steps=300):
     paper: sec. 2.2: predicting the embedding itself was better"""
     data = Shapes(2 * lab.n, "val", lab.seed)
     true, text = lab.true_emb(scenes_of(data)), lab.clip.encode_text(mixed_captions(data))
-    last = lab.pipeline().prior.diffusion.alphas_cumprod[-1] ** 0.5
-    result = Result(["predicts", *(f"t = {t}" for t in LEVELS), "drawn", "Frechet x 1000"], note=(
-        "A likely reason: embeddings lie near few directions, noise fills all D of them, and to "
-        "predict it the network must carry the whole of x_t through. The last two columns "
-        "exaggerate that and play no part in the verdict: at the noisiest level, x_0 is what the "
-        f"predicted noise leaves of x_t, divided by sqrt(alpha_bar) = {last:.0e}. Unlike the "
-        "decoder's sampler, the prior's does not clip x_0, so the first step throws such a prior "
-        "far away."))
+    result = Result(["predicts", *(f"t = {t}" for t in LEVELS), "drawn", "Frechet x 1000"])
     looks = {}
     with tempfile.TemporaryDirectory() as folder:
         embeddings = embed(lab.clip, Shapes(scenes, "train", lab.seed), folder)
@@ -310,18 +269,18 @@ def f7(lab, scenes=3000, steps=300):
                 looks[predict] = guesses(prior, true.to(lab.device), text, lab.seed)
                 emb = prior.sample(*text, noise=noise, candidates=1).cpu()
             cosines = [*looks[predict].values(), (emb * true).sum(1)]
-            result.table.append([predict, *(number(bootstrap(np.mean, c), 3) for c in cosines),
-                                 frechet_cell(emb, true)])
+            result.row(predict, *(number(bootstrap(np.mean, c), 3) for c in cosines),
+                       frechet_cell(emb, true))
     result.claim("cosine after one look, mean of the three levels: predicting x_0 minus predicting "
                  "noise", lambda *c: np.mean(c[:3]) - np.mean(c[3:]),
                  *looks["x_0"].values(), *looks["noise"].values())
     curves = {name: [(t, c.mean().item()) for t, c in x.items()] for name, x in looks.items()}
     result.picture = chart(curves, "one look at a noised embedding", "noise level t",
-                           "cosine with the true embedding", points=True)
+                           "cosine with the true embedding")
     return result
 
 
-FINDINGS = {f"F{k}": f for k, f in enumerate((f1, f2, f3, f4, f5, f6, f7, f8, f9, f10), 1)}
+FINDINGS = {f.__name__.upper(): f for f in (f1, f2, f3, f4, f5, f7, f8, f9, f10)}
 HEAD = """# The paper's findings, measured here
 
 Written by `python -m lab.evaluate findings` on {date}: weights {weights}, n = {n}, seed {seed}.
@@ -330,13 +289,15 @@ Written by `python -m lab.evaluate findings` on {date}: weights {weights}, n = {
 - **In brackets**: 95% intervals, Wilson's for shares, the bootstrap's for the rest. They say how a figure would move with other scenes, not with another training.
 - **Settings.** The prior is not guided, and every picture is the decoder's first (sample.py guides the prior and keeps the better of two pictures).
 - **Few scenes** make an entropy too small and a (squared) Frechet distance too large. Both are corrected for that, but do not compare distances of different n.
+- **F6**, the zero-shot FID on COCO, needs photos and weights trained on them: README.md, here, describes it.
 
 """  # noqa: E501
 
 
 def explained(finding):
     """A finding's docstring -> (question, setup, the paper's figure)."""
-    question, rest = finding.__doc__.split("\n\n", 1)
+    text = finding.__doc__ or "-\n\n- paper: -"  # python -OO drops docstrings
+    question, rest = text.split("\n\n", 1)
     return [" ".join(part.split()) for part in (question, *rest.split("paper:"))]
 
 
@@ -348,12 +309,12 @@ def as_table(*rows):
 def as_markdown(name, result, seconds):
     """A finding's section of the report."""
     question, setup, paper = explained(FINDINGS[name])
-    parts = [f"## {name}: {question}", setup, f"Paper: {paper}.", f"**{result.verdict}**"]
-    parts += [f"- {claim}: {number(interval, 1 if max(map(abs, interval)) >= 1 else 3)}"
+    claims = [f"- {claim}: {number(interval, 1 if max(map(abs, interval)) >= 1 else 3)}"
               for claim, interval in result.claims]
-    parts += [as_table(result.header, *result.table), result.note.strip(),
-              f"![{name}](pictures/finding_{name}.png)" if result.picture else "",
-              f"Took {seconds:.0f} s."]
+    parts = [f"## {name}: {question}", setup, f"Paper: {paper}.", f"**{result.verdict}**", *claims,
+             as_table(result.header, *result.table), result.note,
+             f"![{name}](pictures/finding_{name}.png)" if result.picture else "",
+             f"Took {seconds:.0f} s."]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -364,20 +325,20 @@ def report(args):
         raise UserError(f"unknown finding '{name}': use {', '.join(FINDINGS)}")
     if args.n < 8:
         raise UserError(f"-n {args.n}: findings need at least 8 scenes")
-    lab, out, sections, found = Lab(args), Path(args.out), [], {}
+    lab, sections, found = Lab(args), [], {}
+    verdicts = [["finding", "question", "verdict"]]
     for name in tqdm(names, disable=None):
         begun = time.perf_counter()
-        found[name] = FINDINGS[name](lab)
-        if found[name].picture:
-            save_picture(found[name].picture, out / f"pictures/finding_{name}.png")
-        sections.append(as_markdown(name, found[name], time.perf_counter() - begun))
+        found[name] = result = FINDINGS[name](lab)
+        if result.picture:
+            save_picture(result.picture, args.out / f"pictures/finding_{name}.png")
+        sections.append(as_markdown(name, result, time.perf_counter() - begun))
+        verdicts.append([name, explained(FINDINGS[name])[0], result.verdict])
         print(sections[-1], flush=True)  # an interrupted run has said what it found
-    verdicts = [[name, explained(FINDINGS[name])[0], x.verdict] for name, x in found.items()]
     head = HEAD.format(date=date.today(), weights=os.path.relpath(args.weights), **vars(lab))
-    path = out / ("FINDINGS.md" if len(names) == len(FINDINGS) else f"{'_'.join(names)}.md")
-    out.mkdir(parents=True, exist_ok=True)
-    head += as_table(["finding", "question", "verdict"], *verdicts) + "\n"
-    path.write_text("\n".join([head, *sections]))
+    path = args.out / ("FINDINGS.md" if len(names) == len(FINDINGS) else f"{'_'.join(names)}.md")
+    args.out.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([f"{head}{as_table(*verdicts)}\n", *sections]))
     print(path)
     return {name: {"verdict": x.verdict, "header": x.header, "table": x.table,
                    "claims": [[claim, *map(float, interval)] for claim, interval in x.claims]}

@@ -21,9 +21,9 @@ from itertools import permutations, product
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
 
-from support.shapes import BACKGROUNDS, COLOURS, Scene, Thing, render
+from support.shapes import BACKGROUNDS, COLOURS, Scene, Thing, parse_caption, render
 from support.sheets import to_tensor
 
 S, G = 64, 24
@@ -49,8 +49,7 @@ def judge(image):
 
 def at_judging_size(image):
     """A picture -> (S, S, 3) float in [0, 1]: larger ones are averaged, smaller ones enlarged."""
-    x = to_tensor(image.convert("RGB")) if isinstance(image, Image.Image) else image
-    x = x.float().cpu()
+    x = to_tensor(image.convert("RGB")) if isinstance(image, Image.Image) else image.float().cpu()
     x = F.interpolate(x[None], S, mode="area" if x.shape[-1] >= S else "bilinear")[0]
     return ((x + 1) / 2).clamp(0, 1).permute(1, 2, 0).numpy()
 
@@ -80,23 +79,13 @@ def name_colours(pixels, ground):
 
 def connected(index):
     """Patches of equal index >= 0, joined along edges: a list of (index, (S, S) mask)."""
-    width = S + 2  # a frame of -1 gives every pixel four neighbours
-    todo = np.pad(index, 1, constant_values=-1).ravel()
-    starts, todo, patches = np.flatnonzero(todo >= 0).tolist(), todo.tolist(), []
-    for start in starts:
-        value = todo[start]
-        if value < 0:
-            continue  # part of an earlier patch
-        patch, todo[start] = [start], -1
-        for here in patch:  # the list grows while we walk along it
-            for there in (here - 1, here + 1, here - width, here + width):
-                if todo[there] == value:
-                    todo[there] = -1
-                    patch.append(there)
-        if len(patch) >= SPECK:
-            mask = np.zeros(width * width, dtype=bool)
-            mask[patch] = True
-            patches.append((value, mask.reshape(width, width)[1:-1, 1:-1]))
+    sheet, patches = Image.fromarray((index + 1).astype(np.uint8)).copy(), []  # 0: in no patch
+    while (todo := np.array(sheet)).any():
+        y, x = divmod(int(np.flatnonzero(todo)[0]), S)
+        ImageDraw.floodfill(sheet, (x, y), 0)
+        mask = todo != np.array(sheet)
+        if mask.sum() >= SPECK:
+            patches.append((int(index[y, x]), mask))
     return patches
 
 
@@ -172,6 +161,11 @@ def find_sign(pixels, ground, taken):
     return []
 
 
+def the_thing(scene):
+    """The one object of a scene, or an empty Thing where there is none, or more than one."""
+    return scene.things[0] if len(scene.things) == 1 else Thing()
+
+
 # --- does it fit a caption? ------------------------------------------------------------------
 
 
@@ -194,7 +188,7 @@ def score(seen, claim):
     def placed(ways):
         return any(not claim.relation or holds(claim.relation, *way) for way in ways)
 
-    bound = matches(seen, claim, ("colour", "shape"))
+    bound = matches(seen, claim, "colour", "shape")
     result = {
         "objects": len(seen.things) == len(claim.things),
         "colours": present("colour"),
@@ -204,11 +198,11 @@ def score(seen, claim):
         "relation": placed(bound) if claim.relation else None,
         "background": seen.background == claim.background if claim.background else None,
     }
-    exact = matches(seen, claim, ("colour", "shape", "size"))
-    return result | {"all": placed(exact) and False not in result.values()}
+    exact = placed(matches(seen, claim, "colour", "shape", "size"))
+    return result | {"all": exact and False not in result.values()}
 
 
-def matches(seen, claim, parts):
+def matches(seen, claim, *parts):
     """All ways to give each claimed thing its own seen thing that agrees in these parts."""
     return [way for way in permutations(seen.things[:8], len(claim.things))
             if all(getattr(said, part) in (None, getattr(there, part))
@@ -223,14 +217,15 @@ def holds(relation, a, b):
 
 
 def scores(pictures, claims):
-    """score() of each picture with its own claim."""
-    return [score(judge(p), claim) for p, claim in zip(pictures, claims, strict=True)]
+    """score() of n pictures, each with its own claim, a Scene or a caption: {column: (n,) of 1, 0,
+    or NaN where the claim says nothing}."""
+    rows = [score(judge(p), parse_caption(claim) if isinstance(claim, str) else claim)
+            for p, claim in zip(pictures, claims, strict=True)]
+    return {column: np.array([row[column] for row in rows], float) for column in rows[0]}
 
 
-def shares(results):
-    """Scores of n pictures -> {column: share of True among the captions that mention it}, and n."""
-    table = {}
-    for column in results[0]:
-        said = [result[column] for result in results if result[column] is not None]
-        table[column] = sum(said) / len(said) if said else None
-    return table | {"n": len(results)}
+def shares(columns):
+    """The mean of each column, NaNs left out, or None; and n."""
+    table = {name: float(np.nanmean(x)) if np.isfinite(x).any() else None
+             for name, x in columns.items()}
+    return table | {"n": len(columns["all"])}

@@ -1,28 +1,33 @@
-"""What is measured, whoever asks: many pictures at once, CLIP's space, intervals, entropy.
+"""What is measured, whoever asks: many pictures at once, CLIP's space, intervals, a Result, a Lab.
 
 A figure without its uncertainty is a rumour. The bootstrap (Efron 1979) draws the scenes again,
 with repetition, from those at hand, and sees how far the figure moves. Rows are paired, one row a
-scene: whatever makes a scene hard for two systems alike cancels out of their *difference*.
+scene: two systems draw the same captions from the same seeds, so whatever makes a scene hard for
+both cancels out of their *difference*.
 
-n, m: number of scenes; D: size of a CLIP embedding.
+n, m: number of scenes; D: size of a CLIP embedding; S = 64: side at which pictures are judged.
 """
 
 import math
 import warnings
+from argparse import Namespace
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import product
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tqdm import tqdm
 
-from lab.judge import S
+from lab.judge import S, scores
 from manipulate import invert, redraw
 from sample import Pipeline
-from support.shapes import COLOURS, SHAPES, render, with_article
-from support.sheets import to_tensor
+from support.checkpoint import examples_seen, load_checkpoint
+from support.shapes import COLOURS, SHAPES, Shapes, render, with_article
+from support.sheets import draw_grid, to_tensor
 from support.tools import UserError
 
 
@@ -60,7 +65,7 @@ def look(clip, data):
     """CLIP's embeddings (n, D) of all pictures of a data set."""
     def pictures(part):
         return torch.stack([data.image(i, clip.image_size, interpolation=clip.interpolation)
-                            for i in range(len(data))[part]]).to(clip.mean.device)
+                            for i in range(part.start, part.stop)]).to(clip.mean.device)
 
     return torch.cat([clip.encode_image(pictures(part)) for part in in_batches(len(data), 64)])
 
@@ -122,16 +127,16 @@ def prefers(clip, emb, true, wrong):
 
 def pairs_shown(data):
     """For each scene, 1 at every colour-shape pair that it shows: (n, colours * shapes)."""
-    shown = [[(t.colour, t.shape) for t in scene.things] for scene in scenes_of(data)]
-    return torch.tensor([[float(pair in things) for pair in product(COLOURS, SHAPES)]
-                         for things in shown])
+    shown = [{(t.colour, t.shape) for t in scene.things} for scene in scenes_of(data)]
+    return torch.tensor([[float(pair in pairs) for pair in product(COLOURS, SHAPES)]
+                         for pairs in shown])
 
 
 def linear_probe(emb, labels, rounds=300):
     """Logistic regression from embeddings (n, D) to labels (n, k) of zeros and ones: what lies open
     in the embedding? Returns the fitted function, embeddings (m, D) -> log-odds (m, k)."""
-    weight = torch.zeros(emb.shape[1], labels.shape[1], device=emb.device, requires_grad=True)
-    bias = torch.zeros(labels.shape[1], device=emb.device, requires_grad=True)
+    weight, bias = (torch.zeros(*shape, device=emb.device, requires_grad=True)
+                    for shape in ((emb.shape[1], labels.shape[1]), labels.shape[1:]))
     # A convex problem: there is one best fit, wherever the search starts.
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=rounds, line_search_fn="strong_wolfe")
 
@@ -171,24 +176,23 @@ def precision_recall(drawn, true, k=3):
         return torch.cdist(points, points).kthvalue(k + 1, dim=1).values
 
     distance = torch.cdist(drawn, true)  # (n, m)
-    precision = (distance <= radii(true)).any(dim=1)
-    recall = (distance.T <= radii(drawn)).any(dim=1)
-    return precision.float().mean().item(), recall.float().mean().item()
+    among = distance <= radii(true), distance.T <= radii(drawn)
+    return tuple(x.any(dim=1).float().mean().item() for x in among)
 
 
 def bootstrap(statistic, *rows, biased=False, times=1000, seed=0):
     """A figure and its 95% interval: (estimate, low, high).
 
-    statistic: a function of arrays -> float. rows: its arguments, n rows each. Row i of every
-    argument belongs to scene i, so they are resampled together.
+    statistic: a function of arrays -> float. rows: its arguments, whose rows i all belong to scene
+    i and are resampled together.
     biased: for figures that few scenes make too small (an entropy) or too large (a Frechet
     distance). Resampling repeats scenes and so errs the same way once more; twice the estimate
     minus what the resamples say removes that error (and makes the *basic* interval)."""
-    rows = [np.asarray(r) for r in rows]
-    n, rng, again = len(rows[0]), np.random.default_rng(seed), []
-    estimate = float(statistic(*rows))
+    rows, rng = [np.asarray(r) for r in rows], np.random.default_rng(seed)
+    n, again = len(rows[0]), []
     with warnings.catch_warnings():  # the mean of nothing is NaN, and such resamples are left out
         warnings.simplefilter("ignore", RuntimeWarning)
+        estimate = float(statistic(*rows))
         for _ in range(times):
             picked = rng.integers(n, size=n)
             again.append(float(statistic(*(r[picked] for r in rows))))
@@ -201,11 +205,10 @@ def bootstrap(statistic, *rows, biased=False, times=1000, seed=0):
 def share_interval(values):
     """The share of ones (n,), NaNs left out, with Wilson's 95% interval: (share, low, high). Unlike
     the bootstrap's, that does not shrink to a point at 0 or 1."""
-    values = values[~np.isnan(values)]
-    n, z = len(values), 1.959964  # a normal variable is within +- z in 95% of cases
+    n, z = np.isfinite(values).sum(), 1.959964  # a normal variable is within +- z in 95% of cases
     if n == 0:
         return (math.nan,) * 3
-    share = float(values.mean())
+    share = np.nanmean(values)
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
     return share, centre - half, centre + half
@@ -216,3 +219,135 @@ def entropy(values):
     counts = np.array(list(Counter(v for v in values if v is not None).values()) or [1])
     shares = counts / counts.sum()
     return float(-(shares * np.log(shares)).sum())
+
+
+def number(interval, digits=2):
+    return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(*interval, d=digits)
+
+
+def percent(interval):
+    """A share with its interval, cut at 0% and 100%; a dash where nothing was asked."""
+    estimate, low, high = (100 * min(1, max(0, x)) for x in interval)
+    return "-" if math.isnan(interval[0]) else f"{estimate:.1f}% ({low:.1f} to {high:.1f})"
+
+
+def share(values):
+    """The share of ones among zeros and ones (n,), NaNs left out."""
+    n = np.isfinite(values).sum()
+    return percent(share_interval(values)) + (f" of {n}" if n else "")
+
+
+def frechet_cell(drawn, true):
+    """A Frechet distance; where the correction for bias goes below 0, it is 0."""
+    figures = bootstrap(frechet, drawn, true, biased=True, times=400)
+    return number([max(0.0, x) for x in figures], 1)
+
+
+VERDICTS = {None: "not measured here", -1: "not reproduced", 1: "reproduced",
+            0: "can't be decided at this scale"}
+
+
+@dataclass
+class Result:
+    """What a finding found."""
+
+    header: list
+    table: list = field(default_factory=list)  # rows of cells
+    claims: list = field(default_factory=list)  # (sentence, (difference, low, high))
+    note: str = ""  # what to know when reading the table
+    lacks: str = ""  # added to the verdict where weights are missing or not comparable
+    picture: Image.Image | None = None
+
+    def row(self, *cells):
+        self.table.append(cells)
+
+    def claim(self, sentence, statistic, *rows, unit=1, **settings):
+        """Claim that a difference is above zero. unit=100 turns shares into percentage points."""
+        interval = bootstrap(statistic, *rows, **settings)
+        self.claims.append((sentence, tuple(unit * x for x in interval)))
+
+    @property
+    def verdict(self):
+        """Reproduced if every interval lies above zero, not reproduced if one lies below. One
+        without width decides nothing: too few scenes, which all gave the same answer."""
+        sides = [(low > 0) - (high < 0) if low < high else 0 for _, (_, low, high) in self.claims]
+        return ", ".join(filter(None, (VERDICTS[min(sides, default=None)], self.lacks)))
+
+
+def sheet(sets, captions=None):
+    """The first six pictures of several sets {name: pictures}, a set a row."""
+    count = min(6, *map(len, sets.values()))
+    labels = [f"{name}: {captions[k]}" if captions else name for name in sets for k in range(count)]
+    pictures = torch.cat([pictures[:count] for pictures in sets.values()])
+    return draw_grid(pictures, labels, columns=count, cell=128)
+
+
+class Lab:
+    """Trained stages, validation scenes, and every picture drawn so far."""
+
+    def __init__(self, args):
+        self.folder, self.device, self.n, self.seed = args.weights, args.device, args.n, args.seed
+        data, self.drawn = Shapes(self.n, "val", self.seed), {}
+        self.scenes, self.captions = scenes_of(data), mixed_captions(data)
+        # Loaded once for each decoder and prior.
+        self.pipeline = cache(lambda decoder="decoder", prior="prior": judged_pipeline(
+            self.folder, self.device, decoder=decoder, prior=prior))
+        self.clip = self.pipeline().clip
+
+    def has(self, stage):
+        return (self.folder / f"{stage}.pt").exists()
+
+    def true_emb(self, scenes):
+        return self.clip_emb(pictures_of(scenes, self.clip.image_size))
+
+    def clip_emb(self, pictures):
+        """CLIP's embeddings (n, D) of pictures."""
+        return torch.cat([self.clip.encode_image(p.to(self.device)).cpu()
+                          for p in pictures.split(50)])
+
+    def prior_emb(self, captions, prior="prior"):
+        """Embeddings (n, D) that a prior draws for captions."""
+        pipeline, seeds = self.pipeline(prior=prior), range(self.seed, self.seed + len(captions))
+        return torch.cat([pipeline.embed(pipeline.text(captions[part]), seeds[part]).cpu()
+                          for part in in_batches(len(captions), 64)])
+
+    def draw(self, captions, given="prior", decoder="decoder", prior="prior", scale=2.0, say=True):
+        """Pictures (n, 3, S, S), drawn once each by draw_batches with the lab's seeds."""
+        name = given if isinstance(given, str) else hash(given.cpu().numpy().tobytes())
+        key = tuple(captions), name, decoder, prior, scale, say
+        if key not in self.drawn:
+            args = Namespace(seed=self.seed, prior_scale=1.0, prior_steps=None, scale=scale,
+                             steps=None, candidates=1)  # the paper draws one
+            batches = draw_batches(self.pipeline(decoder, prior), captions, args, given, say=say)
+            self.drawn[key] = torch.cat([pictures for _, pictures in batches])
+        return self.drawn[key]
+
+    def draw_ways(self, result, ways, **settings):
+        """Draw the lab's captions in several ways {name: settings of draw}, also as the result's
+        picture: {name: (binding right (n,), CLIP's embeddings (n, D))}."""
+        drawn = {name: self.draw(self.captions, **settings, **way) for name, way in ways.items()}
+        result.picture = sheet(drawn, self.captions)
+        return {name: (scores(pictures, self.captions)["binding"], self.clip_emb(pictures))
+                for name, pictures in drawn.items()}
+
+    def examples(self, stage):
+        """How many examples a stage was trained on, repetitions counted."""
+        return examples_seen(load_checkpoint(self.folder / f"{stage}.pt", stage))
+
+    def caveat(self, stage):
+        """What a comparison with another decoder has to be read with (fields of a Result)."""
+        if not self.has(stage):
+            return dict(note=f"There is no {stage}: python train.py {stage}.",
+                        lacks=f"without {stage}")
+        ours, theirs = self.examples("decoder"), self.examples(stage)
+        return {} if ours == theirs else dict(
+            note=f"The decoder was trained on {ours:,} pictures, {stage} on {theirs:,}.",
+            lacks="after unequal trainings")
+
+    def systems(self):
+        """What F4, F5, F8 and F9 compare, {name: settings of draw}: unCLIP and GLIDE, a decoder
+        trained on captions alone. Without that one, unCLIP's own decoder with the caption alone
+        takes its place: a case that made up 5% of its training."""
+        if self.has("decoder_caption"):
+            return {"unCLIP": {}, "GLIDE": {"given": "caption", "decoder": "decoder_caption"}}
+        return {"unCLIP": {}, "unCLIP without embedding": {"given": "caption"}}

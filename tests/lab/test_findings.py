@@ -1,4 +1,4 @@
-"""findings.py, probing.py, scenes.py: verdicts, instruments, and a report from end to end."""
+"""findings.py and probing.py: verdicts, instruments, and a report from end to end."""
 
 import argparse
 import json
@@ -13,12 +13,11 @@ import torch
 from lab import evaluate, findings, measures, probing
 from lab.findings import FINDINGS, attributes, diversity, explained, guesses, open_parts, spread
 from lab.judge import S, judge
-from lab.measures import single_objects
+from lab.measures import Lab, Result, single_objects
 from lab.probing import kept, read_word, sign_scene, survival
-from lab.scenes import Lab, Result, percent, right, share
 from prior import DiffusionPrior, embedding_scale
 from support.checkpoint import examples_seen
-from support.shapes import TRAIN_PAIRS, WORDS, Shapes, render
+from support.shapes import TRAIN_PAIRS, WORDS, Shapes, Thing, render
 from support.sheets import to_tensor
 
 
@@ -38,16 +37,10 @@ def test_the_verdict_follows_from_the_intervals(intervals, verdict):
 
 
 def test_every_finding_says_its_question_its_setup_and_the_papers_figure():
-    assert list(FINDINGS) == [f"F{k}" for k in range(1, 11)]
+    assert list(FINDINGS) == [f"F{k}" for k in range(1, 11) if k != 6]
     for finding in FINDINGS.values():
         question, setup, paper = explained(finding)
         assert question.endswith("?") and len(setup) > 20 and len(paper) > 10
-
-
-def test_cells_of_tables():
-    assert percent((0.98, 0.9, 1.04)) == "98.0% (90.0 to 100.0)"  # nothing is beyond 100%
-    assert share(np.array([1.0, 1.0, np.nan])) == "100.0% (34.2 to 100.0) of 2"
-    assert share(np.array([np.nan])) == "-"
 
 
 @pytest.mark.parametrize("dx, dy", [(0, 0), (2, 0), (-2, 2), (0, -2)])
@@ -65,9 +58,7 @@ def test_every_word_is_read_off_any_true_sign_even_if_seen_two_pixels_off(dx, dy
         if (dx, dy) != (0, 0):  # with its window inside the picture
             x = y = 0.5
         assert read_word(to_tensor(render(sign_scene(word, x, y, r), S))) == word
-
-
-def test_no_word_is_read_where_there_is_no_sign():
+    monkeypatch.undo()
     assert read_word(to_tensor(render(one_object(1)[0], S))) is None
 
 
@@ -93,12 +84,8 @@ def test_a_model_that_draws_one_picture_a_caption_has_no_diversity():
     assert (rows[0] != rows[5]).any()
     assert diversity(rows, captions) == 0
     assert spread(np.eye(2)[(rows[:, 2] == "small").astype(int)], captions) == 0
-
-
-def test_spread_is_the_mean_distance_within_captions():
-    emb = np.array([[1, 0], [0, 1], [1, 0], [1, 0], [0.6, 0.8]])
-    captions = np.array(["a", "a", "b", "b", "b"])
-    assert spread(emb, captions) == pytest.approx(np.mean([1, 0, 0.4, 0.4]))
+    emb, captions = [[1, 0], [0, 1], [1, 0], [1, 0], [0.6, 0.8]], ["a", "a", "b", "b", "b"]
+    assert spread(np.array(emb), np.array(captions)) == pytest.approx(np.mean([1, 0, 0.4, 0.4]))
 
 
 def test_the_judge_sees_rotation_and_shade():
@@ -120,22 +107,13 @@ def test_everything_survives_in_the_scene_itself_and_nothing_in_another():
     assert all(np.isnan(misshapen[k]).all() for k in ("rotation", "shade", "place, down"))
     assert (misshapen["colour"] == 1).all() and (misshapen["shape"] == 0).all()
     assert survival("shape", [0.2, 0.6, 1.0]) == pytest.approx([0, 0.5, 1])
-    nothing = kept([None] * len(true), true)
-    assert all(survival(k, np.mean(nothing[k])) < 0 for k in ("colour", "shape", "size"))
-    assert all(np.isnan(nothing[k]).all() for k in ("rotation", "shade", "place, down"))
+    nothing = kept([Thing()] * len(true), true)
+    assert survival("colour", nothing["colour"].mean()) < 0 and np.isnan(nothing["shade"]).all()
 
 
 @pytest.fixture
 def lab(micro_run):
-    return Lab(argparse.Namespace(weights=str(micro_run), device="cpu", n=6, seed=0))
-
-
-def test_each_picture_has_a_seed_of_its_own(lab, micro_run):
-    """Picture 1 of seed 0 is picture 0 of seed 1, for the same caption."""
-    other = Lab(argparse.Namespace(weights=str(micro_run), device="cpu", n=6, seed=1))
-    here, there = (x.draw(["a red circle"] * 2) for x in (lab, other))
-    torch.testing.assert_close(here[1], there[0], rtol=1e-3, atol=1e-3)
-    assert not torch.allclose(here[0], there[0], atol=1e-2)
+    return Lab(argparse.Namespace(weights=micro_run, device="cpu", n=6, seed=0))
 
 
 def test_each_picture_is_drawn_once_and_other_conditions_are_kept_apart(lab, monkeypatch):
@@ -147,7 +125,6 @@ def test_each_picture_is_drawn_once_and_other_conditions_are_kept_apart(lab, mon
     for i, (way, a) in enumerate(zip(ways, drawn, strict=True)):
         assert a.shape == (6, 3, S, S) and lab.draw(lab.captions, **way) is a
         assert not any(a is b for b in drawn[:i])
-    assert right(drawn[0], lab.captions).shape == (6,)
 
 
 def test_f7_trains_both_priors_on_the_same_batches(lab, monkeypatch):
@@ -176,54 +153,44 @@ def test_one_look_sees_the_embedding_where_a_prior_knows_it(lab, monkeypatch):
         monkeypatch.setattr(prior, "forward", oracle)
         for cosine in guesses(prior, true, text, 0).values():
             torch.testing.assert_close(cosine, torch.ones(6), atol=1e-4, rtol=0)
-        monkeypatch.setattr(prior, "forward", lambda x_t, t, **caption: torch.randn_like(x_t))
-        for cosine in guesses(prior, true, text, 0).values():
-            assert cosine.abs().mean() < 0.9
 
 
 def test_the_report_holds_every_finding_asked_for(micro_run, tmp_path, monkeypatch):
     for name in ("invert", "redraw"):
         monkeypatch.setattr(measures, name, partial(getattr(measures, name), steps=5))
     file = tmp_path / "table.json"
-    code = evaluate.main(["findings", "f2", "F3", "F6", "F10", "-n", "8", "--weights",
-                          str(micro_run), "--out", str(tmp_path), "--json", str(file)])
+    code = evaluate.main(["findings", "f2", "F3", "F10", "-n", "8", "--weights", str(micro_run),
+                          "--out", str(tmp_path), "--json", str(file)])
     assert code == 0
-    text = (tmp_path / "F2_F3_F6_F10.md").read_text()
+    text = (tmp_path / "F2_F3_F10.md").read_text()
     assert not (tmp_path / "FINDINGS.md").exists()  # a report of some is not that of all
     table = json.loads(file.read_text())
-    assert list(table) == ["F2", "F3", "F6", "F10"]
+    assert list(table) == ["F2", "F3", "F10"]
     for name, found in table.items():
         assert f"## {name}: {explained(FINDINGS[name])[0]}" in text
-        assert found["verdict"] in text and (name == "F6" or found["claims"])
-        assert (tmp_path / f"pictures/finding_{name}.png").exists() == (name != "F6")
+        assert found["verdict"] in text and found["claims"]
+        assert (tmp_path / f"pictures/finding_{name}.png").exists()
 
 
-def test_a_missing_rival_is_replaced_and_the_verdict_says_so(lab, monkeypatch):
+def test_systems_not_trained_equally_long_or_missing_are_not_compared_in_silence(lab, monkeypatch):
     assert list(lab.systems()) == ["unCLIP", "GLIDE"] and lab.caveat("decoder_caption") == {}
+    assert lab.examples("decoder") == 3 * 8  # steps, batch size
+    uncounted = {"step": 5, "run": {"batch_size": 8}, "figures": {}}  # an old checkpoint
+    assert examples_seen(uncounted) == 40
+    monkeypatch.setattr(lab, "examples", {"decoder": 2000, "decoder_caption": 1000}.get)
+    assert lab.caveat("decoder_caption") == {
+        "note": "The decoder was trained on 2,000 pictures, decoder_caption on 1,000.",
+        "lacks": "after unequal trainings"}
     monkeypatch.setattr(lab, "has", lambda stage: stage != "decoder_caption")
     assert lab.systems()["unCLIP without embedding"] == {"given": "caption"}
     assert lab.caveat("decoder_caption")["lacks"] == "without decoder_caption"
 
 
-def test_systems_that_were_not_trained_equally_long_are_not_compared_in_silence(lab, monkeypatch):
-    assert lab.examples("decoder") == 3 * 8  # steps, batch size
-    uncounted = {"step": 5, "run": {"batch_size": 8}, "figures": {}}  # an old checkpoint
-    assert examples_seen(uncounted) == 40
-    seen = {"decoder": 2000, "decoder_caption": 1000}
-    monkeypatch.setattr(lab, "examples", seen.get)
-    assert lab.caveat("decoder_caption") == {
-        "note": "The decoder was trained on 2,000 pictures, decoder_caption on 1,000.",
-        "lacks": "after unequal trainings"}
-
-
-def test_a_pasted_sign_leaves_the_object_to_be_seen():
+def test_a_pasted_sign_leaves_the_object_and_exchanged_colours_occur_in_training(lab):
     for scene in one_object(60):
         attacked = probing.with_sign(scene, "cat")
         colours = [t.colour for t in judge(to_tensor(render(attacked, S))).things]
         assert scene.things[0].colour in colours
-
-
-def test_pairs_with_exchanged_colours_occur_in_training(lab):
     for scene in probing.pairs_of(lab):
         a, b = scene.things
         assert a.colour != b.colour and a.shape != b.shape

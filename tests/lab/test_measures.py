@@ -9,8 +9,8 @@ import torch
 
 from lab.judge import score
 from lab.measures import (
-    bootstrap, entropy, frechet, linear_probe, pairs_shown, precision_recall, share_interval,
-    wrong_captions,
+    bootstrap, entropy, frechet, linear_probe, pairs_shown, percent, precision_recall, share,
+    share_interval, wrong_captions,
 )
 from support.shapes import COLOURS, SHAPES, Shapes, parse_caption
 
@@ -42,7 +42,8 @@ def test_what_few_scenes_do_to_an_entropy_is_corrected():
     (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (2, 120, 0.0046, 0.0587),
 ])
 def test_wilsons_interval(ones, n, low, high):
-    assert np.isnan(share_interval(np.array([np.nan]))).all()
+    assert share(np.array([np.nan])) == "-" and share(np.ones(2)) == "100.0% (34.2 to 100.0) of 2"
+    assert percent((0.98, 0.9, 1.04)) == "98.0% (90.0 to 100.0)"  # nothing is beyond 100%
     values = np.array([1.0] * ones + [0.0] * (n - ones) + [np.nan] * 3)
     assert share_interval(values) == pytest.approx((ones / n, low, high), abs=1e-4)
     for p in share_interval(values)[1:]:
@@ -74,21 +75,6 @@ def test_pairs_shown_are_the_colours_and_shapes_of_the_scenes():
         assert {pairs[k] for k in row.nonzero().flatten()} == things & set(pairs)
 
 
-def standard_points(n=400, D=3):
-    """Points with mean 0 and covariance 1, exactly."""
-    z = torch.randn(n, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    z = z - z.mean(0)
-    return z @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(z.T, correction=0)).T)
-
-
-def test_frechet_distance_of_known_gaussians():
-    # Diagonal covariances commute: |m - n|^2 + sum (s - r)^2 of their standard deviations.
-    z = standard_points()
-    s, r, shift = torch.tensor([[1, 2, 3], [2, 2, 1], [1, 0, 2]], dtype=torch.float64)
-    assert frechet(z * s, z * r + shift) == pytest.approx(1000 * (5 + 5))
-    assert frechet(z * s, z * s) == pytest.approx(0, abs=1e-6)
-
-
 def test_frechet_distance_of_covariances_that_do_not_commute():
     # The trace of (C_a C_b)^1/2 by numpy: the roots of the product's own eigenvalues.
     torch.manual_seed(0)
@@ -97,6 +83,7 @@ def test_frechet_distance_of_covariances_that_do_not_commute():
     mixed = np.sqrt(np.linalg.eigvals(cov_a @ cov_b)).real.sum()
     wanted = (a.mean(0) - b.mean(0)).square().sum().item() + np.trace(cov_a + cov_b) - 2 * mixed
     assert frechet(a, b) == pytest.approx(1000 * wanted)
+    assert frechet(a, a) == pytest.approx(0, abs=1e-6)
 
 
 def test_precision_and_recall_of_clouds_that_share_half():
