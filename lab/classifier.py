@@ -191,7 +191,7 @@ def nearest(model, drawn, seen):
     pictures, _, _ = labelled(seen, model.classes)
     _, features = model.look(pictures.float() / 127.5 - 1)
     closest = torch.cdist(model.look(drawn)[1], features).topk(2, largest=False).indices.T
-    rows = [drawn, *(pictures[k].float() / 127.5 - 1 for k in closest)]
+    rows = [F.interpolate(drawn, (SIDE, SIDE)), *(pictures[k].float() / 127.5 - 1 for k in closest)]
     return draw_grid(torch.cat(rows), columns=len(drawn), cell=64)
 
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from tqdm import tqdm
 
+from lab.classifier import judge_classes
 from lab.findings import report
 from lab.judge import S, judge, scores, shares, the_thing
 from lab.measures import (
@@ -342,6 +343,8 @@ OPTIONS = {
     "--data": dict(choices=DATA, help="captioned pictures (default: as in the training)"),
     "--root": dict(help="folder of the data (default: as in the training)"),
     "--clip": dict(help="MODEL:TAG=FILE: read the CLIP of the training from a file"),
+    "--train": dict(required=True, help="folder of pictures that were trained on"),
+    "--classifier": dict(default="weights/cifar10/classifier.pt", help="what lab.classifier wrote"),
 }
 WEIGHTS, DATA = ["--weights", "--device"], ["--data", "--root", "--clip"]
 DRAWING = [*WEIGHTS, "--prior-scale", "--scale", "--candidates", "--prior-steps", "--steps"]
@@ -354,6 +357,8 @@ COMMANDS = {  # name: (function, its options, its own defaults)
     "manipulations": (judge_manipulations, [*WEIGHTS, "--edits"], {}),
     "losses": (measure_losses, [*WEIGHTS, *DATA], {"n": 256}),
     "real": (judge_real, [*DRAWING, *DATA, "--size"], {}),
+    "classes": (judge_classes, [*DRAWING, "--data", "--root", "--train", "--classifier", "--out"],
+                {"data": "folder", "n": 1000}),
     "export": (export_pictures, [*DRAWING, *DATA, "--size", "--out"], {"out": "samples/export"}),
     "findings": (report, [*WEIGHTS, "names", "--out"], {"n": 120, "out": "samples/findings"}),
 }
