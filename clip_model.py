@@ -16,8 +16,10 @@ Letters: B batch, D embedding, L context length, W text width.
 import functools
 import math
 import re
+import zlib
 from dataclasses import dataclass
 
+import numpy as np
 import open_clip
 import torch
 import torch.distributed as dist
@@ -72,35 +74,45 @@ class SmallClip(nn.Module):
 
     @staticmethod
     def batch(config, data, embeddings, indices, rng):
-        """Pictures `indices`, each with one of its captions: image (B, 3, H, W), tokens (B, L)."""
+        """Pictures `indices`, each with one of its captions. Captions are often equal, so each
+        different one is there once: image (B, 3, H, W), tokens (K, L), which of them (B,), and a
+        number that says in any batch which captions are equal (B,)."""
         captions = [c[rng.integers(len(c))] for c in map(data.captions, indices)]
         images = [varied(data, i, config.image_size, c, rng) for i, c in zip(indices, captions)]
-        return {"image": torch.stack(images), "tokens": tokenizer_of(config)(captions)}
+        numbers = [zlib.crc32(c.encode()) for c in captions]
+        _, first, which = np.unique(numbers, return_index=True, return_inverse=True)
+        return {"image": torch.stack(images), "which": torch.from_numpy(which),
+                "tokens": tokenizer_of(config)([captions[k] for k in first]),
+                "number": torch.tensor(numbers)}
+
+    def embed(self, batch):
+        """The batch's image_emb and text_emb (B, D), of unit norm, and CLIP's scale."""
+        # open_clip's forward normalises, and returns the scale already exponentiated: another exp
+        # would start it at exp(14). Its encode_image and encode_text do *not* normalise.
+        image_emb, text_emb, scale = self.model(batch["image"], batch["tokens"])
+        return at_least_float32(image_emb), at_least_float32(text_emb)[batch["which"]], scale
 
     def loss(self, batch, t=None):
         """The contrastive loss of a batch, a scalar. (There is no noise level t here.)"""
         self.model.logit_scale.data.clamp_(max=math.log(100))  # see clip_loss
-        # open_clip's forward normalises, and returns the scale already exponentiated: another exp
-        # would start it at exp(14). Its encode_image and encode_text do *not* normalise.
-        captions, which = batch["tokens"].unique(dim=0, return_inverse=True)  # each one once
-        image_emb, text_emb, scale = self.model(batch["image"], captions)
-        rows = at_least_float32(image_emb), at_least_float32(text_emb)[which]
+        image_emb, text_emb, scale = self.embed(batch)
+        numbers = batch["number"]
         if self.training and dist.is_initialized():
             # All processes' rows together: among fewer, the right caption is easier to find.
-            rows = gather_features(*rows, gather_with_grad=True)
-            tokens = batch["tokens"].expand(dist.get_world_size(), -1, -1).contiguous()
-            dist.all_gather(list(tokens), batch["tokens"])
-            which = tokens.flatten(0, 1).unique(dim=0, return_inverse=True)[1]
+            image_emb, text_emb = gather_features(image_emb, text_emb, gather_with_grad=True)
+            everyone = [torch.empty_like(numbers) for _ in range(dist.get_world_size())]
+            dist.all_gather(everyone, numbers)
+            numbers = torch.cat(everyone)
         # Not in bfloat16, whose 8 significant bits leave logits near 100 off by up to 0.25.
         with torch.autocast(image_emb.device.type, enabled=False):
-            return clip_loss(*rows, scale, which)
+            return clip_loss(image_emb, text_emb, scale, numbers)
 
     @torch.no_grad()
     def preview(self, batches):
         """How often it picks the right one of 16 captions for a picture (chance: 0.06)."""
         batch, _ = batches.look()
-        image_emb, text_emb, _ = self.model(batch["image"], batch["tokens"])
-        right = (image_emb.float() @ text_emb.float().T).argmax(dim=1).cpu()
+        image_emb, text_emb, _ = self.embed(batch)
+        right = (image_emb @ text_emb.T).argmax(dim=1).cpu()
         match = (right == torch.arange(len(right))).float().mean().item()
         return {"match_of_16": match}, None, None
 
@@ -118,20 +130,20 @@ def varied(data, i, size, caption, rng):
     return image.flip(-1) if mirrored else image
 
 
-def clip_loss(image_emb, text_emb, scale, which=None):
+def clip_loss(image_emb, text_emb, scale, number=None):
     """Symmetric contrastive loss (CLIP fig. 3): which caption goes with which picture, and back.
 
     image_emb, text_emb: (B, D) unit norm; row i of one belongs to row i of the other.
-    which: (B,) numbers of the captions. Rows of the same number are not each other's negatives:
-    among 256 captions of a data set with few, many are equal, and all of those are right.
+    number: (B,), equal where captions are. Such rows are not each other's negatives: among 256
+    captions of a data set with few different ones many are equal, and all of those are right.
     scale: the inverse temperature of the softmax. Cosines end at 1: unscaled, a perfect match
     among 256 captions would have a probability of only e / (e + 255) = 1%. CLIP learns the scale,
     starting at 1 / 0.07 = 14, and clamps it at 100 to keep training stable (CLIP sec. 2.5).
     """
     logits = scale * image_emb @ text_emb.T  # (B, B)
     target = torch.arange(len(logits), device=logits.device)
-    which = target if which is None else which
-    same = (which[:, None] == which) & (target[:, None] != target)
+    number = target if number is None else number
+    same = (number[:, None] == number) & (target[:, None] != target)
     logits = logits.masked_fill(same, -math.inf)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 

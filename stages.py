@@ -78,6 +78,7 @@ PRESETS = {
     },
     # CIFAR-10, or other photos of 32 pixels. No upsampler: there is nothing larger to learn from.
     "cifar": {
+        "data": 60_000,
         "clip": ({"vision_width": 24, "vision_layers": (2, 2, 2, 1)},
                  {"steps": 5000, "batch_size": 256, "lr": 2e-3}),
         "prior": ({"width": 192, "depth": 4}, {"steps": 2500, "batch_size": 128, "lr": 1e-3}),
@@ -111,10 +112,12 @@ def recipe(preset, stage):
     The baselines' decoders have the decoder's network and budget; only what they see differs. The
     autoregressive prior has the diffusion prior's sizes and budget.
     """
+    row = {"ar_prior": "prior"}.get(stage, "decoder" if stage in BASELINES else stage)
+    if row not in PRESETS[preset]:
+        raise UserError(f"--preset {preset} has no {stage}: its pictures are not enlarged")
+    model, training = PRESETS[preset][row]
     if stage == "ar_prior":
-        model, training = PRESETS[preset]["prior"]
         return {k: v for k, v in model.items() if k in ("width", "depth", "heads")}, training
-    model, training = PRESETS[preset]["decoder" if stage in BASELINES else stage]
     if stage in BASELINES:
         model = model | {"condition": stage.removeprefix("decoder_")}
     if stage == "decoder_caption":

@@ -33,17 +33,19 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves it out
 from stages import BASELINES, KEPT, ORDER, PRESETS, STAGES, begun, build, check_clip, fresh_model
 from stages import load_clip, needs_clip, recipe
 from support.cache import embed
 from support.checkpoint import export_checkpoints, restore
 from support.muon import make_optimizers
 from support.pictures import DATA, load_data
+from support.processes import in_workers, joined_processes, sole_trainer, stop_signals
 from support.run import Run
 from support.sheets import draw_grid, save_picture
 from support.tools import (
-    Parser, UserError, autocast, choose_device, in_workers, joined_processes, natural, positive,
-    positive_number, seed_number, sole_trainer, stop_signals, usable_cores, user_errors,
+    Parser, UserError, autocast, choose_device, natural, positive, positive_number, seed_number,
+    usable_cores, user_errors,
 )
 
 EMA_DECAY = 0.9995  # Paper: .9999 (AR prior .999), over 600K steps and more; our runs are shorter
@@ -273,6 +275,9 @@ def run_stage(stage, args, device, rank, world):
     if path.exists() and not args.resume:
         raise UserError(f"{path} is there: --resume continues it, another --out starts afresh")
     checkpoint, before, spec = begun(path)
+    if args.stage == "all" and stage not in PRESETS[args.preset or before.get("preset", "tiny")]:
+        print(f"{stage}: this preset has none")
+        return
     settings = settle(stage, args, before)
     steps, size = settings["steps"], settings["batch_size"]
     if checkpoint["step"] >= steps:

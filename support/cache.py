@@ -24,7 +24,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from support.checkpoint import save_checkpoint
-from support.tools import UserError, in_workers, usable_cores
+from support.processes import in_workers
+from support.tools import UserError, usable_cores
 
 SHARD = 4096  # pictures or captions
 read = functools.partial(torch.load, mmap=True, weights_only=True)
@@ -152,4 +153,4 @@ def embed_pictures(clip, data, start, batch_size, workers):
 def decode(data, size, interpolation, indices):
     """Pictures `indices` as a CLIP wants them."""
     return {"image": torch.stack([data.image(i, size, interpolation=interpolation)
-                                  for i in indices.tolist()])}
+                                  for i in map(int, indices)])}

@@ -59,17 +59,22 @@ def export_checkpoints(run, folder, stages):
         raise UserError(f"{run} has no trained stage to export: give --out the folder of a run")
     copies = [Path(folder) / path.name for path in paths]
     for path, copy in zip(paths, copies):
-        settings = load_checkpoint(path)["run"]
+        settings = shared_settings(load_checkpoint(path))
         there = load_checkpoint(copy) if copy.exists() else {"run": settings}
-        if "optimizer" in there or there["run"] != settings:
+        if "optimizer" in there or shared_settings(there) != settings:
             raise UserError(f"--to {folder}: {copy} is not a copy of this training, whose copy "
                             "would replace it; give another folder, or delete it")
     for path, copy in zip(paths, copies):
         whole = load_checkpoint(path, path.stem)
         ema = {k: v.half() if v.is_floating_point() else v for k, v in whole["ema"].items()}
         kept = {k: v for k, v in whole.items() if k not in ("model", "optimizer")}
-        save_checkpoint(copy, kept | {"ema": ema})
+        save_checkpoint(copy, kept | {"ema": ema, "run": shared_settings(whole)})
         print(f"{copy}: {copy.stat().st_size / 2**20:.1f} MiB")
+
+
+def shared_settings(checkpoint):
+    """A training's settings without what is of no use to others: its folder of pictures."""
+    return {k: v for k, v in checkpoint["run"].items() if k != "root"}
 
 
 def load_checkpoint(path, stage=None):

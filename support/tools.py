@@ -6,24 +6,17 @@ is a UserError, which `user_errors` turns into one line and exit code 2.
 
 import argparse
 import atexit
-import ctypes
 import functools
 import math
 import os
 import re
 import signal
 import sys
-import threading
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # a script's first lines, for its imports
     signal.signal(signal.SIGINT, signal.default_int_handler)
 atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # a second one while Python ends
@@ -85,116 +78,6 @@ def peak_memory(device):
         return math.nan
     unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-@contextmanager
-def stop_signals(listen=True):
-    """Ctrl-C, SIGTERM (a cluster's preemption) and SIGHUP (a closed terminal) ask a loop to stop:
-    yields a list that is empty until then. A second Ctrl-C stops at once. listen=False ignores
-    them, as another process decides."""
-    asked, before = [], {}
-
-    def ask(number, frame):
-        if listen and asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.extend([number] if listen else [])
-
-    if threading.current_thread() is threading.main_thread():  # other threads get no signals
-        before = {number: signal.signal(number, ask) for number in SIGNALS
-                  if signal.getsignal(number) != signal.SIG_IGN}  # as nohup has SIGHUP ignored
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
-
-
-def ignore_signals(worker):
-    """For a DataLoader's worker processes: the main process decides when to stop."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-@contextmanager
-def in_workers(work, jobs, workers, device):
-    """An iterator of work(job), a dictionary of tensors, for each job in order: made ahead by
-    `workers` processes, or here by none. They end with the loop, whatever ends it and whatever they
-    are doing. Left to themselves they outlive an error, and Python waits for them at its exit."""
-    loader = torch.utils.data.DataLoader(
-        jobs, batch_size=None, num_workers=workers, worker_init_fn=ignore_signals,
-        collate_fn=functools.partial(hand_over, work), pin_memory=device.type == "cuda")
-    before = fcntl and signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a worker keeps this
-    try:
-        made = iter(loader)
-    finally:
-        if fcntl:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    for worker in getattr(made, "_workers", []):
-        worker.terminate = worker.kill  # they ignore SIGTERM, which is the loader's last resort
-    try:
-        yield made
-    finally:
-        if workers:
-            made._shutdown_workers()
-
-
-def hand_over(work, job):
-    """work(job), on its way out of a worker in shared memory; where that is full (a container may
-    have 64 MB of it) as arrays through a pipe. torch.as_tensor takes both."""
-    tensors = work(job)
-    try:
-        for x in tensors.values() if torch.utils.data.get_worker_info() else ():
-            x.share_memory_()
-        return tensors
-    except RuntimeError:
-        return {name: x.numpy() for name, x in tensors.items()}
-
-
-@contextmanager
-def joined_processes(device):
-    """(rank, world, device): 0, 1 and the device, or this process's own as torchrun started it."""
-    if not dist.is_torchelastic_launched():
-        yield 0, 1, device
-        return
-    if sys.platform == "linux":  # if torchrun is killed, so is this: 1 is PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
-    try:
-        yield dist.get_rank(), dist.get_world_size(), device
-    finally:
-        dist.destroy_process_group()
-
-
-@contextmanager
-def sole_trainer(folder, stage, rank, world):
-    """Refuses a stage that another process trains in this folder. The system takes a lock away from
-    a process that ends, however it ends; Windows has no such locks."""
-    lock = Path(folder) / f"{stage}.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with open(lock, "w") if rank == 0 and fcntl else nullcontext() as file:
-        try:
-            if file:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as e:
-            raise UserError(f"{folder}: another process is training {stage} here; wait for it, or "
-                            "give another --out") from e
-        try:
-            for left in lock.parent.glob(f"{stage}.*.tmp") if file else ():
-                left.unlink()  # half a checkpoint, by a process that was killed
-            yield
-        finally:
-            if file:
-                lock.unlink()
-    if world > 1:
-        dist.barrier()  # nobody reads the checkpoint before it is written
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):

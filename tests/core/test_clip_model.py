@@ -59,8 +59,11 @@ def clip(request):
     return make_clip(request.param)
 
 
-def batch_of(small):
-    return {"image": pictures(5, 32), "tokens": Tokenizer(L, small.config.vocab)(CAPTIONS)[:5]}
+def batch_of(small, which=(0, 1, 2, 3, 4)):
+    """Five pictures, or as many as `which` has captions of theirs."""
+    which = torch.tensor(which)
+    return {"image": pictures(5, 32)[:len(which)], "which": which, "number": 7 * which,
+            "tokens": Tokenizer(L, small.config.vocab)(CAPTIONS)}
 
 
 @pytest.mark.parametrize("N, scale", [(4, 1.0), (8, 3.0), (8, 100.0)])
@@ -92,9 +95,9 @@ def test_small_clip_normalises_exponentiates_its_scale_once_and_clamps_it_at_100
 def test_loss_is_its_formula_both_ways_and_in_float32_under_autocast(monkeypatch):
     small, a, b = make_small(), unit(6, D), unit(6, D)
     for rows in ((a, b), (b, a)):
-        monkeypatch.setattr(small.model, "forward", lambda *_, rows=rows: (*rows, 100.0))
+        monkeypatch.setattr(small, "embed", lambda *_, rows=rows: (*rows, 100.0))
         with torch.autocast("cpu", torch.bfloat16):
-            loss = small.loss({"image": None, "tokens": torch.arange(6)[:, None]})
+            loss = small.loss({"number": torch.arange(6)})
         assert_close(loss, plain_loss(a, b, 100.0))
 
 
@@ -124,7 +127,7 @@ def gradients(small, batch):
 def one_process(rank, world, folder):
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
     small, batch = make_small(), torch.load(folder / "batch.pt")
-    share = {name: x.chunk(world)[rank] for name, x in batch.items()}
+    share = {k: x if k == "tokens" else x.chunk(world)[rank] for k, x in batch.items()}
     loss, grads = gradients(small, share)
     alone = small.eval().loss(batch).detach()  # validation takes no other process's rows
     torch.save((loss, grads, alone), folder / f"{rank}.pt")
@@ -132,8 +135,7 @@ def one_process(rank, world, folder):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_processes_together_have_the_loss_and_gradients_of_one(world, tmp_path):
-    small, batch = make_small(), {name: x[:4] for name, x in batch_of(make_small()).items()}
-    batch["tokens"][3] = batch["tokens"][0]  # equal captions, one in each process
+    small, batch = make_small(), batch_of(make_small(), (0, 1, 2, 0))  # equal in two processes
     torch.save(batch, tmp_path / "batch.pt")
     wanted = gradients(small, batch)
     start = torch.multiprocessing.start_processes
@@ -160,7 +162,7 @@ def test_a_batch_draws_a_caption_of_each_picture():
     small, data, indices, rng = make_small(), Data(range(5)), [3, 0, 4], np.random.default_rng(7)
     batch = SmallClip.batch(small.config, data, None, indices, np.random.default_rng(7))
     captions = [data.captions(i)[rng.integers(3)] for i in indices]
-    assert_close(batch["tokens"], Tokenizer(L, small.config.vocab)(captions))
+    assert_close(batch["tokens"][batch["which"]], Tokenizer(L, small.config.vocab)(captions))
     for i, image in zip(indices, batch["image"], strict=True):
         assert_close(image, torch.full((3, 32, 32), float(i)))
     # A fresh CLIP knows the words of its data.

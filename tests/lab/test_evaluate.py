@@ -216,13 +216,24 @@ def test_a_table_has_a_dash_for_nothing_and_a_new_header_where_its_columns_chang
     assert lines == [["psnr", "n"], ["a", "20.00", "1"], ["b", "-", "2"], ["all"], ["c", "50.0%"]]
 
 
-def test_bench_times_a_step_and_the_cache_changes_nothing(micro_run, monkeypatch, capsys):
+def test_bench_times_a_step(monkeypatch, capsys):
     monkeypatch.setattr(bench, "matmul_peak", lambda device, kind: 1e12)
     monkeypatch.setattr(bench, "seconds", lambda work, device, repeats=5: work() or 1.0)
-    monkeypatch.setattr(bench, "PriorConfig", lambda **fields: bench.STAGES["prior"][1](
-        **fields | {"width": 16, "depth": 1, "heads": 2}))
-    recipe = bench.recipe
-    monkeypatch.setattr(bench, "recipe", lambda preset, stage: recipe("micro", stage))
-    assert bench.main(["--only", "prior", "decoder", "upsampler1", "sampling"]) == 0
-    said = capsys.readouterr().out
-    assert said.count("ms a step") == 3 and "between the two results 1.0000" in said
+    assert bench.main(["--only", "prior", "decoder", "upsampler1", "--preset", "micro"]) == 0
+    assert capsys.readouterr().out.count("ms a step") == 3
+
+
+def test_a_race_trains_each_arm_its_time_and_judges_what_it_draws(
+        micro_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "judge_of", lambda data, args: lambda x: {"bright": x.mean()})
+    assert bench.main(["--race", "", "predict=x_0 variance=fixed_small lr=0.0", "--minutes", "0.01",
+                       "-n", "4", "--preset", "micro", "--weights", str(micro_run),
+                       "--out", str(tmp_path)]) == 0
+    first, second = capsys.readouterr().out.strip().splitlines()[-2:]
+    assert first.startswith("preset, seed 0: ") and "val_loss" in first
+    assert second.startswith("predict=x_0 variance=fixed_small lr=0.0, seed 0: ")
+    assert second.endswith("bright 0")  # at a rate of 0 it still draws the 0 that it began with
+    assert len(list(tmp_path.glob("*.png"))) == 2
+    assert bench.read_arm("a=(1,2) b=v c=None d=2.5") == {"a": (1, 2), "b": "v", "c": None,
+                                                          "d": 2.5}
+    assert bench.main(["--race", "nonsense"]) == 2

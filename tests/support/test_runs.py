@@ -18,7 +18,7 @@ from PIL import Image
 import stages
 import train
 from conftest import ROOT
-from support import tools
+from support import processes, tools
 from support.cache import embed
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.muon import make_optimizers
@@ -144,7 +144,7 @@ def test_every_signal_that_asks_to_stop_saves_first(
 
 def test_what_nohup_ignores_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with tools.stop_signals() as asked:
+    with processes.stop_signals() as asked:
         signal.raise_signal(signal.SIGHUP)
     assert not asked and signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
 
@@ -152,7 +152,7 @@ def test_what_nohup_ignores_stays_ignored():
 def test_a_blocked_worker_ends_with_the_loop(monkeypatch):
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
     busy, cpu = torch.multiprocessing.Event(), torch.device("cpu")
-    with tools.in_workers(lambda k: busy.set() or time.sleep(1000), [0], 1, cpu) as made:
+    with processes.in_workers(lambda k: busy.set() or time.sleep(1000), [0], 1, cpu) as made:
         assert busy.wait(100)
     made._workers[0].join(100)
     assert made._workers[0].exitcode == -signal.SIGKILL
@@ -212,7 +212,7 @@ def test_a_stage_is_trained_by_one_process_at_a_time(tmp_path, capsys):
     (tmp_path / "upsampler1.99.tmp").write_text("left by a process that was killed")
     script = f"""import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from support.tools import sole_trainer
+from support.processes import sole_trainer
 with sole_trainer({str(tmp_path)!r}, "upsampler1", 0, 1):
     time.sleep(print("mine", flush=True) or 1000)"""
     other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
@@ -277,7 +277,7 @@ def test_a_checkpoint_is_saved_though_its_pictures_cannot_be(tmp_path, monkeypat
 
 @pytest.mark.parametrize("arguments, says", [
     (["painter"], "painter"),
-    (["clip", "--batch-size", "0"], "must be 1 or more"),
+    (["clip", "--batch-size", "0"], "must be 1 to 10"),
     (["clip", "--steps", "many"], "--steps"),
     (["clip", "--data", "folder"], "--root"),
     (["clip", "--data", "folder", "--root", "/no/such/folder"], "/no/such/folder"),
