@@ -237,6 +237,8 @@ def train(run, model, batches, val_batches, checkpoint):
                 run.save(done, model, ema, optimizers)
             if looking:
                 look(run, done, ema.model, val_batches)
+            if done == steps:
+                run.save(done, model, ema, optimizers)  # again, with the figures of this look
             if stop:
                 raise KeyboardInterrupt(f"{run.path} is saved at step {done}: --resume continues")
     if rank == 0:

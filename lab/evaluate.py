@@ -111,11 +111,15 @@ def a_clip(args):
     return clip_of(load_stage(args.weights, stage), args.weights, stage, args.device)
 
 
-ROWS = {  # of `captions`: (which scenes, which prior; without one, the true embeddings)
-    "true_embedding": ("val", None),
-    "text": ("val", "prior"),
-    "held_out": ("held_out", "prior"),
-    "ar_prior": ("val", "ar_prior"),
+ROWS = {  # of `captions`: (which scenes, what the decoder is given, which decoder)
+    "true_embedding": ("val", "truth", "decoder"),
+    "text": ("val", "prior", "decoder"),
+    "held_out": ("held_out", "prior", "decoder"),
+    "ar_prior": ("val", "ar_prior", "decoder"),
+    "text_emb": ("val", "text_emb", "decoder"),
+    "caption": ("val", "caption", "decoder"),
+    "trained_text": ("val", "text_emb", "decoder_text_emb"),
+    "glide": ("val", "caption", "decoder_caption"),
 }
 
 
@@ -123,10 +127,11 @@ def judge_captions(args):
     """Do pictures drawn from captions show what the captions say?"""
     table = {}
     for row in args.rows:
-        split, prior = ROWS[row]
-        pipeline = judged_pipeline(args.weights, args.device, prior=prior)
+        split, given, decoder = ROWS[row]
+        pipeline = judged_pipeline(args.weights, args.device, prior=given, decoder=decoder)
         data = Shapes(args.n, split, args.seed)
-        captions, given = mixed_captions(data), prior or look(pipeline.clip, data)
+        captions = mixed_captions(data)
+        given = look(pipeline.clip, data) if given == "truth" else given
         pictures = torch.cat([p for _, p in draw_batches(pipeline, captions, args, given)])
         table[row] = shares(scores(pictures, captions))
         if args.out:

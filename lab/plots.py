@@ -100,6 +100,8 @@ def file_ending(suffix):
     def parse(text):
         if not text.endswith(suffix) or Path(text).is_dir():
             raise argparse.ArgumentTypeError(f"{text}: must be a file whose name ends in {suffix}")
+        if Path(text).with_suffix(".pt").exists():
+            raise argparse.ArgumentTypeError(f"{text}: belongs to a training; choose another name")
         check_folder(Path(text).parent)  # now, not after hours of work
         return Path(text)
 
