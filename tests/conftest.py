@@ -5,7 +5,8 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: bit for bit, as tests want it, is CPUs' own
+if "UNCLIP_TEST_GPU" not in os.environ:  # before torch: bit for bit, as tests want it, is CPUs' own
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no pool of compilers that outlives the tests
 
 import pytest
