@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from decoder import Decoder
 from lab.classifier import labelled, load_classifier
 from lab.judge import scores, shares
 from lab.measures import frechet, in_batches, scenes_of
@@ -128,30 +127,32 @@ def read_arm(text):
 
 
 def race(args):
-    """Train a decoder in several ways for the same time each, and see what it draws from the true
-    embeddings and captions of validation pictures."""
+    """Train a decoder (or, by --only prior, a prior) in several ways for the same time each, and
+    see what it draws from the captions and true embeddings of validation pictures."""
+    stage = "prior" if args.only == ["prior"] else "decoder"
     clip = load_clip(args.weights or default_weights(), device=args.device)
     limit = None if args.data != "shapes" else 20_000
     data = [load_data(args.data, args.root, split, n)
             for split, n in (("train", limit), ("val", args.n))]
-    right_in = judge_of(data[1], args)
+    right_in = judge_of(data[1], args) if stage == "decoder" else None
     with tempfile.TemporaryDirectory() as folder:
         with autocast(args.device):
             embeddings = [embed(clip, d, folder) for d in data]
         for arm, seed in product(args.race, range(args.seeds)):
-            training, fields = dict(recipe(args.preset, "decoder")[1]), read_arm(arm)
+            training, fields = dict(recipe(args.preset, stage)[1]), read_arm(arm)
             training |= {name: fields.pop(name) for name in list(fields) if name in TRAINING}
             torch.manual_seed(seed)
-            model = fresh_model("decoder", args.preset, data[0], clip, embeddings[0])
-            model = Decoder(replace(model.config, **fields)).to(args.device)
+            model = fresh_model(stage, args.preset, data[0], clip, embeddings[0])
+            model = type(model)(replace(model.config, **fields)).to(args.device)
             batches, val = (Batches(model, d, e, training["batch_size"], seed, args.device)
                             for d, e in zip(data, embeddings))
             ema, steps = train_for(model, batches, training, args)
-            drawn = draw(ema, val, args.n)
-            figures = validate(ema, val, args.device) | right_in(drawn)
+            drawn, true = draw(ema, val, args.n)
+            figures = {"frechet": frechet(drawn, true)} if stage == "prior" else right_in(drawn)
+            figures |= validate(ema, val, args.device)
             print(f"{arm or 'preset'}, seed {seed}: {steps * training['batch_size']} pictures; "
                   + ", ".join(f"{name} {x:.4g}" for name, x in figures.items()), flush=True)
-            if args.out:
+            if args.out and stage == "decoder":
                 save_picture(draw_grid(drawn[:64], columns=8),
                              Path(args.out) / f"{slugs([arm or 'preset'])[0]}_{seed}.png")
 
@@ -177,14 +178,18 @@ def train_for(model, batches, training, args):
 
 
 def draw(model, val, n):
-    """Pictures (n, 3, size, size) of the first n validation captions and true embeddings."""
-    drawn = []
+    """What is drawn of the first n validation pictures: by a decoder from captions and embeddings,
+    by a prior from captions; and their embeddings (n, D)."""
+    drawn, true = [], []
     for part in in_batches(n, 50):
         some = to_device(val.of(range(n)[part], np.random.default_rng(0)), val.device)
+        emb = some["image_emb" if "image" in some else "text_emb"]
         with autocast(val.device):
-            drawn.append(model.sample(some["image_emb"], some["text_enc"], some["text_mask"], 2.0,
+            drawn.append(model.sample(emb, some["text_enc"], some["text_mask"],
+                                      2.0 if "image" in some else 1.0,
                                       noise=noise_for(range(n)[part], "decoder")).cpu())
-    return torch.cat(drawn)
+        true.append(some["image_emb"].cpu())
+    return torch.cat(drawn), torch.cat(true)
 
 
 def judge_of(data, args):
@@ -216,8 +221,8 @@ def main(argv=None):
     add("--batch-size", type=positive, help="examples a step (default: the preset's)")
     add("--compile", action="store_true", help="torch.compile the loss")
     add("--device", type=choose_device, default="auto", help="auto, cpu or cuda")
-    add("--race", nargs="+", metavar="ARM", help="train decoders that differ from the preset's in "
-        "fields, 'NAME=VALUE NAME=VALUE' an arm; '' is the preset's own")
+    add("--race", nargs="+", metavar="ARM", help="train decoders (with --only prior: priors) that "
+        "differ from the preset's in fields, 'NAME=VALUE NAME=VALUE' an arm; '' is the preset's")
     add("--minutes", type=positive_number, default=20.0, help="of training for each arm of a race")
     add("--seeds", type=positive, default=1, help="trainings of each arm")
     add("-n", type=positive, default=500, help="pictures drawn to judge each training")

@@ -9,7 +9,7 @@ The one idea: U V^T needs no decomposition. The polynomial a x + b x x^T x + c (
 the singular values of x alone, and with the right a, b, c five rounds bring all of them near 1.
 
 The paper uses Adam for everything (table 3). With Muon for the stacks of layers the decoder reaches
-the same loss in half the time (`python -m lab.bench --race optimizers`). torch.optim.Muon takes
+the same loss in half the time (`python -m lab.bench --race '' muon=None`). torch.optim.Muon takes
 no convolutions and always computes in bfloat16, which is slow on most CPUs.
 """
 

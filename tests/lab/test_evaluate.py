@@ -232,8 +232,11 @@ def test_a_race_trains_each_arm_its_time_and_judges_what_it_draws(
     first, second = capsys.readouterr().out.strip().splitlines()[-2:]
     assert first.startswith("preset, seed 0: ") and "val_loss" in first
     assert second.startswith("predict=x_0 variance=fixed_small lr=0.0, seed 0: ")
-    assert second.endswith("bright 0")  # at a rate of 0 it still draws the 0 that it began with
+    assert "; bright 0, val" in second  # at a rate of 0 it still draws the 0 that it began with
     assert len(list(tmp_path.glob("*.png"))) == 2
     assert bench.read_arm("a=(1,2) b=v c=None d=2.5") == {"a": (1, 2), "b": "v", "c": None,
                                                           "d": 2.5}
     assert bench.main(["--race", "nonsense"]) == 2
+    assert bench.main(["--race", "copies=1", "--only", "prior", "--minutes", "0.01", "-n", "20",
+                       "--preset", "micro", "--weights", str(micro_run)]) == 0
+    assert "copies=1, seed 0: " in (said := capsys.readouterr().out) and "frechet" in said
