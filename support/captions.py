@@ -51,7 +51,7 @@ def inside(root, name, files):
 def lines_of(path):
     """The lines of a text in UTF-8, or in UTF-16 with its mark. Not by splitlines(), which splits
     at marks that a caption may hold."""
-    content = path.read_bytes()
+    content = Path(path).read_bytes()
     code = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
         text = content.decode(code)

@@ -1,8 +1,7 @@
 """Pictures as tensors, as sheets with captions, as files and as films.
 
 The networks' pictures are float32 tensors (3, H, W) in [-1, 1], files hold integers from 0 to 255.
-`to_tensor` and `to_pil` convert by fixed limits, not by a picture's own minimum and maximum, so a
-pale drawing stays pale.
+Between them are fixed limits, not a picture's own, so a pale drawing stays pale.
 """
 
 import math
@@ -44,7 +43,7 @@ def draw_grid(pictures, captions=None, columns=4, cell=None):
     if lacking := [c for c in sorted(set("".join(captions))) if bytes(font.getmask(c)) == box]:
         say(f"note: the sheet's typeface draws boxes for {' '.join(lacking)}")
     line = int(font.size * 1.25)
-    under = 6 + line * max(len(x) for x in lines) if any(captions) else 0
+    under = 6 + line * max(map(len, lines)) if any(captions) else 0
     wide, high = cell + 4, cell + under + 4
     columns = min(columns, len(pictures), 16000 // wide)  # a WebP has at most 16383 pixels
     rows = math.ceil(len(pictures) / columns)
@@ -62,8 +61,7 @@ def draw_grid(pictures, captions=None, columns=4, cell=None):
 
 def check_folder(path, inputs=()):
     """An argument's type, a Path: a picture, if its name ends like one, else a folder to fill. Only
-    a picture is ever replaced, and none of `inputs`. Nothing is made yet, so a command that fails
-    later leaves nothing behind."""
+    a picture is ever replaced, and none of `inputs`. Nothing is made yet."""
     path = Path(path)
     picture, there = path.suffix.lower() in SUFFIXES, path.absolute()
     with suppress(Exception):  # Pillow has many ways to say what it cannot read

@@ -33,8 +33,7 @@ def choose_device(name):
              *["cuda"][:count], *(f"cuda:{k}" for k in range(count))]
     name = ("cuda" if count else "cpu") if name == "auto" else name
     if name not in there:
-        raise UserError(f"--device {name}: this machine has {', '.join(there)}; use one of them, "
-                        "or auto")
+        raise UserError(f"--device {name}: use one that this machine has: {', '.join(there)}")
     return torch.device(name)
 
 
@@ -51,8 +50,7 @@ def autocast(device):
 @functools.lru_cache
 def cpu_is_fast_in_bf16():
     """Whether this CPU multiplies bfloat16 faster than float32. Chips with AMX or AMD's AVX512-BF16
-    do; Intel's AVX512-BF16 without AMX, as in some virtual machines, is slower than float32.
-    `python -m lab.bench` prints both."""
+    do; Intel's AVX512-BF16 without AMX is slower than float32. `python -m lab.bench` times both."""
     amx, avx512 = (getattr(torch.cpu, f"_is_{x}_supported", bool)()
                    for x in ("amx_tile", "avx512_bf16"))
     try:
