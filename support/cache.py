@@ -7,10 +7,8 @@ They are in files of at most 4,096 pictures or different captions each, called s
     index.pt            starts (N + 1,), caption_ids (starts[N],): the captions of each picture
 
 Token features are stored without padding: caption k of a shard owns rows starts[k] to starts[k + 1]
-of text_enc. Picture i owns such a part of caption_ids, whose numbers run through all shards.
-
-A file is written under a temporary name and then renamed, so it is never half there. An interrupted
-pass continues with the first missing file, and of two passes at once each writes equal files.
+of text_enc. Picture i owns such a part of caption_ids, whose numbers run through all shards. An
+interrupted pass continues with the first missing file; two passes at once write equal files.
 """
 
 import functools

@@ -5,14 +5,13 @@ import json
 import os
 import re
 import sys
-from functools import cache
 from pathlib import Path
 from unicodedata import normalize
 
 from PIL import Image
 from tqdm import tqdm
 
-from support.tools import UserError, printable
+from support.tools import UserError, say
 
 # Only these are opened: Pillow hands EPS, for one, to a program that runs it.
 KINDS = {"PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000"}
@@ -23,25 +22,19 @@ EXAMPLES = {"metadata.jsonl": '{"file_name": "a.png", "text": "a caption"}',
             "metadata.csv": 'file_name,text in its first line, then a.png,"a caption"'}
 
 
-@cache  # each stage of a training opens the same data
-def say(line, stream=None):
-    """Print a line, once a process: on `stream`, or where the first process speaks for all."""
-    print(printable(line), file=stream)
-
-
 def find_files(root):
     """{path in Unicode's composed form: Path on the disk} of the files in root. Linked folders are
     entered, but none twice; names with a dot in front, as a Mac's ._a.txt, are left out."""
-    files, seen, home = {}, set(), root.resolve()
+    files, seen = {}, set(root.resolve().parents)
     for folder, folders, names in os.walk(root, followlinks=True, onerror=lambda e: say(
             f"skipped the folder {e.filename}: {e.strerror}", sys.stderr)):
         real = Path(folder).resolve()
-        if real in seen or seen and home.is_relative_to(real):  # a link back
+        if real in seen:  # a link back
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = [name for name in sorted(folders) if not name.startswith(".")]
-        folders.sort(key=lambda name: os.path.islink(os.path.join(folder, name)))  # links last
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
         paths = [os.path.join(folder, name) for name in names if not name.startswith(".")]
         files |= {normalize("NFC", path): Path(path) for path in paths}
     return files
@@ -58,15 +51,20 @@ def inside(root, name, files):
 def lines_of(path):
     """The lines of a text in UTF-8, or in UTF-16 with its mark. Not by splitlines(), which splits
     at marks that a caption may hold."""
-    content = path.read_bytes()
+    content = Path(path).read_bytes()
     code = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
         text = content.decode(code)
     except ValueError:
         text = "\0"
     if "\0" in text:
-        raise UserError(printable(f"{path}: its text is not UTF-8; save it as UTF-8"))
+        raise UserError(f"{path}: its text is not UTF-8; save it as UTF-8")
     return re.split("\r?\n", text)
+
+
+def captions_of(path):
+    """The lines of a text file that are not empty."""
+    return [line.strip() for line in lines_of(path) if line.strip()]
 
 
 def rows_of(table):
@@ -100,13 +98,12 @@ def load_folder(root, files):
     for key, path in () if table else tqdm(files.items(), "captions", **LATER):
         beside = files.get(os.path.splitext(key)[0] + ".txt")
         if path.suffix.lower() in SUFFIXES and beside and beside.is_file():
-            captioned[path] = [line.strip() for line in lines_of(beside) if line.strip()]
+            captioned[path] = captions_of(beside)
     if not any(captioned.values()):
-        below = [f"give --root {path.parent}" for path in files.values()
-                 if path.name in EXAMPLES and path.parent != root]
-        advice = (f"add metadata.jsonl with lines like {EXAMPLES['metadata.jsonl']}, or a.txt "
-                  "beside each a.png")
-        raise UserError(f"{root}: no captions; {min(below, default=advice)}")
+        below = [path.parent for path in files.values() if path.name in EXAMPLES]
+        raise UserError(f"{root}: no captions; add metadata.jsonl with lines like "
+                        f"{EXAMPLES['metadata.jsonl']}, or a.txt beside each a.png"
+                        + (f"; or give --root {min(below)}" if below and not table else ""))
     return files, captioned, True
 
 
@@ -134,10 +131,10 @@ def load_coco(root, files, split):
                         "images (id, file_name) and annotations (image_id, caption); download it "
                         "again")
     # The first picture that is found says in which folder all are; in train2017 before others.
-    there = {p.name: str(p) for p in sorted(files.values(), key=lambda p: p.parent.name == part)}
+    there = {p.name: os.path.join(os.sep, p.relative_to(root))
+             for p in sorted(files.values(), key=lambda p: p.parent.name == part)}
     homes = (there[end][: -len(name)] for name in captioned
              if there.get(end := os.path.basename(name), "").endswith(os.sep + name))
-    homes = (home for home in homes if home.startswith(os.path.join(root, "")))
-    home = os.path.join(next(homes, root if divide else root / part), "")
+    home = f"{root}{next(homes, os.sep if divide else f'{os.sep}{part}{os.sep}')}"
     near = {form: path for form, path in files.items() if form.startswith(normalize("NFC", home))}
     return near, {inside(home, name, files): texts for name, texts in captioned.items()}, divide

@@ -11,9 +11,7 @@ A checkpoint is a plain dictionary that torch.load(weights_only=True) accepts:
     run       the settings of the training: command, seed, the data's fingerprint, ...
     figures   the last loss and other figures that the training reported
 
-A stage is rebuilt from its checkpoint alone, never from flags that must be repeated by hand. A new
-checkpoint is written beside the old one and replaces it in one step, so a crash or a full disk in
-the middle leaves the old one as it was.
+A stage is rebuilt from its checkpoint alone, never from flags that must be repeated by hand.
 """
 
 import os
@@ -28,8 +26,8 @@ from support.tools import UserError
 
 
 def save_checkpoint(path, checkpoint):
-    """Write all of it or nothing: to a file of this process's own, flushed to the disk, which then
-    replaces PATH."""
+    """Write all of it or nothing: to a file beside it, flushed to the disk, which then replaces it,
+    so a crash or a full disk in the middle leaves the old checkpoint as it was."""
     path = Path(path)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
@@ -40,9 +38,8 @@ def save_checkpoint(path, checkpoint):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-        kept = "; the previous checkpoint is untouched" if path.exists() else ""
-        raise UserError(f"cannot write {path} ({e}): make room or choose another --out"
-                        f"{kept}") from e
+        raise UserError(f"cannot write {path} ({e}): make room or choose another --out; what was "
+                        "there is untouched") from e
     finally:  # after a second Ctrl-C as well
         with suppress(OSError):  # it has been renamed, or the folder is a file
             temporary.unlink()
@@ -52,20 +49,18 @@ def export_checkpoints(run, folder, stages):
     """Small copies of a run's stages: averaged weights in half precision, without raw weights and
     optimizer. They are a sixth (Muon) to an eighth (Adam) of the size, enough to draw with or to
     continue training from. CLIP's identity, a hash of half-precision weights, stays the same."""
-    paths = [p for p in (Path(run) / f"{stage}.pt" for stage in stages) if p.exists()]
-    if not folder or Path(run).resolve() == Path(folder).resolve():
-        raise UserError("export: give --to, another folder than the run's, for the copies")
-    if not paths:
-        raise UserError(f"{run} has no trained stage to export: give --out the folder of a run")
-    copies = [Path(folder) / path.name for path in paths]
-    for path, copy in zip(paths, copies):
-        settings = shared_settings(load_checkpoint(path))
+    paths = [Path(run) / f"{stage}.pt" for stage in stages]
+    copies = {path: Path(folder or ".") / path.name for path in paths if path.exists()}
+    if not folder or not copies:
+        raise UserError("export: give --out, the folder of a trained run, and --to, another one")
+    for path, copy in copies.items():
+        settings = shared_settings(load_checkpoint(path, path.stem))
         there = load_checkpoint(copy) if copy.exists() else {"run": settings}
         if "optimizer" in there or shared_settings(there) != settings:
             raise UserError(f"--to {folder}: {copy} is not a copy of this training, whose copy "
                             "would replace it; give another folder, or delete it")
-    for path, copy in zip(paths, copies):
-        whole = load_checkpoint(path, path.stem)
+    for path, copy in copies.items():
+        whole = load_checkpoint(path)
         ema = {k: v.half() if v.is_floating_point() else v for k, v in whole["ema"].items()}
         kept = {k: v for k, v in whole.items() if k not in ("model", "optimizer")}
         save_checkpoint(copy, kept | {"ema": ema, "run": shared_settings(whole)})
@@ -84,47 +79,46 @@ def load_checkpoint(path, stage=None):
     with open(path, "rb") as file:
         start, size = file.read(100), os.path.getsize(path)
     if not start.startswith(b"PK"):  # torch.save writes ZIP archives
-        kind = "an empty" if not size else "a strange" if b"\0" in start else "a text"
-        raise UserError(f"{path} is not weights: {kind} file of {size} bytes; did git-lfs run? "
-                        "Copy it or train it again")
+        kind = "strange" if b"\0" in start else "text" if size else "empty"
+        raise UserError(f"{path} is not weights: {kind}, {size} bytes; did git-lfs run? Copy it or "
+                        "train it again")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # checksums, which torch does not look at
                 raise ValueError("a checksum is wrong")
-    except pickle.UnpicklingError as e:
-        raise UserError(f"{path} is not a file of plain weights (it may hold code, which is never "
-                        "run): delete it and train or copy it again") from e
     except Exception as e:  # torch has many ways to say that a file is cut short
-        raise UserError(f"{path} is damaged ({type(e).__name__}): delete it and train or copy it "
-                        "again") from e
-    there = checkpoint if isinstance(checkpoint, dict) else ()
-    if lacks := {"stage", "config", "ema", "step"}.difference(there):
-        raise UserError(f"{path} is not a checkpoint of this project: it lacks "
-                        f"{', '.join(sorted(lacks))}")
-    checkpoint = {"clip": None, "run": {}, "figures": {}} | checkpoint
-    check_parts(checkpoint, path)
+        kind = ("not a file of plain weights (it may hold code, which is never run)"
+                if isinstance(e, pickle.UnpicklingError) else f"damaged ({type(e).__name__})")
+        raise UserError(f"{path} is {kind}: delete it and train or copy it again") from e
+    checkpoint = check_parts(checkpoint, path)
     if stage not in (None, checkpoint["stage"]):
         raise UserError(f"{path} holds the stage '{checkpoint['stage']}', not '{stage}': check the "
                         "file's name")
     return checkpoint
 
 
-def check_parts(checkpoint, path):
-    """UserError unless each part of a checkpoint is what it should be."""
-    config, ema, run, figures = (checkpoint[x] for x in ("config", "ema", "run", "figures"))
-    clip = checkpoint["clip"] or {"spec": "", "identity": ""}
-    if not (all(isinstance(x, dict) for x in (config, ema, run, figures, clip))
-            and all(type(x) is int and x >= 0 for x in (
-                checkpoint["step"], run.get("steps", 0), run.get("batch_size", 0),
-                figures.get("examples", 0)))
-            and all(isinstance(clip.get(x), str) for x in ("spec", "identity"))
-            and all(torch.is_tensor(x) for x in ema.values())):
-        raise UserError(f"{path}: its parts are not those of a checkpoint; train this stage again")
-    for name, x in ema.items():
+def check_parts(there, path):
+    """The checkpoint at `path`, complete. UserError unless each part of it is what it should be."""
+    try:
+        there = {"clip": None, "run": {}, "figures": {}} | there
+        clip, run = there["clip"] or {"spec": "", "identity": ""}, there["run"]
+        kinds = {dict: [there["config"]], torch.Tensor: there["ema"].values(),
+                 str: [there["stage"], clip["spec"], clip["identity"]],
+                 int: [there["step"], run.get("steps", 0), run.get("batch_size", 0),
+                       there["figures"].get("examples", 0)]}
+        for kind, parts in kinds.items():
+            for x in parts:
+                if not isinstance(x, kind) or kind is int and x < 0:
+                    raise TypeError(f"{x!r:.60}: must be {kind.__name__}")
+    except (KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{path} is not a checkpoint of this project ({e!r}): train this stage "
+                        "again") from e
+    for name, x in there["ema"].items():
         if x.is_floating_point() and not x.isfinite().all():
             raise UserError(f"{path}: its weights are not all finite (see {name}): the training "
                             "went wrong; train this stage again")
+    return there
 
 
 def examples_seen(checkpoint):
@@ -148,6 +142,5 @@ def restore(checkpoint, model, optimizers):
                 if any(v.numel() > 1 and v.shape != p.shape for v in values.values()):
                     raise ValueError("its optimizer belongs to another model")
     except Exception as e:  # what is in another model's state can raise nearly anything
-        reason = " ".join(str(e).split())[:200]
-        raise UserError(f"--resume: the checkpoint's weights and optimizer do not fit ({reason}): "
-                        "train this stage again, or continue from an exported copy") from e
+        raise UserError(f"--resume: the checkpoint's weights and optimizer do not fit ({e!s:.200})"
+                        ": train this stage again, or continue from an exported copy") from e

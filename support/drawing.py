@@ -1,6 +1,5 @@
 """What the drawing commands share: options, where they look for weights, the files they write."""
 
-import itertools
 import re
 import sys
 from pathlib import Path
@@ -9,11 +8,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from support.captions import captions_of
 from support.pictures import fit, open_picture
 from support.sheets import (
     SUFFIXES, check_folder, draw_grid, save_film, save_picture, to_pil, to_tensor,
 )
 from support.tools import UserError, choose_device, positive, seed_number
+
+utf8_file = captions_of  # an argument's type
 
 
 def default_weights():
@@ -47,21 +49,15 @@ def reachable_size(pipeline, size):
     return side
 
 
-def utf8_file(path):
-    """An argument's type: the lines of a text file that are not empty."""
-    lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    return [line.strip() for line in lines if line.strip()]
-
-
 def slugs(captions):
     """Captions as file names: their words, cut at 60 bytes, numbered where two are the same."""
-    names, code = {}, sys.getfilesystemencoding()
+    names, code = [], sys.getfilesystemencoding()
     for caption in captions:
         words = "-".join(re.findall(r"[^\W_]+", caption.lower()))
         name = words.encode(code, "ignore")[:60].decode(code, "ignore") or "caption"
-        numbered = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
-        names[next(x for x in numbered if x not in names)] = caption
-    return list(names)
+        numbers = ("", *(f"-{n}" for n in range(2, len(captions) + 1)))
+        names.append(next(name + n for n in numbers if name + n not in names))
+    return names
 
 
 def sheet_path(out, words, inputs=()):

@@ -14,6 +14,7 @@ import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -22,12 +23,10 @@ from PIL import Image, ImageOps
 from torchvision import datasets
 from tqdm import tqdm
 
-from support.captions import (
-    FORMATS, LATER, SUFFIXES, find_files, load_coco, load_folder, say,
-)
+from support.captions import FORMATS, LATER, SUFFIXES, find_files, load_coco, load_folder
 from support.shapes import Shapes, digest, with_article
 from support.sheets import to_tensor
-from support.tools import UserError, printable
+from support.tools import UserError, say
 
 TEMPLATES = ("a photo of {}", "{}", "a small picture of {}", "a blurry photo of {}")  # for CIFAR
 MOST_PIXELS = 2**26  # of a picture; a small file can hold billions, and take gigabytes
@@ -56,7 +55,7 @@ def open_picture(path, side=None, decode=to_rgb):
     """A file -> decode(it), its upright PIL RGB picture, or UserError. Big JPEGs are decoded at the
     smallest of 1/1, 1/2, 1/4 and 1/8 of their size that still has `side`, if given: much faster."""
     if not os.path.isfile(path):  # nor a folder, or a pipe, which may wait for ever
-        raise UserError(printable(f"no picture at {path}: check the path"))
+        raise UserError(f"no picture at {path}: check the path")
     try:
         with Image.open(path, formats=FORMATS) as picture:
             picture.draft(None, side and (side, side))
@@ -64,8 +63,7 @@ def open_picture(path, side=None, decode=to_rgb):
                 raise ValueError(f"{picture.width} x {picture.height} are too many pixels")
             return decode(picture)
     except Exception as e:  # a broken file can raise nearly anything
-        raise UserError(printable(f"image {path}: not a picture that can be decoded ({e}); "
-                                  "replace it"))
+        raise UserError(f"image {path}: not a picture that can be decoded ({e}); replace it")
 
 
 def fit(picture, size, crop=None, place=0.5, interpolation="bicubic"):
@@ -118,7 +116,7 @@ def picture_files(name, files, captioned, divide, split, limit, seed):
     missing = sorted(p for p in captioned.keys() - found if not os.path.isfile(p))
     paths, broken = sorted(captioned.keys() - missing), []
     if divide and len(paths) <= 100:  # so few that all of val could be broken
-        paths, broken = whole_files(name, paths, len(paths), seed)
+        paths, broken = whole_files(name, paths, None, seed)
     parts = {split: paths}
     if divide:  # about 1 of 20 files is val, by a hash of its name: adding files moves no others
         hashes = {path: zlib.crc32(path.name.encode(errors="surrogatepass")) for path in paths}
@@ -129,7 +127,7 @@ def picture_files(name, files, captioned, divide, split, limit, seed):
     say(f"{name}: {len(found)} pictures found"
         + some("without a caption", sorted(found - captioned.keys()))
         + some("missing", missing) + "".join(f"; {len(p)} {s}" for s, p in parts.items()))
-    fine, more = whole_files(name, parts.get(split, paths), limit or len(paths), seed)
+    fine, more = whole_files(name, parts.get(split, paths), limit, seed)
     if broken + more:
         say(f"{name}{some('skipped, broken or too large', broken + more)}", sys.stderr)
     if not fine:
@@ -148,14 +146,12 @@ def some(what, paths):
 
 def whole_files(name, paths, limit, seed):
     """(`limit` paths drawn from those of whole pictures, or all, and the others that were met)"""
-    fine, left = {}, [paths[i] for i in draw(len(paths), seed)]
+    order, broken = [paths[i] for i in draw(len(paths), seed)], []
     with ThreadPool() as pool:
-        while left and sum(fine.values()) < limit:
-            wanted = limit - sum(fine.values())
-            look = pool.imap(is_whole, left[:wanted], chunksize=16)
-            fine |= zip(left, tqdm(look, f"{name}: files", len(left[:wanted]), **LATER))
-            left = left[wanted:]
-    return [p for p in paths if fine.get(p)], [p for p in paths if not fine.get(p, True)]
+        looked = zip(order, pool.imap(is_whole, order, chunksize=16))
+        whole = (path for path, fine in looked if fine or broken.append(path))
+        bar = tqdm(islice(whole, limit), f"{name}: files", limit or len(order), **LATER)
+        return sorted(bar), sorted(broken)
 
 
 @cache

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -21,6 +21,9 @@ except ImportError:  # Windows
     fcntl = None
 
 
+SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+
+
 @contextmanager
 def stop_signals(listen=True):
     """Ctrl-C, SIGTERM (a cluster's preemption) and SIGHUP (a closed terminal) ask a loop to stop:
@@ -29,9 +32,10 @@ def stop_signals(listen=True):
     asked, before = [], {}
 
     def ask(number, frame):
-        if listen and asked and number == signal.SIGINT:
+        if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        asked.extend([number] if listen else [])
+        if listen:
+            asked.append(number)
 
     if threading.current_thread() is threading.main_thread():  # other threads get no signals
         before = {number: signal.signal(number, ask) for number in SIGNALS
@@ -41,9 +45,6 @@ def stop_signals(listen=True):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 
 
 def ignore_signals(worker):
@@ -113,19 +114,17 @@ def sole_trainer(folder, stage, rank, world):
     a process that ends, however it ends; Windows has no such locks."""
     lock = Path(folder) / f"{stage}.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with open(lock, "w") if rank == 0 and fcntl else nullcontext() as file:
-        try:
-            if file:
+    with ExitStack() as at_the_end:
+        if rank == 0 and fcntl:
+            file = at_the_end.enter_context(open(lock, "w"))
+            try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as e:
-            raise UserError(f"{folder}: another process is training {stage} here; wait for it, or "
-                            "give another --out") from e
-        try:
-            for left in lock.parent.glob(f"{stage}.*.tmp") if file else ():
+            except (BlockingIOError, PermissionError):
+                raise UserError(f"{folder}: another process is training {stage} here; wait for it, "
+                                "or give another --out")
+            at_the_end.callback(lock.unlink)
+            for left in lock.parent.glob(f"{stage}.*.tmp"):
                 left.unlink()  # half a checkpoint, by a process that was killed
-            yield
-        finally:
-            if file:
-                lock.unlink()
+        yield
     if world > 1:
         dist.barrier()  # nobody reads the checkpoint before it is written

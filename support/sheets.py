@@ -1,11 +1,9 @@
 """Pictures as tensors, as sheets with captions, as files and as films.
 
 The networks' pictures are float32 tensors (3, H, W) in [-1, 1], files hold integers from 0 to 255.
-`to_tensor` and `to_pil` convert by fixed limits, not by a picture's own minimum and maximum, so a
-pale drawing stays pale.
+Between them are fixed limits, not a picture's own, so a pale drawing stays pale.
 """
 
-import functools
 import math
 import os
 import textwrap
@@ -16,10 +14,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from support.tools import UserError, printable
+from support.tools import UserError, printable, say
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-print_once = functools.cache(print)
 
 
 def to_tensor(picture):
@@ -44,9 +41,9 @@ def draw_grid(pictures, captions=None, columns=4, cell=None):
     width, box = max(8, int(cell / font.getlength("e"))), bytes(font.getmask("\uffff"))
     lines = [textwrap.wrap(c, width, max_lines=8, placeholder=" ...") for c in captions]
     if lacking := [c for c in sorted(set("".join(captions))) if bytes(font.getmask(c)) == box]:
-        print_once("note: the sheet's typeface draws boxes for", *lacking)
+        say(f"note: the sheet's typeface draws boxes for {' '.join(lacking)}")
     line = int(font.size * 1.25)
-    under = 6 + line * max(len(x) for x in lines) if any(captions) else 0
+    under = 6 + line * max(map(len, lines)) if any(captions) else 0
     wide, high = cell + 4, cell + under + 4
     columns = min(columns, len(pictures), 16000 // wide)  # a WebP has at most 16383 pixels
     rows = math.ceil(len(pictures) / columns)
@@ -64,22 +61,19 @@ def draw_grid(pictures, captions=None, columns=4, cell=None):
 
 def check_folder(path, inputs=()):
     """An argument's type, a Path: a picture, if its name ends like one, else a folder to fill. Only
-    a picture is ever replaced, and none of `inputs`. Nothing is made yet, so a command that fails
-    later leaves nothing behind."""
+    a picture is ever replaced, and none of `inputs`. Nothing is made yet."""
     path = Path(path)
-    there = whole = path.absolute()
-    picture, known = path.suffix.lower() in SUFFIXES, [Path(x).resolve() for x in inputs]
+    picture, there = path.suffix.lower() in SUFFIXES, path.absolute()
     with suppress(Exception):  # Pillow has many ways to say what it cannot read
-        if picture and there.is_file() and there.resolve() not in known:
-            Image.open(there).close()
+        if picture and path.is_file() and path.resolve() not in [Path(x).resolve() for x in inputs]:
+            Image.open(path).close()
             there = there.parent
     while not os.path.lexists(there):
         there = there.parent
-    if picture and there == whole:
-        raise UserError(f"cannot write into {path}: it is an input or not a picture")
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"cannot write into {path}: {there} is not a folder you may write to")
-    if max(len(os.fsencode(name)) for name in whole.parts) > 240:
+    if picture and there == path.absolute() or not (there.is_dir() and os.access(there, os.W_OK)):
+        raise UserError(f"cannot write into {path}: {there} is an input, not a picture, or no "
+                        "folder you may write to")
+    if max(len(os.fsencode(name)) for name in path.parts) > 240:
         raise UserError(f"cannot write into {path}: choose a shorter name")
     return path
 

@@ -37,19 +37,14 @@ class Tokenizer:
                 warn(f"the caption is longer than CLIP's {self.context_length} tokens; "
                      f"dropped: '{self.bpe.decode(dropped).strip()}'")
             pieces = [self.bpe.sot_token_id, *pieces[:room], self.bpe.eot_token_id]
-            row[: len(pieces)] = torch.tensor(self.renumber(pieces, caption))
+            if self.vocab is not None:  # renumber, ascending: end of text stays the largest
+                known = np.isin(pieces, self.vocab)
+                if unknown := self.bpe.decode(np.array(pieces)[~known].tolist()).strip():
+                    warn(f"this CLIP never saw '{unknown}' (in '{caption}') and can't know what it "
+                         "means")
+                pieces = np.where(known, np.searchsorted(self.vocab, pieces) + 2, 1)
+            row[: len(pieces)] = torch.as_tensor(pieces)
         return ids
-
-    def renumber(self, pieces, caption):
-        """49408 BPE ids -> the small CLIP's own. Ascending, so end-of-text stays the largest."""
-        if self.vocab is None:
-            return pieces
-        places = np.searchsorted(self.vocab, pieces)  # never past the end: end-of-text is there
-        known = self.vocab[places] == pieces
-        if not known.all():
-            unknown = self.bpe.decode(np.array(pieces)[~known].tolist()).strip()
-            warn(f"this CLIP never saw '{unknown}' (in '{caption}') and can't know what it means")
-        return np.where(known, places + 2, 1)
 
 
 def make_vocab(captions):

@@ -1,4 +1,4 @@
-"""What every command needs but has nothing to do with unCLIP: device, precision, signals, options.
+"""What every command needs but has nothing to do with unCLIP: device, precision, errors, options.
 
 A student can skip this file. Worth knowing: `autocast` chooses the precision, and a user's mistake
 is a UserError, which `user_errors` turns into one line and exit code 2.
@@ -31,11 +31,9 @@ def choose_device(name):
     count = torch.cuda.device_count()
     there = ["cpu", *["mps"][: torch.backends.mps.is_available()],
              *["cuda"][:count], *(f"cuda:{k}" for k in range(count))]
-    if name == "auto":
-        name = "cuda" if count else "cpu"
+    name = ("cuda" if count else "cpu") if name == "auto" else name
     if name not in there:
-        raise UserError(f"--device {name}: this machine has {', '.join(there)}; use one of them, "
-                        "or auto")
+        raise UserError(f"--device {name}: use one that this machine has: {', '.join(there)}")
     return torch.device(name)
 
 
@@ -52,8 +50,7 @@ def autocast(device):
 @functools.lru_cache
 def cpu_is_fast_in_bf16():
     """Whether this CPU multiplies bfloat16 faster than float32. Chips with AMX or AMD's AVX512-BF16
-    do; Intel's AVX512-BF16 without AMX, as in some virtual machines, is slower than float32.
-    `python -m lab.bench` prints both."""
+    do; Intel's AVX512-BF16 without AMX is slower than float32. `python -m lab.bench` times both."""
     amx, avx512 = (getattr(torch.cpu, f"_is_{x}_supported", bool)()
                    for x in ("amx_tile", "avx512_bf16"))
     try:
@@ -84,8 +81,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows every default but None and False."""
 
     def _get_help_string(self, action):
-        said = action.default is None or action.default is False
-        return action.help if said else super()._get_help_string(action)
+        quiet = action.default is None or action.default is False
+        return action.help if quiet else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -102,8 +99,8 @@ class Parser(argparse.ArgumentParser):
 def known_failure(e):
     """What to do about a failure of the machine; None if it is the program's own."""
     words = (str(e).strip() or type(e).__name__).splitlines()[0][:100]
-    memory = ("allocate memory", "ALLOC_FAILED", "is killed by signal", "exited unexpectedly")
-    if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or any(m in str(e) for m in memory):
+    memory = "allocate memory|out of memory|ALLOC_FAILED|is killed by signal|exited unexpectedly"
+    if isinstance(e, MemoryError) or re.search(memory, str(e)):
         return (f"out of memory ({words}); try a smaller --batch-size or fewer --workers in "
                 "training, a smaller -n or --size in drawing")
     if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
@@ -126,8 +123,7 @@ def user_errors(main):
                 where = f"{e.filename}: " if e.filename else ""
                 message = f"{where}{e.strerror or e}; check the path and the free space"
             except (MemoryError, RuntimeError) as e:
-                message = known_failure(e)
-                if message is None:
+                if not (message := known_failure(e)):
                     raise
             except KeyboardInterrupt as e:
                 print(f"stopped. {e}", file=sys.stderr)
@@ -150,8 +146,7 @@ class Voice:
         self.write("")  # finds out whether it is there
 
     def write(self, text):
-        text = re.sub(r"[^\r\n\x1b]+", lambda words: printable(words[0]), text)
-        text = re.sub(r"\x1b(?!\[A)", "?", text)  # tqdm goes up a line by the other
+        text = re.sub(r"\x1b(?!\[A)", "?", printable(text, "\r\n\x1b"))  # tqdm goes up by \x1b[A
         encoding = getattr(self.stream, "encoding", None) or "utf-8"
         try:
             self.stream.write(text.encode(encoding, "replace").decode(encoding))
@@ -190,6 +185,12 @@ positive_number = number(float, 1e-30, 1e30, "above 0 and below 1e30")
 fraction = number(float, 0, 1, "between 0 and 1")
 
 
-def printable(text):
+def printable(text, also=""):
     """Text from files, safe to print: control characters could drive the terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text)
+    return "".join(c if c.isprintable() or c in also else "?" for c in text)
+
+
+@functools.cache  # each stage of a training opens the same data
+def say(line, stream=None):
+    """Print a line, once a process: on `stream`, or where the first process speaks for all."""
+    print(printable(line), file=stream)

@@ -114,20 +114,16 @@ def test_says_what_it_wrote_and_nothing_else_but_one_warning(draw, capfd):
     assert said.err.count("\n") == 1 and "zebra" in said.err
 
 
-def test_out_can_name_the_grid_but_not_take_the_place_of_a_picture(draw, untrained_run, capsys):
-    out = draw("-n", "1", out="here/sheet.JPG")
-    assert sorted(p.name for p in out.parent.iterdir()) == ["a-red-circle_0.png", "sheet.JPG"]
-    assert Image.open(out).format == "JPEG"
-    taken = str(out.parent / "a-red-circle_0.png")
-    assert sample.main(["a red circle", "--weights", str(untrained_run), "--out", taken]) == 2
-    assert "choose another" in capsys.readouterr().err
-
-
-def test_captions_can_come_from_a_file(draw, tmp_path):
+def test_captions_can_come_from_a_file_and_out_can_name_the_grid(
+        draw, untrained_run, tmp_path, capsys):
     (tmp_path / "it.txt").write_text("a star\r\n\n a star", encoding="utf-8-sig", newline="")
-    out = draw("-n", "1", "--from-file", tmp_path / "it.txt", out="it.webp").parent
-    names = ["a-red-circle_0.png", "a-star-2_0.png", "a-star_0.png", "it.txt", "it.webp"]
-    assert sorted(p.name for p in out.iterdir()) == names
+    out = draw("-n", "1", "--from-file", tmp_path / "it.txt", out="here/it.JPG")
+    names = ["a-red-circle_0.png", "a-star-2_0.png", "a-star_0.png", "it.JPG"]
+    assert sorted(p.name for p in out.parent.iterdir()) == names
+    assert Image.open(out).format == "JPEG"
+    taken = str(out.parent / "a-star_0.png")
+    assert sample.main(["a star", "--weights", str(untrained_run), "--out", taken]) == 2
+    assert "choose another" in capsys.readouterr().err
 
 
 def test_the_same_command_writes_the_same_bytes(draw):

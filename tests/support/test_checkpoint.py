@@ -1,6 +1,5 @@
 """Claims about checkpoints: rebuilt alone, written whole or not at all, read without running."""
 
-import errno
 import math
 import os
 import shutil
@@ -13,7 +12,7 @@ from torch.testing import assert_close
 
 import stages
 from conftest import ROOT
-from stages import check_clip, load_clip, load_stage
+from stages import load_stage
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.tools import UserError
 
@@ -25,10 +24,6 @@ def prior_file(untrained_run, tmp_path):
     """A good checkpoint of a prior, its path and its dictionary."""
     path = Path(shutil.copy(untrained_run / "prior.pt", tmp_path))
     return path, load_checkpoint(path)
-
-
-def halved(saved):
-    return saved | {"ema": {name: value.half() for name, value in saved["ema"].items()}}
 
 
 def fails_with(path, *words):
@@ -66,7 +61,7 @@ def test_a_checkpoint_alone_rebuilds_its_model(untrained_run, tmp_path, stage):
 def test_a_model_from_half_precision_computes_in_float32_and_answers_the_same(prior_file):
     path, saved = prior_file
     wanted = answer(load_stage(path.parent, "prior"))
-    save_checkpoint(path, halved(saved))
+    save_checkpoint(path, saved | {"ema": {name: x.half() for name, x in saved["ema"].items()}})
     model = load_stage(path.parent, "prior")
     assert {v.dtype for v in model.state_dict().values()} <= {torch.float32, torch.float64}
     assert_close(answer(model), wanted, rtol=0, atol=1e-2)
@@ -75,23 +70,17 @@ def test_a_model_from_half_precision_computes_in_float32_and_answers_the_same(pr
 # --- writing --------------------------------------------------------------------------------
 
 
-def failing_save(error):
+@pytest.mark.parametrize("error", [OSError("no space left"), RuntimeError("failed writing data/3")])
+def test_a_failed_write_leaves_the_previous_checkpoint_as_it_was(monkeypatch, prior_file, error):
+    path, saved = prior_file
+    before = path.read_bytes()
+
     def save(checkpoint, file):
         file.write(b"half of a checkpoint")
         raise error
 
-    return save
-
-
-@pytest.mark.parametrize("error", [
-    OSError(errno.ENOSPC, "No space left on device"),
-    RuntimeError("PytorchStreamWriter failed writing file data/3"),
-])
-def test_a_failed_write_leaves_the_previous_checkpoint_as_it_was(monkeypatch, prior_file, error):
-    path, saved = prior_file
-    before = path.read_bytes()
-    monkeypatch.setattr(torch, "save", failing_save(error))
-    with fails_with("prior.pt", "previous checkpoint is untouched"):
+    monkeypatch.setattr(torch, "save", save)
+    with fails_with("prior.pt", "what was there is untouched"):
         save_checkpoint(path, saved)
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == ["prior.pt"]  # no .tmp stays behind
@@ -101,22 +90,9 @@ def test_the_new_checkpoint_is_on_the_disk_before_it_replaces_the_old(monkeypatc
     path, saved = prior_file
     order, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda f: (order.append("fsync"), fsync(f)))
-
-    def watched(source, target):
-        order.append("replace")
-        assert Path(target) == path and load_checkpoint(path)["step"] == 0  # still the old one
-        assert torch.load(source, weights_only=True)["step"] == 8  # and the new one is complete
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", watched)
+    monkeypatch.setattr(os, "replace", lambda *args: (order.append("replace"), replace(*args)))
     save_checkpoint(path, saved | {"step": 8})
     assert order == ["fsync", "replace"] and load_checkpoint(path)["step"] == 8
-
-
-def test_a_folder_that_is_a_file_is_a_users_mistake(tmp_path):
-    (tmp_path / "file").write_text("not a folder")
-    with fails_with("file/prior.pt"):
-        save_checkpoint(tmp_path / "file" / "prior.pt", {})
 
 
 # --- reading --------------------------------------------------------------------------------
@@ -147,24 +123,21 @@ def test_a_file_that_is_no_checkpoint_is_reported(prior_file):
     whole = path.read_bytes()
     for content, says in (
             *((whole[: int(part * len(whole))], "damaged .*again") for part in (0.1, 0.5, 0.999)),
-            (b"", "not weights: an empty file"), (b"\x80\x02}q\0.", "not weights: a strange file"),
-            (b"<html>404</html>", "not weights: a text file of 16 bytes; did git-lfs run")):
+            (b"", "not weights: empty"), (b"\x80\x02}q\0.", "not weights: strange"),
+            (b"<html>404</html>", "not weights: text, 16 bytes; did git-lfs run")):
         path.write_bytes(content)
         with fails_with("prior.pt", says):
             load_checkpoint(path)
-    for something in (torch.ones(3), 7, ["stage", "config", "ema", "step"]):
+    keys = ("stage", "config", "ema", "step")
+    for something in (torch.ones(3), 7, [*keys],
+                      *({k: v for k, v in saved.items() if k != key} for key in keys)):
         torch.save(something, path)
         with fails_with("prior.pt", "not a checkpoint"):
-            load_checkpoint(path)
-    for key in ("stage", "config", "ema", "step"):
-        torch.save({k: v for k, v in saved.items() if k != key}, path)
-        with fails_with("prior.pt", key):
             load_checkpoint(path)
 
 
 def test_a_missing_file_and_another_stages_are_reported(prior_file):
     path, _ = prior_file
-    assert load_checkpoint(path, "prior")["step"] == 0
     for there, stage, words in ((path.parent / "nowhere/prior.pt", None, ["no weights"]),
                                 (path.parent, None, ["no weights"]),  # a folder
                                 (path, "decoder", ["'prior'", "'decoder'"])):
@@ -185,18 +158,8 @@ def test_parts_that_do_not_fit_are_reported(prior_file, broken):
     if broken.get("config"):
         broken = {"config": saved["config"] | broken["config"]}
     save_checkpoint(path, saved | broken)
-    with fails_with("prior.pt", "(do not fit|parts are not those|not all finite)", "train"):
+    with fails_with("prior.pt", "(do not fit|not a checkpoint|not all finite)", "train"):
         stages.build(load_checkpoint(path), path)
-
-
-# --- which CLIP -----------------------------------------------------------------------------
-
-
-def test_a_stage_meets_only_the_clip_it_was_trained_for(untrained_run):
-    clip, path = load_clip(untrained_run), untrained_run / "prior.pt"
-    check_clip(load_stage(untrained_run, "prior").clip, clip, path)
-    with fails_with("prior.pt", "small:0123", clip.identity):
-        check_clip({"spec": "small", "identity": "small:0123"}, clip, path)
 
 
 @pytest.mark.parametrize("stage", sorted(stages.STAGES))
