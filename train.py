@@ -44,8 +44,8 @@ from support.processes import in_workers, joined_processes, sole_trainer, stop_s
 from support.run import Run
 from support.sheets import draw_grid, save_picture
 from support.tools import (
-    Parser, UserError, autocast, choose_device, natural, positive, positive_number, seed_number,
-    usable_cores, user_errors,
+    Parser, UserError, autocast, choose_device, limit, natural, positive, positive_number,
+    seed_number, some, usable_cores, user_errors,
 )
 
 EMA_DECAY = 0.9995  # Paper: .9999 (AR prior .999), over 600K steps and more; our runs are shorter
@@ -322,13 +322,13 @@ def main(argv=None):
     add("--preset", choices=PRESETS, help="sizes and training budget (default: tiny)")
     add("--data", choices=DATA, help="captioned pictures (default: shapes)")
     add("--root", type=os.path.abspath, help="folder of the data (not for shapes)")
-    add("--limit", type=positive, help="pictures to train on (default: all; shapes: the preset's)")
+    add("--limit", type=limit, help="pictures to train on (default: all; shapes: the preset's)")
     add("--clip", help="small, trained here (default), or open_clip's MODEL:TAG_OR_FILE")
     add("--out", help="folder of the run (default: runs/DATA-PRESET)")
     add("--to", help="folder for export, for small copies of the stages in --out")
     add("--resume", action="store_true", help="continue the training in --out, with its settings")
     add("--steps", type=positive, help="training steps (default: the preset's)")
-    add("--batch-size", type=positive, help="pictures a step, in all (default: the preset's)")
+    add("--batch-size", type=some, help="pictures a step, in all (default: the preset's)")
     add("--lr", type=positive_number, help="highest learning rate (default: the preset's)")
     add("--save-every", type=positive, help="steps between checkpoints (default: a tenth or 500)")
     add("--sample-every", type=positive, help="steps between sample grids (default: a fifth)")

@@ -386,6 +386,7 @@ def main(argv=None):
     if args.run not in (export_pictures, report):  # these print as they go
         print_table(table)
     if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(table, indent=2) + "\n")
 
 

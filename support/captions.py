@@ -14,12 +14,13 @@ from tqdm import tqdm
 from support.tools import UserError, say
 
 # Only these are opened: Pillow hands EPS, for one, to a program that runs it.
-KINDS = {"PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000"}
+KINDS = {"PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000"}
 SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in KINDS}
+UNOPENED = {*Image.registered_extensions(), ".heic", ".heif"} - SUFFIXES
 FORMATS = sorted(KINDS & Image.OPEN.keys())
 LATER = {"delay": 3, "leave": False, "disable": None}  # a progress line after three seconds
 EXAMPLES = {"metadata.jsonl": '{"file_name": "a.png", "text": "a caption"}',
-            "metadata.csv": 'file_name,text in its first line, then a.png,"a caption"'}
+            "metadata.csv": 'file_name,text in its first line, then a.png,"a caption, say"'}
 
 
 def find_files(root):
@@ -51,6 +52,8 @@ def inside(root, name, files):
 def lines_of(path):
     """The lines of a text in UTF-8, or in UTF-16 with its mark. Not by splitlines(), which splits
     at marks that a caption may hold."""
+    if not os.path.isfile(path):  # a pipe may wait for ever
+        raise UserError(f"no file at {path}: check the path")
     content = Path(path).read_bytes()
     code = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
@@ -89,6 +92,8 @@ def load_folder(root, files):
         try:
             row = json.loads(row) if isinstance(row, str) else row
             name, text = row["file_name"], row["text"]
+            if None in row:  # more columns in a row than in the first line
+                raise ValueError("a comma in a caption needs quotation marks around it")
             texts = [text] if isinstance(text, str) else [] + text  # fails unless it is a list
             texts = [t.strip() for t in texts if t.strip()]
             captioned.setdefault(inside(root, name, files), []).extend(texts)

@@ -139,7 +139,7 @@ def restore(checkpoint, model, optimizers):
         for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
             optimizer.load_state_dict(state)
             for p, values in optimizer.state.items():  # fused steps trust these shapes blindly
-                if any(v.numel() > 1 and v.shape != p.shape for v in values.values()):
+                if any(v.shape != p.shape for name, v in values.items() if name != "step"):
                     raise ValueError("its optimizer belongs to another model")
     except Exception as e:  # what is in another model's state can raise nearly anything
         raise UserError(f"--resume: the checkpoint's weights and optimizer do not fit ({e!s:.200})"

@@ -64,6 +64,8 @@ def sheet_path(out, words, inputs=()):
     """The sheet's Path: `out`, if that is a picture's name, else one in that folder, named after
     `words`. Both it and the film beside it can be written, see check_folder."""
     path = out if out.suffix.lower() in SUFFIXES else out / f"{'_'.join(slugs(words))}.png"
+    if path.suffix.lower() == ".gif":
+        raise UserError(f"--out {out}: films are .gif; call the sheet .png or .jpg")
     for file in (path, path.with_suffix(".gif")):
         check_folder(file, inputs)
     return path

@@ -23,7 +23,9 @@ from PIL import Image, ImageOps
 from torchvision import datasets
 from tqdm import tqdm
 
-from support.captions import FORMATS, LATER, SUFFIXES, find_files, load_coco, load_folder
+from support.captions import (
+    FORMATS, LATER, SUFFIXES, UNOPENED, find_files, load_coco, load_folder,
+)
 from support.shapes import Shapes, digest, with_article
 from support.sheets import to_tensor
 from support.tools import UserError, say
@@ -113,6 +115,7 @@ def picture_files(name, files, captioned, divide, split, limit, seed):
     [captions]} of this split, or with `divide` of all."""
     captioned = {path: texts for path, texts in captioned.items() if texts}
     found = {path for path in files.values() if path.suffix.lower() in SUFFIXES}
+    others = sorted(p for p in files.values() if p.suffix.lower() in UNOPENED)
     missing = sorted(p for p in captioned.keys() - found if not os.path.isfile(p))
     paths, broken = sorted(captioned.keys() - missing), []
     if divide and len(paths) <= 100:  # so few that all of val could be broken
@@ -126,13 +129,14 @@ def picture_files(name, files, captioned, divide, split, limit, seed):
         parts = {s: [p for p in paths if (p in val) == (s == "val")] for s in ("train", "val")}
     say(f"{name}: {len(found)} pictures found"
         + some("without a caption", sorted(found - captioned.keys()))
-        + some("missing", missing) + "".join(f"; {len(p)} {s}" for s, p in parts.items()))
+        + some("of a kind that is not opened", others) + some("missing", missing)
+        + "".join(f"; {len(p)} {s}" for s, p in parts.items()))
     fine, more = whole_files(name, parts.get(split, paths), limit, seed)
     if broken + more:
         say(f"{name}{some('skipped, broken or too large', broken + more)}", sys.stderr)
     if not fine:
         raise UserError(f"{name}, split {split}: none of {len(captioned)} captioned images is "
-                        f"left; {len(missing)} are missing; val needs at least 2 that can be read")
+                        f"left; {len(missing)} are missing: check --root; val needs at least 2")
     items = [(path, captioned[path]) for path in fine]
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime) for path in fine]
     return Pictures(name, items, [split, stats, [captions for _, captions in items]])
@@ -140,7 +144,7 @@ def picture_files(name, files, captioned, divide, split, limit, seed):
 
 def some(what, paths):
     """How many they are, and the first names."""
-    names = ", ".join(path.name for path in paths[:3]) + (", ..." if paths[3:] else "")
+    names = ", ".join(path.name[:60] for path in paths[:3]) + (", ..." if paths[3:] else "")
     return f"; {len(paths)} {what}: {names}" if paths else ""
 
 

@@ -35,13 +35,13 @@ class Tokenizer:
             room = self.context_length - 2  # for the start and end tokens
             if dropped := pieces[room:]:
                 warn(f"the caption is longer than CLIP's {self.context_length} tokens; "
-                     f"dropped: '{self.bpe.decode(dropped).strip()}'")
+                     f"dropped: '{self.bpe.decode(dropped).strip():.60}'")
             pieces = [self.bpe.sot_token_id, *pieces[:room], self.bpe.eot_token_id]
             if self.vocab is not None:  # renumber, ascending: end of text stays the largest
                 known = np.isin(pieces, self.vocab)
                 if unknown := self.bpe.decode(np.array(pieces)[~known].tolist()).strip():
-                    warn(f"this CLIP never saw '{unknown}' (in '{caption}') and can't know what it "
-                         "means")
+                    warn(f"this CLIP never saw '{unknown:.60}' (in '{caption:.60}') and can't know "
+                         "what it means")
                 pieces = np.where(known, np.searchsorted(self.vocab, pieces) + 2, 1)
             row[: len(pieces)] = torch.as_tensor(pieces)
         return ids

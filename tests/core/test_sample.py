@@ -124,6 +124,8 @@ def test_captions_can_come_from_a_file_and_out_can_name_the_grid(
     taken = str(out.parent / "a-star_0.png")
     assert sample.main(["a star", "--weights", str(untrained_run), "--out", taken]) == 2
     assert "choose another" in capsys.readouterr().err
+    assert sample.main(["a", "--weights", str(untrained_run), "--out", taken[:-3] + "gif"]) == 2
+    assert "films are .gif" in capsys.readouterr().err
 
 
 def test_the_same_command_writes_the_same_bytes(draw):

@@ -239,6 +239,7 @@ BAD = ("{broken", '["a.png"]', '{"file_name": "a.png"}', '{"text": 5, "file_name
     ("a.txt", "a cat".encode("utf-16-le"), {}, "a.txt: .* save it as UTF-8"),
     ("metadata.csv", b"file;text\na.png;a", {}, "metadata.csv, line 2: .*file_name,text"),
     ("metadata.csv", b'file_name,text\na.png,"a\n', {}, "quotation marks"),
+    ("metadata.csv", b"file_name,text\na.png,a cat, asleep", {}, "line 2: .*'a.png,\"a caption,"),
     ("metadata.jsonl", b'{"file_name": "../a.png", "text": "a"}', {}, "a.png' is not inside"),
     ("metadata.jsonl", b'{"file_name": "/a.png", "text": "a"}', {}, "a.png' is not inside"),
     pytest.param("metadata.jsonl", b"[" * 9999, {}, "metadata.jsonl, line 1: ", id="deep"),

@@ -248,10 +248,10 @@ def test_what_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch
 def test_an_optimizer_that_does_not_fit_is_refused_before_anything_changes(tmp_path, capsys):
     assert run(tmp_path, "--steps", 2) == 0
     before, good = (tmp_path / "upsampler1.json").read_text(), saved(tmp_path)
-    wrong_shapes = [{"state": {k: {n: torch.zeros(7) for n in v} for k, v in o["state"].items()},
-                     "param_groups": o["param_groups"]} for o in good["optimizer"]]
+    wrong = [[{"state": {k: {n: torch.zeros(size) for n in v} for k, v in o["state"].items()},
+               "param_groups": o["param_groups"]} for o in good["optimizer"]] for size in (7, 1)]
     for broken in ({"optimizer": {}}, {"model": {}}, {"optimizer": [{}, {}]},
-                   {"optimizer": wrong_shapes}):
+                   {"optimizer": wrong[0]}, {"optimizer": wrong[1]}):
         save_checkpoint(tmp_path / "upsampler1.pt", good | broken)
         assert run(tmp_path, "--resume", "--steps", 4) == 2
         assert "--resume: the checkpoint" in capsys.readouterr().err
