@@ -129,17 +129,18 @@ def read_arm(text):
 def race(args):
     """Train a decoder (or, by --only prior, a prior) in several ways for the same time each, and
     see what it draws from the captions and true embeddings of validation pictures."""
+    arms = {arm: read_arm(arm) for arm in args.race}
     stage = "prior" if args.only == ["prior"] else "decoder"
     clip = load_clip(args.weights or default_weights(), device=args.device)
-    limit = None if args.data != "shapes" else 20_000
+    limit = min(20_000, PRESETS[args.preset]["data"]) if args.data == "shapes" else None
     data = [load_data(args.data, args.root, split, n)
             for split, n in (("train", limit), ("val", args.n))]
     right_in = judge_of(data[1], args) if stage == "decoder" else None
     with tempfile.TemporaryDirectory() as folder:
         with autocast(args.device):
             embeddings = [embed(clip, d, folder) for d in data]
-        for arm, seed in product(args.race, range(args.seeds)):
-            training, fields = dict(recipe(args.preset, stage)[1]), read_arm(arm)
+        for arm, seed in product(arms, range(args.seeds)):
+            training, fields = dict(recipe(args.preset, stage)[1]), dict(arms[arm])
             training |= {name: fields.pop(name) for name in list(fields) if name in TRAINING}
             torch.manual_seed(seed)
             model = fresh_model(stage, args.preset, data[0], clip, embeddings[0])
