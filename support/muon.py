@@ -8,9 +8,9 @@ from the momentum's singular value decomposition U S V^T it keeps U V^T.
 The one idea: U V^T needs no decomposition. The polynomial a x + b x x^T x + c (x x^T)^2 x acts on
 the singular values of x alone, and with the right a, b, c five rounds bring all of them near 1.
 
-The paper uses Adam for everything (table 3). With Muon for the stacks of layers the decoder reaches
-the same loss in half the time (`python -m lab.bench --race '' muon=None`). torch.optim.Muon takes
-no convolutions and always computes in bfloat16, which is slow on most CPUs.
+The paper uses Adam for everything (table 3). With Muon for the stacks of layers the decoder gets
+further in the same time (`python -m lab.bench --race "" muon=None`). torch.optim.Muon takes no
+convolutions and always computes in bfloat16, which is slow on most CPUs.
 """
 
 import torch
