@@ -215,7 +215,7 @@ TRAINING = ("batch_size", "lr", "muon", "focus")  # fields that are the training
 
 @user_errors
 def main(argv=None):
-    parser = Parser("python -m lab.bench", description=__doc__.split("\n")[0])
+    parser = Parser("python -m lab.bench", description="How fast is training here?")
     add = parser.add_argument
     add("--preset", default="base", choices=PRESETS, help="sizes of the models")
     add("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure")

@@ -81,11 +81,11 @@ def test_what_a_stream_cannot_show_is_a_question_mark():
     assert stream.buffer.getvalue() == b"\r\xe9 ???? ?[31m?\n"
 
 
-@pytest.mark.parametrize("script", ["sample.py", "manipulate.py"])
-def test_commands_run_isolated_without_docstrings_and_into_a_pipe_that_nobody_reads(script):
+@pytest.mark.parametrize("script", ["sample.py", "manipulate.py", "train.py"])
+def test_commands_run_isolated_and_into_a_pipe_that_nobody_reads(script):
     reader, pipe = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-I", "-OO", Path(tools.__file__).parent.parent / script, "--help"]
+    command = [sys.executable, "-I", Path(tools.__file__).parent.parent / script, "--help"]
     done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE)
     os.close(pipe)
     assert (done.returncode, done.stderr) == (0, b"")
