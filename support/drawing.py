@@ -114,7 +114,7 @@ def mask_of(pipeline, path, picture):
         mask = mask.point(lambda level: 255 * level)
     white = to_tensor(fit(mask, pipeline.sizes[0])).amax(dim=0)[None, None] > 0  # any colour
     if not white.any():
-        raise UserError(f"{path}: the mask must be white where to draw, and is black all over")
+        raise UserError(f"{path}: the mask must be white where to draw, and its middle is black")
     print(f"{path}: {white.float().mean():.1%} of the square is light or transparent, to be drawn")
     return white.to(pipeline.device)
 
