@@ -152,7 +152,7 @@ def whole_files(name, paths, limit, seed):
     """(`limit` paths drawn from those of whole pictures, or all, and the others that were met)"""
     order, broken = [paths[i] for i in draw(len(paths), seed)], []
     with ThreadPool() as pool:
-        looked = zip(order, pool.imap(is_whole, order, chunksize=16))
+        looked = zip(order, pool.imap(is_whole, order, chunksize=4))
         whole = (path for path, fine in looked if fine or broken.append(path))
         bar = tqdm(islice(whole, limit), f"{name}: files", limit or len(order), **LATER)
         return sorted(bar), sorted(broken)

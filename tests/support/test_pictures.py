@@ -175,7 +175,7 @@ def test_a_limit_is_a_draw_from_all_that_is_the_same_for_a_seed(tmp_path, monkey
     monkeypatch.setattr("support.pictures.is_whole",
                         lambda path: looked.append(path) or not time.sleep(0.003))
     first, again, other = (load_data("folder", tmp_path, "train", 40, x).items for x in (0, 0, 1))
-    assert first == again != other and len(looked) < 3 * 120  # of 185
+    assert first == again != other and len(looked) < 3 * 150  # of 185
     counts = Counter(captions[0] for _, captions in first)
     assert len(counts) == 4 and min(counts.values()) >= 4
 
