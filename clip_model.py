@@ -10,7 +10,7 @@ trained on the same data as everything else. The other stages never train it fur
     text_enc   (B, L, W)  features of each caption token, after the text tower's last norm
     text_mask  (B, L)     True up to and including the end-of-text token
 
-Letters: B batch, D embedding, L context length, W text width.
+Letters: B batch, K different captions in it, D embedding, L context length, W text width.
 """
 
 import functools
@@ -74,9 +74,9 @@ class SmallClip(nn.Module):
 
     @staticmethod
     def batch(config, data, embeddings, indices, rng):
-        """Pictures `indices`, each with one of its captions. Captions are often equal, so each
-        different one is there once: image (B, 3, H, W), tokens (K, L), which of them (B,), and a
-        number that says in any batch which captions are equal (B,)."""
+        """Pictures `indices`, each with one of its captions: image (B, 3, H, W); tokens (K, L) of
+        the K different captions; which (B,), the row of each picture's caption; number (B,), equal
+        for equal captions, also in the batches of other processes."""
         captions = [c[rng.integers(len(c))] for c in map(data.captions, indices)]
         images = [varied(data, i, config.image_size, c, rng) for i, c in zip(indices, captions)]
         numbers = [zlib.crc32(c.encode()) for c in captions]
@@ -119,7 +119,8 @@ class SmallClip(nn.Module):
 
 def varied(data, i, size, caption, rng):
     """Picture i as another photo of the same thing: a window of 4/5 of its side or more, mirrored
-    half the time. Not where a caption tells left from right, nor for drawings."""
+    half the time. If the caption tells left from right it is not mirrored, and a drawing stays as
+    it is."""
     if not data.photographs:
         return data.image(i, size)
     whole = int(rng.integers(size, size * 5 // 4 + 1))

@@ -118,13 +118,6 @@ class GaussianDiffusion(nn.Module):
         if variance == "analytic":  # This one is measured, so it has. 0 until then.
             self.register_buffer("x_0_variance", torch.zeros(T, dtype=torch.float64))
 
-    def _apply(self, move, recurse=True):
-        """What .to() does to each tensor. Apple's GPUs ("mps") have no float64, hence float32."""
-        try:
-            return super()._apply(move, recurse)
-        except TypeError:
-            return super()._apply(lambda x: move(x.float() if x.is_floating_point() else x))
-
     def alpha_bar(self, t):
         """alphas_cumprod at t: (B,) float64. At t = -1 it is 1, the entry appended here."""
         return F.pad(self.alphas_cumprod, (0, 1), value=1.0)[t]

@@ -120,11 +120,11 @@ def slerp(a, b, theta):
     number of dimensions. A straight line would leave the sphere: halfway between two noises it has
     a standard deviation of 0.71, which the decoder was never trained to start from.
     """
-    flat_a, flat_b = a.flatten(1).double(), b.flatten(1).double()
+    flat_a, flat_b = a.flatten(1).cpu().double(), b.flatten(1).cpu().double()
     cosine = F.cosine_similarity(flat_a, flat_b, dim=1)[:, None]
     omega = torch.acos(cosine.clamp(-1 + 5e-9, 1 - 5e-9))  # keeps sin(omega) above 0
     left, right = ((share * omega).sin() / omega.sin() for share in (1 - theta, theta))
-    return (left * flat_a + right * flat_b).to(a.dtype).view_as(a)
+    return (left * flat_a + right * flat_b).to(a).view_as(a)
 
 
 def blend(pipeline, ends, embs, seed, frames, noise="slerp", steps=INVERSION_STEPS):

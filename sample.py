@@ -26,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves it out
 from diffusion import SeededNoise
 from prior import DiffusionPrior
 from stages import check_clip, clip_of, load_stage
+from support.captions import captions_of
 from support.drawing import (
-    default_weights, drawing_options, reachable_size, utf8_file, write_drawings,
+    default_weights, drawing_options, reachable_size, write_drawings,
 )
 from support.pictures import fit
 from support.sheets import Film, to_pil, to_tensor
@@ -163,7 +164,7 @@ def main(argv=None):
     parser = Parser("sample.py", description="Draw pictures of captions.")
     add = drawing_options(parser)
     add("caption", nargs="*", help="what to draw; several captions in one call work")
-    add("--from-file", type=utf8_file, metavar="FILE", help="of further captions, one a line")
+    add("--from-file", type=captions_of, metavar="FILE", help="of further captions, one a line")
     add("-n", type=some, default=4, help="pictures a caption")
     add("--prior", choices=("prior", "ar_prior", "text_emb", "none"), help="where the decoder's "
         "image embedding comes from (default: prior, or what a baseline was trained with)")

@@ -10,12 +10,14 @@ changes first. `--steps`, `--batch-size` and `--lr` of train.py override it.
 
 from pathlib import Path
 
+import torch
+
 from ar_prior import AutoregressivePrior, AutoregressivePriorConfig
 from clip_model import SmallClip, SmallClipConfig, freeze_small_clip, load_open_clip
 from decoder import Decoder, DecoderConfig
 from prior import DiffusionPrior, PriorConfig
 from support.checkpoint import load_checkpoint
-from support.tools import UserError
+from support.tools import UserError, place
 from upsampler import Upsampler, UpsamplerConfig
 
 ORDER = ("clip", "prior", "decoder", "upsampler1", "upsampler2")
@@ -161,7 +163,7 @@ def load_stage(folder, stage, device="cpu"):
     """The trained stage in `folder`/`stage`.pt; model.clip says which CLIP it was trained for."""
     path = Path(folder) / f"{stage}.pt"
     checkpoint = load_checkpoint(path, stage)
-    model = build(checkpoint, path).to(device)
+    model = place(build(checkpoint, path), torch.device(device))
     model.clip = checkpoint["clip"]
     return model
 

@@ -44,7 +44,7 @@ from support.processes import in_workers, joined_processes, sole_trainer, stop_s
 from support.run import Run
 from support.sheets import draw_grid, save_picture
 from support.tools import (
-    Parser, UserError, autocast, choose_device, limit, natural, positive, positive_number,
+    Parser, UserError, autocast, choose_device, natural, place, positive, positive_number,
     seed_number, some, usable_cores, user_errors,
 )
 
@@ -139,7 +139,7 @@ def focused_levels(model, batch, band):
 
 
 def to_device(batch, device):
-    fast = "cuda" in str(device)  # from pinned memory: need not wait for the copy
+    fast = "cuda" in str(device)  # pinned memory is copied to it while the program goes on
     return {name: torch.as_tensor(x).to(device, non_blocking=fast) for name, x in batch.items()}
 
 
@@ -196,7 +196,7 @@ def train(run, model, batches, val_batches, checkpoint):
     not finite, and KeyboardInterrupt after saving when a signal asks to stop (see stop_signals)."""
     settings, device, rank = run.settings, batches.device, batches.rank
     steps, first = settings["steps"], checkpoint["step"]
-    model.to(device).train()
+    place(model, device).train()
     ema, optimizers = Ema(model, first), make_optimizers(model, settings["muon"])
     if "ema" in checkpoint:  # its averaged weights are in `model` and `ema` already
         restore(checkpoint, model, optimizers)
@@ -297,7 +297,8 @@ def run_stage(stage, args, device, rank, world):
         print(f"note: {stage}: the data is not the same as when this run began")
     clip, trained_for, embeddings = None, None, (None, None)
     if needs_clip(stage):
-        clip = load_clip(path.parent, spec := args.clip or spec, device)
+        spec = args.clip or spec
+        clip = load_clip(path.parent, spec, device)
         check_clip(checkpoint["clip"], clip, path)
         trained_for = {"spec": spec, "identity": clip.identity}
         with autocast(device):
@@ -322,7 +323,7 @@ def main(argv=None):
     add("--preset", choices=PRESETS, help="sizes and training budget (default: tiny)")
     add("--data", choices=DATA, help="captioned pictures (default: shapes)")
     add("--root", type=os.path.abspath, help="folder of the data (not for shapes)")
-    add("--limit", type=limit, help="pictures to train on (default: all; shapes: the preset's)")
+    add("--limit", type=positive, help="pictures to train on (default: all; shapes: the preset's)")
     add("--clip", help="small, trained here (default), or open_clip's MODEL:TAG_OR_FILE")
     add("--out", help="folder of the run (default: runs/DATA-PRESET)")
     add("--to", help="folder for export, for small copies of the stages in --out")

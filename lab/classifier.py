@@ -1,7 +1,7 @@
 """A classifier of real pictures, and with it the measures of drawings that no geometry can judge.
 
     python -m lab.classifier --root cifar10/train --test cifar10/test       # trains it
-    python -m lab.evaluate classes --weights weights/cifar10 --root cifar10/test
+    python -m lab.evaluate classes --weights RUN --root cifar10/test --train cifar10/train
 
 No stage is trained with it or chosen by it, so it is a fair witness: does a picture drawn from "a
 photo of a horse" show a horse? Pictures with the same captions are a class. The network is a small
@@ -12,6 +12,7 @@ Letters: n pictures, F features, K classes.
 """
 
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from support.sheets import draw_grid, save_picture
 from support.tools import (
     Parser, UserError, autocast, choose_device, positive, seed_number, user_errors,
 )
+from train import take_step
 
 GUIDANCE = (1.0, 2.0, 4.0)
 SIDE, WIDTHS = 32, (64, 128, 192)  # pixels; channels at 16, 8 and 4 pixels, the last ones F
@@ -116,12 +118,9 @@ def train(data, test, epochs, device, seed):
             loss = F.cross_entropy(model(x), y, label_smoothing=0.1)
         model.zero_grad()
         loss.backward()
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:  # up for a fifth of the steps, then down to 0
-                group["lr"] = 2e-3 * group["scale"] * min(5 * (step + 1) / steps,
-                                                          1.25 * (1 - step / steps))
-            with autocast(device):
-                optimizer.step()
+        # The rate rises for a fifth of the steps and then falls to 0.
+        rate = 2e-3 * min(5 * (step + 1) / steps, 1.25 * (1 - step / steps))
+        take_step(optimizers, rate, device)
         bar.set_postfix(loss=f"{loss.item():.3f}")
     pictures, labels, _ = labelled(test, classes)
     seen, _ = model.eval().look(pictures.float() / 127.5 - 1)
@@ -151,7 +150,7 @@ def judge_classes(args):
     rng = np.random.default_rng(args.seed)
     some, old = rng.permutation(len(data))[:args.n], rng.permutation(len(seen))[:args.n]
     captions = [str(rng.choice(classes[labels[i]])) for i in some]
-    others = labelled(Some(seen, old), classes)
+    others = labelled(part_of(seen, old), classes)
 
     def row(name, drawn, labels):
         named, features = model.look(drawn)
@@ -161,7 +160,7 @@ def judge_classes(args):
                        "recall": recall, "n": len(drawn)}
 
     row("training pictures", others[0].float() / 127.5 - 1, others[1])
-    given = {"text": "prior", "true_embedding": look(pipeline.clip, Some(data, some))}
+    given = {"text": "prior", "true_embedding": look(pipeline.clip, part_of(data, some))}
     for (name, emb), args.scale in product(given.items(), GUIDANCE):
         drawn = torch.cat([p for _, p in draw_batches(pipeline, captions, args, emb,
                                                       size=pipeline.sizes[0])])
@@ -172,6 +171,11 @@ def judge_classes(args):
             if (name, args.scale) == ("text", GUIDANCE[1]):
                 save_picture(nearest(model, drawn[:12], seen), Path(args.out) / "nearest.png")
     return table
+
+
+def part_of(data, numbers):
+    """A data set's pictures of these numbers, in this order."""
+    return replace(data, items=[data.items[i] for i in numbers])
 
 
 def zero_shot(clip, data, labels, classes):
@@ -193,19 +197,6 @@ def nearest(model, drawn, seen):
     closest = torch.cdist(model.look(drawn)[1], features).topk(2, largest=False).indices.T
     rows = [F.interpolate(drawn, (SIDE, SIDE)), *(pictures[k].float() / 127.5 - 1 for k in closest)]
     return draw_grid(torch.cat(rows), columns=len(drawn), cell=64)
-
-
-class Some:
-    """A data set's pictures of these numbers, in this order."""
-
-    def __init__(self, data, numbers):
-        self.data, self.numbers, self.name = data, [int(i) for i in numbers], data.name
-
-    def __len__(self):
-        return len(self.numbers)
-
-    def __getattr__(self, name):  # image and captions, by the new numbers
-        return lambda i, *args, **kw: getattr(self.data, name)(self.numbers[i], *args, **kw)
 
 
 @user_errors

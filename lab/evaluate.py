@@ -143,7 +143,8 @@ def judge_captions(args):
 def judge_priors(args):
     """Both priors, and the diffusion prior's variances at few steps, against true embeddings.
 
-    All rows but "best of 2" draw one candidate, lest CLIP's choice hides what the variance does."""
+    All rows but "best of 2" draw one candidate, so that CLIP's choice does not hide what the
+    variance does."""
     prior = load_stage(args.weights, "prior", args.device)
     clip = clip_of(prior, args.weights, "prior", args.device)
     data, diffusion, table = Shapes(args.n, "val", args.seed), prior.diffusion, {}
@@ -362,7 +363,8 @@ COMMANDS = {  # name: (function, its options, its own defaults)
     "manipulations": (judge_manipulations, [*WEIGHTS, "--edits"], {}),
     "losses": (measure_losses, [*WEIGHTS, *DATA], {"n": 256}),
     "real": (judge_real, [*DRAWING, *DATA, "--size"], {}),
-    "classes": (judge_classes, [*DRAWING, "--data", "--root", "--train", "--classifier", "--out"],
+    "classes": (judge_classes, [*WEIGHTS, "--prior-scale", "--candidates", "--prior-steps",
+                                "--steps", "--data", "--root", "--train", "--classifier", "--out"],
                 {"data": "folder", "n": 1000}),
     "export": (export_pictures, [*DRAWING, *DATA, "--size", "--out"], {"out": "samples/export"}),
     "findings": (report, [*WEIGHTS, "names", "--out"], {"n": 120, "out": "samples/findings"}),

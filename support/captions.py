@@ -92,8 +92,8 @@ def load_folder(root, files):
         try:
             row = json.loads(row) if isinstance(row, str) else row
             name, text = row["file_name"], row["text"]
-            if None in row:  # more columns in a row than in the first line
-                raise ValueError("a comma in a caption needs quotation marks around it")
+            if None in row:  # a comma in a caption, without quotation marks around it
+                raise ValueError
             texts = [text] if isinstance(text, str) else [] + text  # fails unless it is a list
             texts = [t.strip() for t in texts if t.strip()]
             captioned.setdefault(inside(root, name, files), []).extend(texts)

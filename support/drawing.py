@@ -8,14 +8,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from support.captions import captions_of
 from support.pictures import fit, open_picture
 from support.sheets import (
     SUFFIXES, check_folder, draw_grid, save_film, save_picture, to_pil, to_tensor,
 )
 from support.tools import UserError, choose_device, positive, seed_number
-
-utf8_file = captions_of  # an argument's type
 
 
 def default_weights():

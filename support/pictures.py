@@ -160,8 +160,8 @@ def whole_files(name, paths, limit, seed):
 
 @cache
 def is_whole(path):
-    """Whether a picture can be decoded. Most needn't be to find out: a PNG has checksums, and a
-    JPEG that was cut off lacks its end, FF D9."""
+    """Whether a picture can be decoded. Most of them need not be, to know: a PNG has checksums, and
+    a JPEG that was cut off lacks its end, FF D9."""
     def check(picture):
         if picture.format == "PNG":
             return picture.verify()

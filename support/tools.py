@@ -47,6 +47,13 @@ def autocast(device):
     return torch.autocast(kind, torch.bfloat16, enabled=fast)
 
 
+def place(model, device):
+    """model.to(device). Apple's GPUs ("mps") have no float64, in which schedules are kept."""
+    if device.type == "mps":
+        model.to(torch.float32)
+    return model.to(device)
+
+
 @functools.lru_cache
 def cpu_is_fast_in_bf16():
     """Whether this CPU multiplies bfloat16 faster than float32. Chips with AMX or AMD's AVX512-BF16
@@ -174,9 +181,8 @@ def number(kind, least, most, rule):
 
 
 natural = number(int, 0, 1000, "0 to 1000")
-positive = number(int, 1, 10**9, "1 to 10^9")
+positive = number(int, 1, 10**7, "1 to 10^7")
 some = number(int, 1, 10**5, "1 to 100000")
-limit = number(int, 1, 10**7, "1 to 10^7")
 sampling_steps = number(int, 1, 1000, "1 to 1000: the stages have 1000 noise levels")
 two_or_more = number(int, 2, 1000, "2 to 1000")
 # sample.noise_for multiplies seeds by 8, and PyTorch's CPU generator uses only 32 bits of a seed.

@@ -12,7 +12,7 @@ import stages
 import train
 from decoder import Decoder, DecoderConfig
 from support.shapes import Shapes
-from support.tools import UserError, autocast, choose_device
+from support.tools import UserError, autocast, choose_device, place
 from train import Batches, Ema, focused_levels, learning_rate, settle, validate
 from upsampler import Upsampler, UpsamplerConfig
 
@@ -193,8 +193,9 @@ def test_an_apple_gpu_is_taken_where_there_is_one(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert not autocast(choose_device("mps"))._enabled and choose_device("auto").type == "cpu"
 
-    def move(x):
-        return x.to("meta") if x.dtype != torch.float64 else x + None  # a TypeError, as there
-
-    moved = upsampler()._apply(move)
-    assert moved.diffusion.betas.is_meta and all(p.is_meta for p in moved.parameters())
+    to, mps = torch.nn.Module.to, torch.device("mps")
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *where, **how: to(
+        self, *("meta" if x == mps else x for x in where), **how))
+    moved = place(upsampler(), mps)
+    tensors = [*moved.parameters(), *moved.buffers()]
+    assert all(x.is_meta and x.dtype != torch.float64 for x in tensors)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from lab import classifier, evaluate
-from lab.classifier import Classifier, Some, labelled, load_classifier, nearest
+from lab.classifier import Classifier, labelled, load_classifier, nearest, part_of
 from support.pictures import load_data
 from support.tools import UserError
 
@@ -74,7 +74,7 @@ def test_the_nearest_training_picture_of_a_training_picture_is_itself(folders, m
 
 def test_some_pictures_of_a_data_set_are_its_own(folders):
     data = load_data("folder", folders[0], None)
-    some = Some(data, [7, 3])
+    some = part_of(data, [7, 3])
     assert len(some) == 2 and some.captions(1) == data.captions(3)
     torch.testing.assert_close(some.image(0, 16), data.image(7, 16))
 

@@ -422,3 +422,36 @@ def test_two_processes_take_the_step_of_the_averaged_gradient(tmp_path):
     expected = model.state_dict()
     for name, value in saved(tmp_path / "two")["model"].items():
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_fitted_rather_than_trained_is_in_the_checkpoints(micro_run):
+    table = stages.load_stage(micro_run, "prior").diffusion.x_0_variance
+    assert (table > 0).all() and table[-1] > table[0]  # the analytic variance
+    prior = stages.load_stage(micro_run, "ar_prior")
+    identity = prior.basis @ prior.basis.T
+    torch.testing.assert_close(identity, torch.eye(len(identity)), rtol=0, atol=1e-4)
+    assert (prior.edges.diff(dim=1) >= 0).all() and prior.values.abs().sum() > 0
+
+
+def test_resume_refuses_another_clip(micro_run, tmp_path, capsys):
+    for stage in ("clip", "prior"):
+        shutil.copy(micro_run / f"{stage}.pt", tmp_path)
+    clip = saved(tmp_path, "clip")
+    clip["ema"]["model.text_projection"] += 1
+    save_checkpoint(tmp_path / "clip.pt", clip)
+    assert train.main(["prior", "--steps", "9", "--resume", "--out", str(tmp_path)]) == 2
+    assert "do not mix" in capsys.readouterr().err
+
+
+def test_captions_of_many_lengths_share_two_graphs(micro_run, tmp_path):
+    graphs, data = [], Shapes(24)
+    embeddings = embed(stages.load_clip(micro_run), data, tmp_path)
+    model, lengths = stages.load_stage(micro_run, "decoder").train(), set()
+    torch._dynamo.reset()
+    loss_of = train.Loss(model)
+    loss_of.compile(backend=lambda graph, inputs: graphs.append(graph) or graph)
+    for step in range(8):
+        batch = Batches(model, data, embeddings, 3, 0)[step]
+        lengths.add(batch["text_enc"].shape[1])
+        loss_of(batch)
+    assert len(lengths) > 2 and len(graphs) == 2  # one length, then any length
