@@ -77,7 +77,10 @@ class SmallClip(nn.Module):
         """Pictures `indices`, each with one of its captions: image (B, 3, H, W); tokens (K, L) of
         the K different captions; which (B,), the row of each picture's caption; number (B,), equal
         for equal captions, also in the batches of other processes."""
-        captions = [c[rng.integers(len(c))] for c in map(data.captions, indices)]
+        # One draw for all. If "a photo of a cat" and "a small picture of a cat" met in a batch, each
+        # would be a wrong answer to the other's pictures.
+        turn = rng.random()
+        captions = [c[int(turn * len(c))] for c in map(data.captions, indices)]
         images = [varied(data, i, config.image_size, c, rng) for i, c in zip(indices, captions)]
         numbers = [zlib.crc32(c.encode()) for c in captions]
         _, first, which = np.unique(numbers, return_index=True, return_inverse=True)
