@@ -77,8 +77,8 @@ class SmallClip(nn.Module):
         """Pictures `indices`, each with one of its captions: image (B, 3, H, W); tokens (K, L) of
         the K different captions; which (B,), the row of each picture's caption; number (B,), equal
         for equal captions, also in the batches of other processes."""
-        # One draw for all. If "a photo of a cat" and "a small picture of a cat" met in a batch, each
-        # would be a wrong answer to the other's pictures.
+        # One draw for all: if "a photo of a cat" and "a blurry photo of a cat" met in a batch, each
+        # would count as a wrong answer to the other's pictures.
         turn = rng.random()
         captions = [c[int(turn * len(c))] for c in map(data.captions, indices)]
         images = [varied(data, i, config.image_size, c, rng) for i, c in zip(indices, captions)]

@@ -81,7 +81,7 @@ PRESETS = {
     # CIFAR-10, or other photos of 32 pixels. No upsampler: there is nothing larger to learn from.
     "cifar": {
         "data": 60_000,
-        # CLIP's ResNet shrinks its input to a quarter before its first block: 32 pixels are too few.
+        # CLIP's ResNet shrinks a picture to a quarter before its first block: 32 are too few.
         "clip": ({"image_size": 64, "vision_width": 16},
                  {"steps": 7500, "batch_size": 256, "lr": 2e-3}),
         "prior": ({"width": 192, "depth": 4}, {"steps": 2500, "batch_size": 128, "lr": 1e-3}),

@@ -10,6 +10,7 @@ A checkpoint is a plain dictionary that torch.load(weights_only=True) accepts:
     clip      which CLIP the stage was trained for: {"spec", "identity"}
     run       the settings of the training: command, seed, the data's fingerprint, ...
     figures   the last loss and other figures that the training reported
+    first_losses         {step: loss} of the first 200 steps (lab/again.py compares them)
 
 A stage is rebuilt from its checkpoint alone, never from flags that must be repeated by hand.
 """

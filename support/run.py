@@ -27,6 +27,7 @@ class Run:
         self.about = {"stage": stage, "config": dataclasses.asdict(model.config), "clip": clip,
                       "run": settings}
         self.first, self.examples = checkpoint["step"], examples_seen(checkpoint)
+        self.first_losses = dict(checkpoint.get("first_losses", {}))  # see lab/again.py
         self.losses, self.waited, self.waited_in_all = [], 0.0, 0.0
 
     def begin(self):
@@ -59,6 +60,8 @@ class Run:
             wrong = "a weight is no longer finite" if math.isfinite(loss) else f"the loss is {loss}"
             raise UserError(f"{self.stage}, step {step}: {wrong}. The last checkpoint is kept: try "
                             "a smaller --lr, with --resume")
+        if step <= 200:
+            self.first_losses[step] = loss
         count, seconds = self.settings["batch_size"] * len(self.losses), time.time() - self.started
         self.examples += count
         self.report(step, {"examples": self.examples, "loss": loss, "lr": rate,
@@ -70,7 +73,8 @@ class Run:
     def save(self, step, model, ema, optimizers):
         """Everything that resuming needs; the random numbers need no state (see train.py)."""
         save_checkpoint(self.path, self.about | {
-            "step": step, "figures": self.figures, "ema": ema.model.state_dict(),
+            "step": step, "figures": self.figures, "first_losses": self.first_losses,
+            "ema": ema.model.state_dict(),
             "model": model.state_dict(), "optimizer": [o.state_dict() for o in optimizers],
         })
 

@@ -1,0 +1,72 @@
+"""Are trained weights what their stored commands make? Begins each training again, and compares.
+
+    python -m lab.again --weights weights/cifar10
+
+A checkpoint holds the command of its training and the losses of its first 200 steps, as means over
+50 steps or fewer. The batch and the noise of a step depend on the seed alone, so the command gives
+the same losses again, but for rounding, which differs between machines. The commands are run from
+here: a relative --root must lead to the same pictures.
+"""
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from sample import default_weights
+from stages import STAGES, needs_clip
+from support.checkpoint import load_checkpoint
+from support.tools import Parser, UserError, user_errors
+
+TOLERANCE = 0.02  # of a loss
+
+
+def losses_again(stage, checkpoint, folder):
+    """{step: loss} of the first steps of the checkpoint's command, run anew in `folder`."""
+    last, world = max(checkpoint["first_losses"]), checkpoint["run"]["world"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(world)]
+    command = [sys.executable, *(torchrun if world > 1 else []),
+               *shlex.split(checkpoint["run"]["command"])[1:],  # what follows "python"
+               "--out", str(folder), "--save-every", str(last), "--sample-every", str(10**7)]
+    training, log, losses = subprocess.Popen(command), folder / "metrics.jsonl", {}
+    while last not in losses and training.poll() is None:
+        time.sleep(1)
+        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+        told = [json.loads(line) for line in lines if line.endswith("\n")]
+        losses = {x["step"]: x["loss"] for x in told if x["stage"] == stage and "loss" in x}
+    training.terminate()
+    training.wait()
+    if last not in losses:
+        raise UserError(f"{stage}: this command does not work here: {shlex.join(command)}")
+    return losses
+
+
+@user_errors
+def main(argv=None):
+    parser = Parser("python -m lab.again", description="Begin trainings again and compare losses")
+    parser.add_argument("--weights", type=Path, help="folder (default: as sample.py)")
+    args = parser.parse_args(argv)
+    weights, different = args.weights or default_weights(), []
+    for stage in (s for s in STAGES if (weights / f"{s}.pt").exists()):
+        checkpoint = load_checkpoint(weights / f"{stage}.pt", stage)
+        if not checkpoint.get("first_losses"):
+            print(f"{stage}: was trained before first losses were kept")
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            if needs_clip(stage):
+                shutil.copy(weights / "clip.pt", folder)
+            losses = losses_again(stage, checkpoint, Path(folder))
+        for step, loss in checkpoint["first_losses"].items():
+            same = abs(losses[step] - loss) <= TOLERANCE * abs(loss)
+            different += [] if same else [stage]
+            print(f"{stage} {step}: {loss:.4f}, again {losses[step]:.4f}", flush=True)
+    if different:
+        raise UserError(f"other losses than in the training: {', '.join(dict.fromkeys(different))}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""lab/again.py: a training's command gives the losses again that its checkpoint holds."""
+
+import pytest
+
+import train
+from lab.again import main
+from support.checkpoint import load_checkpoint, save_checkpoint
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    said = "--preset tiny --steps 3 --batch-size 8 --limit 32 --workers 0 --device cpu".split()
+    assert train.main(["upsampler1", *said, "--out", str(tmp_path)]) == 0
+    return tmp_path
+
+
+def test_a_command_gives_its_first_losses_again_and_other_losses_are_told(trained, capfd):
+    path = trained / "upsampler1.pt"
+    checkpoint = load_checkpoint(path)
+    assert list(checkpoint["first_losses"]) == [1, 2, 3]
+    assert main(["--weights", str(trained)]) == 0
+    told = [line.split(": ")[1] for line in capfd.readouterr().out.splitlines() if "again" in line]
+    assert len(told) == 3 and all(len(set(x.split(", again "))) == 1 for x in told)
+
+    checkpoint["first_losses"][2] *= 1.05
+    save_checkpoint(path, checkpoint)
+    assert main(["--weights", str(trained)]) == 2
+    assert "other losses than in the training: upsampler1" in capfd.readouterr().err
