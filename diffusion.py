@@ -258,20 +258,20 @@ class GaussianDiffusion(nn.Module):
         """Measure Var(x_0 | x_t), per dimension, for variance="analytic" (2201.06503).
 
         The best predictor of x_0 has exactly that mean squared error, so we take the network's, on
-        data x_0 (B, ...) at `levels` of the T noise levels, and interpolate.
+        data x_0 (B, ...) at `levels` of the T noise levels, and interpolate. A network errs more,
+        but the variance is at most the data's, and at most (1 - alpha_bar) / alpha_bar: the error
+        of x_t / sqrt(alpha_bar), a guess that needs no network.
         """
         ts = self.timesteps(min(levels, self.T))[::-1]  # ascending
-        # It is at most the data's variance. But where noise is predicted, dividing by a tiny
-        # sqrt(alpha_bar) makes a huge error of a small one.
         data_variance = x_0.cpu().double().var(dim=0, correction=0).mean().item()
-        most = data_variance if self.predict == "noise" else math.inf
+        most = (1 / self.alphas_cumprod - 1).clamp(max=data_variance).tolist()
         generator, errors = torch.Generator().manual_seed(0), []
         for level in ts:
             t = torch.full((len(x_0),), level, device=x_0.device)
             noise = torch.randn(x_0.shape, generator=generator).to(x_0)
             x_t = self.q_sample(x_0, t, noise)
             error = self.predictions(network(x_t, t), x_t, t)[0] - x_0
-            errors.append(min(error.cpu().double().square().mean().item(), most))
+            errors.append(min(error.cpu().double().square().mean().item(), most[level]))
         self.x_0_variance.copy_(torch.from_numpy(np.interp(range(self.T), ts, errors)))
 
     # --- sampling --------------------------------------------------------------------------------

@@ -118,7 +118,8 @@ def slerp(a, b, theta):
 
     Embeddings lie on a sphere, and noise very nearly does: |x_T| is close to the square root of its
     number of dimensions. A straight line would leave the sphere: halfway between two noises it has
-    a standard deviation of 0.71, which the decoder was never trained to start from.
+    a standard deviation of 0.71, which the decoder was never trained to start from. Between
+    exactly opposite points there is no one great circle: the way leads through 0.
     """
     flat_a, flat_b = a.flatten(1).cpu().double(), b.flatten(1).cpu().double()
     cosine = F.cosine_similarity(flat_a, flat_b, dim=1)[:, None]

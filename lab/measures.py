@@ -26,9 +26,12 @@ from lab.judge import S, scores
 from manipulate import invert, redraw
 from sample import Pipeline
 from support.checkpoint import examples_seen, load_checkpoint
-from support.shapes import COLOURS, SHAPES, Shapes, render, with_article
+from support.shapes import COLOURS, SHAPES, TRAIN_PAIRS, Shapes, render, with_article
 from support.sheets import draw_grid, to_tensor
 from support.tools import UserError
+
+
+SPLIT = "test"  # scenes that no stage was trained with and nothing was chosen by
 
 
 def in_batches(n, size=16):
@@ -100,7 +103,8 @@ def mixed_captions(data):
 
 
 def wrong_captions(scene):
-    """A two-object scene -> its plain caption, and {what is wrong: a caption with that wrong}."""
+    """A two-object scene -> its plain caption, and {what is wrong: a caption with that wrong}, as
+    far as training has their pairs of colour and shape: new ones would stand out by that alone."""
     a, b = scene.things
     opposite = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 
@@ -108,11 +112,13 @@ def wrong_captions(scene):
         return f" {relation} ".join(with_article(f"{t.colour} {t.shape}") for t in (a, b))
 
     wrong = {"relation": say(a, b, opposite[scene.relation])}
-    if a.colour != b.colour and a.shape != b.shape:
-        # The same words with the colours exchanged: only the binding has changed.
-        swapped = replace(a, colour=b.colour), replace(b, colour=a.colour)
+    # The same words with the colours exchanged: only the binding has changed.
+    swapped = replace(a, colour=b.colour), replace(b, colour=a.colour)
+    known = all((thing.colour, thing.shape) in TRAIN_PAIRS for thing in swapped)
+    if known and a.colour != b.colour and a.shape != b.shape:
         wrong["binding"] = say(*swapped, scene.relation)
-    other = next(shape for shape in SHAPES if shape not in (a.shape, b.shape))
+    other = next(shape for shape in SHAPES
+                 if shape not in (a.shape, b.shape) and (a.colour, shape) in TRAIN_PAIRS)
     wrong["shape"] = say(replace(a, shape=other), b, scene.relation)
     return say(a, b, scene.relation), wrong
 
@@ -287,7 +293,7 @@ class Lab:
 
     def __init__(self, args):
         self.folder, self.device, self.n, self.seed = args.weights, args.device, args.n, args.seed
-        data, self.drawn = Shapes(self.n, "val", self.seed), {}
+        data, self.drawn = Shapes(self.n, SPLIT, self.seed), {}
         self.scenes, self.captions = scenes_of(data), mixed_captions(data)
         # Loaded once for each decoder and prior.
         self.pipeline = cache(lambda decoder="decoder", prior="prior": judged_pipeline(

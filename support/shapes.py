@@ -229,7 +229,7 @@ class Shapes:
     """n scenes of a split, always the same for a seed."""
 
     n: int
-    split: str = "train"  # or "val", or "held_out": colour-shape pairs unseen in training
+    split: str = "train"  # or "val", "test", or "held_out": colour-shape pairs unseen in training
     seed: int = 0
     name, photographs = "shapes", False
 

@@ -590,11 +590,15 @@ def test_estimated_variance_between_the_measured_levels_is_interpolated():
     assert_close(d.x_0_variance[middle], between)
 
 
-def test_estimated_variance_is_at_most_the_datas():
+def test_estimated_variance_is_at_most_the_datas_and_that_of_the_simplest_guess():
     # The noise errs by 3% only, but the x_0 that it leaves is far off at the noisiest levels.
     d, data = diffusion(variance="analytic"), 0.5 * normal(50, 3, 5, 7)
     d.estimate_variance(lambda x_t, t: 1.03 * oracle(0.5)(x_t, t), data, T)
     assert d.x_0_variance.max() == data.var(0, correction=0).mean()
+    d = diffusion(predict="x_0", variance="analytic")
+    d.estimate_variance(lambda x_t, t: 0 * x_t, data, T)  # knows nothing, even where x_t is clean
+    variance = data.var(0, correction=0).mean()
+    assert_close(d.x_0_variance, ((1 - AB) / AB).clamp(max=variance.double()))
 
 
 @pytest.mark.parametrize("t, t_prev", [(99, 80), (50, 49), (20, 3)])

@@ -127,15 +127,18 @@ def test_each_picture_is_drawn_once_and_other_conditions_are_kept_apart(lab, mon
         assert not any(a is b for b in drawn[:i])
 
 
-def test_f7_trains_both_priors_on_the_same_batches(lab, monkeypatch):
+def test_f7_trains_all_priors_on_the_same_batches(lab, monkeypatch):
     seen, loss = [], DiffusionPrior.loss
     monkeypatch.setattr(DiffusionPrior, "loss", lambda self, batch, t=None: (
         seen.append((self.config.predict, batch["image_emb"])) or loss(self, batch)))
-    result = findings.f7(lab, scenes=64, steps=3)
-    assert [predict for predict, _ in seen] == ["x_0"] * 3 + ["noise"] * 3
-    for (_, a), (_, b) in zip(seen[:3], seen[3:], strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
-    assert [row[0] for row in result.table] == ["x_0", "noise"] and len(result.claims) == 1
+    result = findings.f7(lab, scenes=64, budgets=(1, 2))
+    assert [predict for predict, _ in seen] == ["x_0"] * 3 + ["v"] * 3 + ["noise"] * 3
+    for k in range(3):
+        for other in (3, 6):
+            torch.testing.assert_close(seen[k][1], seen[k + other][1], rtol=0, atol=0)
+    assert [row[:2] for row in result.table] == [
+        (predict, steps) for predict in ("x_0", "v", "noise") for steps in "12"]
+    assert "after 2 steps" in result.claims[0][0] and len(result.claims) == 1
 
 
 def test_one_look_sees_the_embedding_where_a_prior_knows_it(lab, monkeypatch):
@@ -195,3 +198,62 @@ def test_a_pasted_sign_leaves_the_object_and_exchanged_colours_occur_in_training
         a, b = scene.things
         assert a.colour != b.colour and a.shape != b.shape
         assert {(a.colour, b.shape), (b.colour, a.shape)} <= set(TRAIN_PAIRS)
+
+
+def fakes(n, good):
+    """draw_ways of a world in which the systems named in `good` draw well and the others badly."""
+    rng = np.random.default_rng(0)
+    right = (rng.random((2, n)) < [[0.95], [0.3]]).astype(float)
+
+    def draw_ways(result, ways, **settings):
+        true = torch.nn.functional.normalize(torch.from_numpy(rng.normal(size=(2 * n, 16))), dim=1)
+        emb = true[:n].float(), (true[n:] + 1).float()  # the second about another middle
+        return {name: (right[k], emb[k]) for name in ways for k in [int(name not in good)]}
+
+    return draw_ways
+
+
+@pytest.mark.parametrize("finding, claimed, opposite", [
+    ("f1", {"prior"}, {"text embedding put in", "trained on text embeddings"}),
+    ("f2", {"both", "embedding alone"}, {"both", "caption alone"}),
+    ("f3", {"prior"}, {"ar_prior"}),
+    ("f5", {"GLIDE"}, {"unCLIP"}),
+])
+def test_a_verdict_is_reproduced_refused_or_open_as_the_pictures_are(
+        lab, monkeypatch, finding, claimed, opposite):
+    n, everywhere = 40, {*claimed, *opposite}
+    monkeypatch.setattr(findings, "frechet_cell", lambda drawn, true: "")  # slow, and no claim
+    monkeypatch.setattr(measures, "bootstrap", partial(measures.bootstrap, times=100))
+    spread_out = torch.nn.functional.normalize(torch.randn(4 * n, 16), dim=1)
+    monkeypatch.setattr(lab, "true_emb", lambda scenes: spread_out[:len(scenes)])
+    monkeypatch.setattr(lab, "prior_emb", lambda captions, prior: spread_out[:len(captions)])
+    rows = attributes([to_tensor(render(s, S)) for s in one_object(20)])
+    same = np.resize(rows[:1], rows.shape)
+    for good, verdict in ((claimed, "reproduced"), (opposite, "not reproduced"),
+                          (everywhere, "can't be decided at this scale")):
+        monkeypatch.setattr(lab, "draw_ways", fakes(n, good))
+        # F5 also asks for diversity: unCLIP's is the data's where the claim is true.
+        drawn = iter([rows, same] if good is claimed else [same, rows] if good is opposite
+                     else [same, same])
+        monkeypatch.setattr(lab, "draw", lambda captions, **way: None)
+        monkeypatch.setattr(findings, "attributes", lambda pictures: next(drawn))
+        monkeypatch.setattr(findings, "OPEN", ["a circle"] * 20)
+        lab.scenes = one_object(n)
+        monkeypatch.setattr(lab, "n", 40)
+        result = getattr(findings, finding)(lab)
+        assert result.verdict == verdict, (good, result.claims)
+
+
+@pytest.mark.parametrize("unclip, glide, verdict", [
+    (0.5, 0.9, "reproduced"), (0.9, 0.5, "not reproduced"),
+    (0.7, 0.7, "can't be decided at this scale")])
+def test_binding_is_weak_or_not_as_the_pictures_of_both_systems_are(
+        lab, monkeypatch, unclip, glide, verdict):
+    def seen(share):
+        bound = (np.arange(60) % 10 < 10 * share).astype(float)
+        return {"binding": bound, "colours": np.ones(60), "shapes": np.ones(60)}
+
+    found = {"unCLIP": seen(unclip), "GLIDE": seen(glide)}
+    monkeypatch.setattr(probing, "pair_study", lambda lab, mistake: ([], {}, {}, found))
+    monkeypatch.setattr(probing, "sheet", lambda *drawn: None)
+    assert probing.f8(lab).verdict == verdict

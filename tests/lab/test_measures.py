@@ -12,7 +12,7 @@ from lab.measures import (
     bootstrap, entropy, frechet, linear_probe, pairs_shown, percent, precision_recall, share,
     share_interval, wrong_captions,
 )
-from support.shapes import COLOURS, SHAPES, Shapes, parse_caption
+from support.shapes import COLOURS, SHAPES, TRAIN_PAIRS, Shapes, parse_caption
 
 
 def test_an_interval_has_the_width_of_the_normal_distribution_and_pairs_make_it_sharp():
@@ -107,3 +107,5 @@ def test_wrong_captions_are_wrong_in_one_thing_only():
             assert result["colours"] and result["objects"]
             assert result["shapes" if name == "shape" else name] is False
             assert result["shapes"] is (name != "shape")
+            pairs = {(thing.colour, thing.shape) for thing in parse_caption(caption).things}
+            assert pairs <= set(TRAIN_PAIRS)
