@@ -295,8 +295,10 @@ def drawn_from(args):
     pipeline = Pipeline(args.weights, args.device, args.size, clip=args.clip)
     size = max([pipeline.sizes[0], *(size for size in pipeline.sizes if size <= args.size)])
     args.data, args.root, _ = data_of(args, "decoder")["decoder"]
-    data = load_data(args.data, args.root, "val", args.n, args.seed)
-    captions = [data.captions(i)[0] for i in range(len(data))]
+    data, rng = load_data(args.data, args.root, "val", args.n), np.random.default_rng(args.seed)
+    if len(data) < args.n:
+        print(f"note: there are only {len(data)} validation pictures, not {args.n}")
+    captions = [str(rng.choice(data.captions(i))) for i in range(len(data))]
     return pipeline, data, captions, size, draw_batches(pipeline, captions, args, size=size)
 
 
@@ -331,7 +333,7 @@ def export_pictures(args):
 
 
 OPTIONS = {
-    "names": dict(nargs="*", metavar="F1 ... F10", help="which findings (default: all)"),
+    "names": dict(nargs="*", metavar="F1 ... F12", help="which findings (default: all)"),
     "-n": dict(type=positive, default=500, help="number of scenes or pictures"),
     "--seed": dict(type=seed_number, default=0, help="seed of scenes and noise"),
     "--json": dict(metavar="FILE", type=file_ending(".json"), help="also write the table to it"),
@@ -367,7 +369,7 @@ COMMANDS = {  # name: (function, its options, its own defaults)
                                 "--steps", "--data", "--root", "--train", "--classifier", "--out"],
                 {"data": "folder", "n": 1000}),
     "export": (export_pictures, [*DRAWING, *DATA, "--size", "--out"], {"out": "samples/export"}),
-    "findings": (report, [*WEIGHTS, "names", "--out"], {"n": 120, "out": "samples/findings"}),
+    "findings": (report, [*WEIGHTS, "names", "--out"], {"n": 300, "out": "samples/findings"}),
 }
 
 

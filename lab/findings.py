@@ -3,7 +3,7 @@
 A finding is a question, a table with 95% intervals, a picture, and a verdict that is computed,
 never written by hand (measures.Result): some differences are claimed to be above zero, and their
 intervals decide. A finding's docstring is its text in FINDINGS.md: the question, the setup, the
-paper's figure. F1 to F7, on the prior, the decoder and guidance, are here, F8 to F10 in probing.py.
+paper's figure. F8 to F10, which look into CLIP, are in probing.py, and F6, on photos, in README.md.
 """
 
 import os
@@ -293,7 +293,30 @@ def f7(lab, scenes=3000, budgets=(100, 300, 1000)):
     return result
 
 
-FINDINGS = {f.__name__.upper(): f for f in (f1, f2, f3, f4, f5, f7, f8, f9, f10)}
+def f12(lab):
+    """What do the best of several embeddings, and of two pictures, buy?
+
+    The prior draws k embeddings and keeps the one with the largest dot product with the caption's.
+    sample.py also lets CLIP choose between two pictures of it, which the paper does not.
+    paper: sec. 2.2: the better of two embeddings improves the quality; no figure is given"""
+    result, bound = Result(["embeddings", "pictures", "binding right", "Frechet distance (CLIP) "
+                            "x 1000", "recall", "s a picture"]), {}
+    true = lab.true_emb(lab.scenes)
+    for pictures, k in product((1, 2), (1, 2, 4, 16)):
+        begun = time.perf_counter()
+        emb = lab.prior_emb(lab.captions, candidates=k)
+        drawn = lab.draw(lab.captions, emb, candidates=pictures)
+        took, seen = (time.perf_counter() - begun) / lab.n, lab.clip_emb(drawn)
+        bound[k, pictures] = scores(drawn, lab.captions)["binding"]
+        result.row(f"best of {k}", f"best of {pictures}", share(bound[k, pictures]),
+                   frechet_cell(seen, true), f"{precision_recall(seen, true)[1]:.1%}",
+                   f"{took:.2f}")
+    result.claim("binding, points: best of two embeddings minus the first",
+                 lambda a, b: np.nanmean(a - b), bound[2, 1], bound[1, 1], unit=100)
+    return result
+
+
+FINDINGS = {f.__name__.upper(): f for f in (f1, f2, f3, f4, f5, f7, f8, f9, f10, f12)}
 HEAD = """# The paper's findings, measured here
 
 Written by `python -m lab.evaluate findings` on {date}: weights {weights}, n = {n}, seed {seed}.

@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 from lab.judge import S, scores
 from manipulate import invert, redraw
-from sample import Pipeline
+from sample import Pipeline, noise_for
 from support.checkpoint import examples_seen, load_checkpoint
 from support.shapes import COLOURS, SHAPES, TRAIN_PAIRS, Shapes, render, with_article
 from support.sheets import draw_grid, to_tensor
-from support.tools import UserError
+from support.tools import UserError, autocast
 
 
 SPLIT = "test"  # scenes that no stage was trained with and nothing was chosen by
@@ -311,19 +311,23 @@ class Lab:
         return torch.cat([self.clip.encode_image(p.to(self.device)).cpu()
                           for p in pictures.split(50)])
 
-    def prior_emb(self, captions, prior="prior"):
-        """Embeddings (n, D) that a prior draws for captions."""
+    def prior_emb(self, captions, prior="prior", **settings):
+        """Embeddings (n, D) that a prior draws for captions. settings: its sample()'s."""
         pipeline, seeds = self.pipeline(prior=prior), range(self.seed, self.seed + len(captions))
-        return torch.cat([pipeline.embed(pipeline.text(captions[part]), seeds[part]).cpu()
-                          for part in in_batches(len(captions), 64)])
+        with autocast(self.device):
+            return torch.cat([
+                pipeline.prior.sample(*pipeline.text(captions[part]), **settings,
+                                      noise=noise_for(seeds[part], "prior")).cpu()
+                for part in in_batches(len(captions), 64)])
 
-    def draw(self, captions, given="prior", decoder="decoder", prior="prior", scale=2.0, say=True):
+    def draw(self, captions, given="prior", decoder="decoder", prior="prior", scale=2.0, say=True,
+             candidates=1):
         """Pictures (n, 3, S, S), drawn once each by draw_batches with the lab's seeds."""
         name = given if isinstance(given, str) else hash(given.cpu().numpy().tobytes())
-        key = tuple(captions), name, decoder, prior, scale, say
+        key = tuple(captions), name, decoder, prior, scale, say, candidates
         if key not in self.drawn:
             args = Namespace(seed=self.seed, prior_scale=1.0, prior_steps=None, scale=scale,
-                             steps=None, candidates=1)  # the paper draws one
+                             steps=None, candidates=candidates)  # the paper draws one picture
             batches = draw_batches(self.pipeline(decoder, prior), captions, args, given, say=say)
             self.drawn[key] = torch.cat([pictures for _, pictures in batches])
         return self.drawn[key]
