@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 
 import numpy as np
@@ -92,9 +92,36 @@ def training_step(model, muon, rate, device, compiled=False):
     return step
 
 
-def bench_training(stage, args, peak):
+def bench_widths(args, peak):
+    """What does a step of prior and decoder cost at 1, 2, 4 and 8 times the width? (On a CPU the
+    memory is the most so far.)"""
+    for stage, name in (("prior", "width"), ("decoder", "channels")):
+        usual = getattr(STAGES[stage][1](0, 0, 0), name)  # the sizes of embeddings do not matter
+        width = recipe(args.preset, stage)[0].get(name, usual)
+        for times in (1, 2, 4, 8):
+            bench_training(stage, args, peak, {name: times * width}, f"{name} {times * width}")
+
+
+def bench_data(args):
+    """How long until the first step, and how fast are batches made, with more and more pictures?"""
+    clip = load_clip(args.weights or default_weights(), device=args.device)
+    for n in (1000, 10_000, 60_000):
+        begun = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder, autocast(args.device):
+            data = load_data(args.data, args.root, "train", n)
+            embeddings = embed(clip, data, folder)
+            took = time.perf_counter() - begun
+            model, step = fresh_model("decoder", args.preset, data, clip, embeddings), count()
+            batches = Batches(model, data, embeddings, 32, seed=0)
+            each = seconds(lambda: batches[next(step)], torch.device("cpu"))
+        print(f"{len(data)} pictures: {took:.0f} s until they are found and embedded, then "
+              f"{32 / each:.0f} pictures/s in batches, on one core", flush=True)
+
+
+def bench_training(stage, args, peak, changed=None, label=""):
     """Time one training step of a stage, count its FLOPs, and print both."""
     (make, make_config), (fields, training) = STAGES[stage], recipe(args.preset, stage)
+    fields = fields | (changed or {})
     B, device = args.batch_size or training["batch_size"], args.device
     # The sizes of ViT-L-14, or of the small CLIP and a caption of shapes.
     dim, text_len, tokens = (768, 77, 77) if args.preset == "large" else (128, 32, 20)
@@ -107,8 +134,8 @@ def bench_training(stage, args, peak):
         training_step(*how)(batch)
     step, flops = training_step(*how, compiled=args.compile), counter.get_total_flops()
     took = seconds(lambda: step(batch), device)
-    print(f"{stage:11} batch {B:4}: {took * 1000:8.0f} ms a step {B / took:8.0f} examples/s "
-          f"{flops / B / 1e9:8.2f} GFLOP an example {flops / took / 1e9:9.0f} GFLOP/s "
+    print(f"{label or stage:14} batch {B:4}: {took * 1000:8.0f} ms a step {B / took:8.0f} "
+          f"examples/s {flops / B / 1e9:8.2f} GFLOP an example {flops / took / 1e9:9.0f} GFLOP/s "
           f"{flops / took / peak:6.1%} of the peak, {peak_memory(device):.1f} GB")
 
 
@@ -218,7 +245,8 @@ def main(argv=None):
     parser = Parser("python -m lab.bench", description="How fast is training here?")
     add = parser.add_argument
     add("--preset", default="base", choices=PRESETS, help="sizes of the models")
-    add("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
+    add("--only", nargs="+", choices=(*PARTS, "widths", "data"), default=PARTS, help="what to "
+        "measure; widths: prior and decoder up to 8 times as wide; data: more and more pictures")
     add("--batch-size", type=positive, help="examples a step (default: the preset's)")
     add("--compile", action="store_true", help="torch.compile the loss")
     add("--device", type=choose_device, default="auto", help="auto, cpu or cuda")
@@ -227,8 +255,8 @@ def main(argv=None):
     add("--minutes", type=positive_number, default=20.0, help="of training for each arm of a race")
     add("--seeds", type=positive, default=1, help="trainings of each arm")
     add("-n", type=positive, default=500, help="pictures drawn to judge each training")
-    add("--weights", help="folder with the CLIP of a race (default: as sample.py)")
-    add("--data", default="shapes", help="of a race: shapes, or a data set with classes")
+    add("--weights", help="folder with the CLIP of a race or data (default: as sample.py)")
+    add("--data", default="shapes", help="of a race or data: shapes, or a data set with classes")
     add("--root", help="folder of the data (not for shapes)")
     add("--classifier", default="weights/cifar10/classifier.pt", help="judges pictures of classes")
     add("--out", help="folder for sheets of what was drawn")
@@ -241,7 +269,12 @@ def main(argv=None):
     print(f"{args.device}, {torch.get_num_threads()} threads; peak of matrix products: {said}; "
           f"training uses {str(used)[6:]}")
     for part in args.only:
-        bench_training(part, args, peaks[used])
+        if part == "widths":
+            bench_widths(args, peaks[used])
+        elif part == "data":
+            bench_data(args)
+        else:
+            bench_training(part, args, peaks[used])
 
 
 if __name__ == "__main__":

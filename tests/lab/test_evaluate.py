@@ -221,6 +221,18 @@ def test_bench_times_a_step(monkeypatch, capsys):
     monkeypatch.setattr(bench, "seconds", lambda work, device, repeats=5: work() or 1.0)
     assert bench.main(["--only", "prior", "decoder", "upsampler1", "--preset", "micro"]) == 0
     assert capsys.readouterr().out.count("ms a step") == 3
+    assert bench.main(["--only", "widths", "--preset", "micro"]) == 0
+    told = capsys.readouterr().out
+    assert "width 256 " in told and "channels 64 " in told and told.count("ms a step") == 8
+
+
+def test_bench_says_what_more_pictures_cost(micro_run, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "matmul_peak", lambda device, kind: 1e12)
+    monkeypatch.setattr(bench, "load_data", lambda name, root, split, n: Shapes(n // 500, split))
+    assert bench.main(["--only", "data", "--preset", "micro", "--weights", str(micro_run)]) == 0
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert [line.split()[0] for line in lines] == ["2", "20", "120"]
+    assert all("pictures/s" in line for line in lines)
 
 
 def test_a_race_trains_each_arm_its_time_and_judges_what_it_draws(
