@@ -158,11 +158,16 @@ class Data(list):
         return torch.full((3, size, size), float(i))
 
 
-def test_a_batch_draws_a_caption_of_each_picture():
-    small, data, indices, rng = make_small(), Data(range(5)), [3, 0, 4], np.random.default_rng(7)
-    batch = SmallClip.batch(small.config, data, None, indices, np.random.default_rng(7))
-    captions = [data.captions(i)[rng.integers(3)] for i in indices]
-    assert_close(batch["tokens"][batch["which"]], Tokenizer(L, small.config.vocab)(captions))
+def test_a_batch_takes_the_same_of_each_pictures_captions_and_every_one_in_turn():
+    small, data, indices, taken = make_small(), Data(range(5)), [3, 0, 4], set()
+    tokens = [Tokenizer(L, small.config.vocab)([data.captions(i)[k] for i in indices])
+              for k in range(3)]
+    for seed in range(20):
+        batch = SmallClip.batch(small.config, data, None, indices, np.random.default_rng(seed))
+        found = batch["tokens"][batch["which"]]
+        taken |= {k for k in range(3) if torch.equal(found, tokens[k])}
+        assert any(torch.equal(found, t) for t in tokens)
+    assert taken == {0, 1, 2}
     for i, image in zip(indices, batch["image"], strict=True):
         assert_close(image, torch.full((3, 32, 32), float(i)))
     # A fresh CLIP knows the words of its data.
