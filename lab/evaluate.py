@@ -303,7 +303,8 @@ def drawn_from(args):
 
 
 def judge_real(args):
-    """Any data set measured in CLIP's space, without ground truth."""
+    """Any data set measured in CLIP's space, without ground truth. match: how often a drawn picture
+    is closer to its caption's true picture than to the other n - 1 (by chance: 1 / n)."""
     pipeline, data, captions, size, batches = drawn_from(args)
     if len(data) < 4:  # precision and recall look at the third neighbour
         raise UserError(f"{len(data)} validation pictures are too few: at least 4 are needed")
@@ -311,10 +312,12 @@ def judge_real(args):
     drawn = torch.cat([pipeline.clip.encode_image(p.to(args.device)) for _, p in batches])
     text_emb = torch.cat([pipeline.text([caption])[0] for caption in captions])
     precision, recall = precision_recall(drawn, true)
+    nearest = (drawn @ true.T).argmax(1).cpu()
     return {f"{args.data}, {size} px": {
         "frechet": frechet(drawn, true), "precision": precision, "recall": recall,
         "clip_score": (drawn * text_emb).sum(1).mean().item(),
-        "clip_score_true": (true * text_emb).sum(1).mean().item(), "n": len(data),
+        "clip_score_true": (true * text_emb).sum(1).mean().item(),
+        "match": (nearest == torch.arange(len(data))).float().mean().item(), "n": len(data),
     }}
 
 

@@ -147,7 +147,8 @@ def test_manipulations_reports_latents_and_edits(micro_run, tmp_path, monkeypatc
     assert list(table)[3:] == [f"theta {theta:.3f}" for theta in evaluate.THETAS]
 
 
-def test_any_data_is_measured_in_clips_space_or_exported(micro_run, tmp_path, capsys):
+def test_any_data_is_measured_in_clips_space_or_exported(
+        micro_run, tmp_path, capsys, monkeypatch):
     table = run(tmp_path, "real", "--weights", micro_run, "-n", 8, *FAST)["shapes, 64 px"]
     assert table["frechet"] > 0 and -1 <= table["clip_score"] <= 1
     assert 0 <= table["precision"] <= 1 and 0 <= table["recall"] <= 1 and table["n"] == 8
@@ -159,6 +160,14 @@ def test_any_data_is_measured_in_clips_space_or_exported(micro_run, tmp_path, ca
         assert all(Image.open(f).size == (32, 32) for f in files)
     assert evaluate.main(list(map(str, command))) == 2  # two exports would mix
     assert "already has pictures" in capsys.readouterr().err
+
+    def shown(pipeline, captions, args, size):  # the true pictures, but for the first two: swapped
+        data = Shapes(8, "val")
+        yield slice(8), torch.stack([data.image(i, size) for i in (1, 0, *range(2, 8))])
+
+    monkeypatch.setattr(evaluate, "draw_batches", shown)
+    table = run(tmp_path, "real", "--weights", micro_run, "-n", 8, *FAST)["shapes, 64 px"]
+    assert table["match"] == 0.75 and table["precision"] == 1
 
 
 def logged(folder):
