@@ -3,10 +3,9 @@
     python -m lab.explain "a red circle above a blue square" --seed 7 --out samples/circle.html
     python -m lab.explain "a red circle" --other "a blue circle"     # two from the same noise
 
-This file gathers numbers and pictures as lists of blocks; explain.html has the sentences and shows
-the blocks. The one idea: watching changes nothing. The pipeline draws as in sample.py, while hooks
-keep what its networks were asked and what they answered. The rest follows from that by the
-repository's own arithmetic, so the page cannot drift away from the code.
+This file gathers numbers and pictures as lists of blocks; explain.html shows them. The one idea:
+watching changes nothing. The pipeline draws as in sample.py, while hooks keep what its networks
+were asked and what they answered; all else follows from that by the repository's own arithmetic.
 
 Letters: B batch, D CLIP embedding, N context tokens of the decoder, H, W picture sides.
 """
@@ -22,7 +21,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from decoder import IMAGE_TOKENS
 from diffusion import at_least_float32, guided
@@ -108,9 +106,9 @@ class Watched(Pipeline):
     """A Pipeline that keeps what happens while it draws, and draws the same."""
 
     def explain(self, caption, seed, size):
-        """Draw a picture -> its caption, words as CLIP reads them, text (their encoding), ways
-        {the prior's guidance: steps}, image_emb (1, D), attempts of the decoder (picture, steps,
-        attention), best (the kept one), enlarged (stage, condition, picture), all pictures."""
+        """Draw a picture -> its caption, words (as CLIP reads them), text (their encoding), ways
+        {the prior's guidance: steps}, image_emb (1, D), attempts [(picture, steps, attention,
+        guidance)], best (which one), enlarged [(stage, condition, picture)], pictures."""
         self.now = now = Namespace(caption=caption, ways={}, attempts=[], enlarged=[])
         now.pictures = self.draw(caption, [seed], size, stages=True)
         self.embed(now.text, [seed], scale=1)  # for comparison: the prior without guidance
@@ -135,8 +133,7 @@ class Watched(Pipeline):
         steps = steps_of(self.decoder.diffusion, calls, scale, noise)
         shares = {side: torch.stack(x).unflatten(0, (len(steps), -1)).mean(dim=1)  # over layers
                   for side, x in shares.items()}
-        self.now.attempts.append((picture, steps, shares))
-        self.now.scale = scale  # of guidance
+        self.now.attempts.append((picture, steps, shares, scale))
         return picture
 
     def decode_best(self, candidates, image_emb, text, *rest, **settings):
@@ -190,6 +187,9 @@ def full_scale(change):
 
 def prior_part(now, known):
     text_emb, cloud = now.text[0].cpu(), torch.cat([known.image_embs, known.text_embs])
+    unit = embedding_scale(text_emb.shape[1])
+    if len(cloud) < 3:  # without the data this is a map of the drawing alone
+        cloud = torch.cat([s.x_t.cpu() / unit for way in now.ways.values() for s in way])
     _, sizes, axes = torch.linalg.svd(cloud - cloud.mean(0), full_matrices=False)
     labels = [f"component {k + 1}: {share:.0%} of the variance" for k, share in
               enumerate((sizes ** 2 / (sizes ** 2).sum())[:2].tolist())]
@@ -204,11 +204,11 @@ def prior_part(now, known):
         cosine = F.cosine_similarity(predicted, text_emb, dim=-1)  # (steps, candidates)
         for k, end in enumerate(cosine[-1].tolist()):
             name = f"candidate {k + 1}, guidance {scale:g}", "ab"[k % 2] + dash
-            paths.append((*name, on_map(x[:, k] / embedding_scale(x.shape[-1]))))
+            paths.append((*name, on_map(x[:, k] / unit)))
             cosines.append((*name, list(enumerate(cosine[:, k].tolist(), start=1))))
             rows.append((end, name[0] + ", kept" * (k == int(cosine[-1].argmax()))))
-    dots = [("pictures", "d", on_map(known.image_embs)), ("captions", "e", on_map(known.text_embs)),
-            ("text_emb", "c", on_map(text_emb))]
+    dots = [("pictures", "d", on_map(known.image_embs)), ("captions", "e", on_map(known.text_embs))]
+    paths.append(("text_emb", "c", on_map(text_emb)))
     return [{"charts": [
         {"x": labels[0], "y": labels[1], "lines": paths, "dots": dots},
         {"x": "step", "y": "predicted embedding's cosine with text_emb", "lines": cosines}]},
@@ -217,7 +217,7 @@ def prior_part(now, known):
 
 def decoder_part(now):
     """Its blocks, and what the slider says at each of its places."""
-    _, steps, shares = now.attempts[now.best]
+    _, steps, shares, scale = now.attempts[now.best]
     shown = sorted({round(k * (len(steps) - 1) / (FRAMES - 1)) for k in range(FRAMES)})
     some = [steps[k] for k in shown]
     pairs = [(s.branches[0][0], s.branches[-1][0]) for s in some]  # with the condition, without
@@ -226,7 +226,7 @@ def decoder_part(now):
             "x₀ with the condition": [cond for cond, _ in pairs],
             "x₀ without it": [uncond for _, uncond in pairs],
             f"difference × {gain:.1f}": [gain * (cond - uncond) for cond, uncond in pairs]}
-    blocks = [{"heading": f"Predicted x₀ = x₀ without + {now.scale:g} × difference", "images": [
+    blocks = [{"heading": f"Predicted x₀ = x₀ without + {scale:g} × difference", "images": [
         {"src": [uri(x) for x in xs], "label": name} for name, xs in rows.items()]},
         {"text": [f"The next x is {s.c1:.3f} × predicted x₀ + {s.c2:.3f} × xₜ + "
                   f"{s.sigma.mean():.3f} × fresh noise." for s in some]}]
@@ -253,11 +253,10 @@ def upsampler_part(now):
     blocks = []
     for stage, before, after in now.enlarged:
         side, cut, change = after.shape[-1], after.shape[-1] // 4, (after - before)[0]
-        # Shown at their own pixels, where the correction is largest.
         most = F.avg_pool2d(change.square().sum(0)[None], cut, cut // 4)[0]
-        top, left = (int(k) * (cut // 4) for k in divmod(int(most.argmax()), len(most)))
-        trio = {"before": before[0], "after": after[0],
-                f"correction × {full_scale(change):.1f}": full_scale(change) * change}
+        top, left = (k * (cut // 4) for k in divmod(int(most.argmax()), len(most)))  # and where
+        gain = full_scale(change)
+        trio = {"before": before[0], "after": after[0], f"correction × {gain:.1f}": gain * change}
         blocks.append({"heading": f"{stage}, to {side} pixels: {cut} of them", "images": [
             {"src": uri(x[:, top:top + cut, left:left + cut], 90), "label": name}
             for name, x in trio.items()]})
@@ -265,8 +264,7 @@ def upsampler_part(now):
 
 
 def result_part(now, known, pipeline):
-    last, tries = now.pictures[-1], []
-    emb = pipeline.look(last)
+    emb, tries = pipeline.look(now.pictures[-1]), []
     for k, (x, *_) in enumerate(now.attempts):
         close = (pipeline.clip.encode_image(x) * now.image_emb).sum()
         tries.append({"src": uri(x[0]), "label": f"{close:.3f}" + ", kept" * (k == now.best)})
@@ -275,11 +273,11 @@ def result_part(now, known, pipeline):
                "table": [((emb * now.image_emb).sum().item(), "image_emb, what was asked for"),
                          ((emb * now.text[0]).sum().item(), "text_emb"), *known.nearest(emb)]}]
     if known.shapes:
-        seen, marks = judge(last), {"its grammar has no such caption": None}
+        seen, marks = judge(now.pictures[-1]), {"its grammar has no such caption": None}
         with suppress(UserError):
             marks = score(seen, parse_caption(now.caption))
-        there = ", ".join(f"{t.size or ''} {t.colour or ''} {t.shape or 'blob'}" for t in seen.things)
-        blocks.append({"heading": f"What the judge sees: {there or 'nothing'} on {seen.background}",
+        there = [" ".join(filter(None, (t.size, t.colour, t.shape))) for t in seen.things]
+        blocks.append({"heading": f"What the judge sees: {', '.join(there)} on {seen.background}",
                        "table": [({True: "right", False: "wrong"}.get(x, "not said"), name)
                                  for name, x in marks.items()]})
     return blocks
@@ -319,10 +317,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     captions = [args.caption] + [args.other] * (args.other is not None)
     pipeline = Watched(args.weights, args.device, args.size, clip=args.clip)
-    pipeline.text(captions)  # refuses an empty one before the work
     size, known = reachable_size(pipeline, args.size), Known(pipeline, captions, args.root)
-    drawings = [pipeline.explain(caption, args.seed, size)
-                for caption in tqdm(captions, "drawings", disable=None)]
+    drawings = [pipeline.explain(caption, args.seed, size) for caption in captions]
     command = f"python sample.py {shlex.join(captions)} -n 1 --seed {args.seed} --size {size}"
     command += f" --weights {shlex.quote(args.weights)}" if args.weights else ""
     args.out.parent.mkdir(parents=True, exist_ok=True)
