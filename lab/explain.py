@@ -254,9 +254,9 @@ def upsampler_part(now):
     for stage, before, after in now.enlarged:
         side, cut, change = after.shape[-1], after.shape[-1] // 4, (after - before)[0]
         most = F.avg_pool2d(change.square().sum(0)[None], cut, cut // 4)[0]
-        top, left = (k * (cut // 4) for k in divmod(int(most.argmax()), len(most)))  # and where
-        gain = full_scale(change)
-        trio = {"before": before[0], "after": after[0], f"correction × {gain:.1f}": gain * change}
+        top, left = (k * (cut // 4) for k in divmod(int(most.argmax()), len(most)))
+        trio = {"before": before[0], "after": after[0],
+                f"correction × {full_scale(change):.1f}": full_scale(change) * change}
         blocks.append({"heading": f"{stage}, to {side} pixels: {cut} of them", "images": [
             {"src": uri(x[:, top:top + cut, left:left + cut], 90), "label": name}
             for name, x in trio.items()]})

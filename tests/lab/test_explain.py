@@ -138,7 +138,7 @@ def test_a_browser_moves_the_slider_by_keyboard_without_an_error(made, tmp_path)
             mobile=True)
         while not tell("document.readyState === 'complete' && document.images.length"):
             pass
-        look = "step.focus(); [step.value, now.textContent, ...[...document.images].map(i => i.src)]"
+        look = "step.focus(); [step.value, now.innerText, ...[...document.images].map(i => i.src)]"
         before = tell(look)
         ask("Input.dispatchKeyEvent", type="keyDown", key="ArrowRight", windowsVirtualKeyCode=39)
         after = tell(look)
