@@ -86,8 +86,7 @@ def test_prior_and_upsamplers_are_shown_as_they_drew(watched):
 
 
 def test_a_page_is_one_sound_file_with_both_drawings(made):
-    _, text, data = made
-    tags, parser = [], HTMLParser()
+    (_, text, data), tags, parser = made, [], HTMLParser()
     parser.handle_starttag = lambda tag, attributes: (
         tags.append(tag), pytest.fail("fetches") if {"src", "href"} & {*dict(attributes)} else 0)
     parser.handle_endtag = lambda tag: tags.remove(tag)
