@@ -112,7 +112,7 @@ def test_a_browser_moves_the_slider_by_keyboard_without_an_error(made, tmp_path)
     """Speaks the browser's own protocol, JSON that ends in a zero byte, over two pipes."""
     (ours, to), (back, theirs), events, session = os.pipe(), os.pipe(), [], {}
     browser = subprocess.Popen(
-        ["bash", "-c", f'exec timeout 120 "$0" "$@" 3<&{ours} 4>&{theirs}', BROWSER, "--headless",
+        ["bash", "-c", f'exec timeout 60 "$0" "$@" 3<&{ours} 4>&{theirs}', BROWSER, "--headless",
          "--no-sandbox", "--remote-debugging-pipe", f"--user-data-dir={tmp_path}"],
         pass_fds=(ours, theirs), stderr=subprocess.DEVNULL)
     os.close(theirs)  # the browser's end is the only one: reading ends with it
@@ -130,8 +130,7 @@ def test_a_browser_moves_the_slider_by_keyboard_without_an_error(made, tmp_path)
 
     try:
         target = ask("Target.createTarget", url=made[0].as_uri())["targetId"]
-        attached = ask("Target.attachToTarget", targetId=target, flatten=True)
-        session["sessionId"] = attached["sessionId"]
+        session |= ask("Target.attachToTarget", targetId=target, flatten=True)
         ask("Runtime.enable"), ask("Log.enable")  # both also report what went wrong before
         ask("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=1,
             mobile=True)
