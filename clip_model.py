@@ -26,8 +26,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from open_clip.loss import gather_features
 from torch import nn
+from tqdm import tqdm
 
 from diffusion import at_least_float32
+from support.captions import LATER
 from support.openclip import open_pretrained, weights_hash
 from support.tokenizer import Tokenizer, make_vocab
 
@@ -69,7 +71,8 @@ class SmallClip(nn.Module):
     @classmethod
     def fresh(cls, fields, data, clip=None, embeddings=None):
         """A new model whose vocabulary is the words of `data`'s captions."""
-        vocab = make_vocab(c for i in range(len(data)) for c in data.captions(i))
+        numbers = tqdm(range(len(data)), "captions", **LATER)
+        vocab = make_vocab(c for i in numbers for c in data.captions(i))
         return cls(SmallClipConfig(vocab, **fields))
 
     @staticmethod

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 # --- schedules and small helpers -----------------------------------------------------------------
 
@@ -266,7 +267,7 @@ class GaussianDiffusion(nn.Module):
         data_variance = x_0.cpu().double().var(dim=0, correction=0).mean().item()
         most = (1 / self.alphas_cumprod - 1).clamp(max=data_variance).tolist()
         generator, errors = torch.Generator().manual_seed(0), []
-        for level in ts:
+        for level in tqdm(ts, "variance", delay=3, leave=False, disable=None):
             t = torch.full((len(x_0),), level, device=x_0.device)
             noise = torch.randn(x_0.shape, generator=generator).to(x_0)
             x_t = self.q_sample(x_0, t, noise)
@@ -287,7 +288,8 @@ class GaussianDiffusion(nn.Module):
         """The (t, t_prev) of each sampling step, each (batch,). The last t_prev is -1, the data."""
         levels = torch.tensor(self.timesteps(steps) + [-1], device=device)
         levels = levels[:, None].expand(-1, batch)  # (S + 1, B)
-        return list(zip(levels[:-1], levels[1:]))
+        steps = list(zip(levels[:-1], levels[1:]))  # those of over 3 seconds get a progress bar
+        return tqdm(steps, "steps", delay=3, leave=False, disable=None)
 
     @torch.no_grad()
     def sample(self, network, shape, steps=None, noise=None, x_T=None, on_step=None):

@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves it out
 from stages import BASELINES, KEPT, ORDER, PRESETS, STAGES, begun, build, check_clip, fresh_model
 from stages import load_clip, needs_clip, recipe
 from support.cache import embed
+from support.captions import LATER
 from support.checkpoint import export_checkpoints, restore
 from support.muon import make_optimizers
 from support.pictures import DATA, load_data
@@ -158,7 +159,7 @@ def validate(model, batches, device, count=256):
         size = count = min(count, n)
     order = np.resize(np.random.default_rng(0).permutation(n), count)  # repeats them if n < count
     losses = {name: [] for name in bands}
-    for start in range(0, count, size):
+    for start in tqdm(range(0, count, size), "validation", **LATER):
         indices = order[start : start + size]
         batch = to_device(batches.of(indices, np.random.default_rng(start)), device)
         for name, band in bands.items():
@@ -175,11 +176,14 @@ def look(run, step, averaged, val_batches):
     with autocast(val_batches.device):
         figures, pictures, captions = averaged.preview(val_batches)
     figures |= validate(averaged, val_batches, val_batches.device)
+    where = ""
     if pictures is not None:
         grid = draw_grid(pictures, captions, columns=6 if len(pictures) > 16 else 4)
-        save_picture(grid, run.folder / "samples" / f"{run.stage}_{step:06d}.png")
+        path = run.folder / "samples" / f"{run.stage}_{step:06d}.png"
+        where = f"; see {save_picture(grid, path)}"
     run.report(step, figures)
-    tqdm.write(f"{run.stage} {step}: " + ", ".join(f"{k} {x:.4g}" for k, x in figures.items()))
+    shown = ", ".join(f"{k} {x:.4g}" for k, x in figures.items())
+    tqdm.write(f"{run.stage} {step}: {shown}{where}")
 
 
 def take_step(optimizers, rate, device):

@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from support.captions import LATER
 from support.checkpoint import save_checkpoint
 from support.processes import in_workers
 from support.tools import UserError, usable_cores
@@ -119,7 +120,7 @@ def check(arrays):
 
 def list_captions(data):
     """(what index.pt holds, the list of all different captions)"""
-    captions = [data.captions(i) for i in range(len(data))]
+    captions = [data.captions(i) for i in tqdm(range(len(data)), "captions", **LATER)]
     starts, number = torch.tensor([0] + [len(cs) for cs in captions]).cumsum(0), {}
     ids = torch.tensor([number.setdefault(c, len(number)) for cs in captions for c in cs])
     return {"starts": starts, "caption_ids": ids}, list(number)
