@@ -87,7 +87,7 @@ PRESETS = {
         "prior": ({"width": 192, "depth": 4}, {"steps": 2500, "batch_size": 128, "lr": 1e-3}),
         "decoder": ({"size": 32, "channels": 48, "multiples": (1, 2, 3),
                      "attention_levels": (1, 2)},
-                    {"steps": 3000, "batch_size": 64, "lr": 1e-3, "muon": 5.0}),
+                    {"steps": 2500, "batch_size": 64, "lr": 1e-3, "muon": 5.0}),
     },
     # The paper's design, a thirtieth of its size.
     "large": {

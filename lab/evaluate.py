@@ -372,7 +372,7 @@ COMMANDS = {  # name: (function, its options, its own defaults)
                                 "--steps", "--data", "--root", "--train", "--classifier", "--out"],
                 {"data": "folder", "n": 1000}),
     "export": (export_pictures, [*DRAWING, *DATA, "--size", "--out"], {"out": "samples/export"}),
-    "findings": (report, [*WEIGHTS, "names", "--out"], {"n": 300, "out": "samples/findings"}),
+    "findings": (report, [*WEIGHTS, "names", "--out"], {"n": 200, "out": "samples/findings"}),
 }
 
 
