@@ -86,7 +86,8 @@ PRESETS = {
                  {"steps": 7500, "batch_size": 256, "lr": 2e-3}),
         "prior": ({"width": 192, "depth": 4}, {"steps": 2500, "batch_size": 128, "lr": 1e-3}),
         "decoder": ({"size": 32, "channels": 48, "multiples": (1, 2, 3),
-                     "attention_levels": (1, 2)},
+                     "attention_levels": (1, 2), "predict": "x_0", "weight_cap": 5.0,
+                     "variance": "fixed_small"},
                     {"steps": 2500, "batch_size": 64, "lr": 1e-3, "muon": 5.0}),
     },
     # The paper's design, a thirtieth of its size.
