@@ -19,37 +19,36 @@ def exercise(text):
 def main(argv=None):
     parser = Parser("python -m course", description="The assignment: made, checked, graded.")
     commands = parser.add_subparsers(dest="command", required=True)
-    add = {}
-    for name, words in {
-        "handout": "make the students' folder", "gradescope": "make the autograder's zip",
-        "grade": "grade a submission: OUT/results.json", "figures": "draw the expected pictures",
-        "check": "run the public tests here", "reveal": "see a solution, for its points",
-    }.items():
-        add[name] = commands.add_parser(name, help=words, description=words).add_argument
-    add["grade"]("submission", help="folder with the student's files")
-    for name in ("handout", "gradescope", "grade", "figures"):
-        add[name]("out", type=check_folder, help="a .zip" if name == "gradescope" else "a folder")
-    for name in ("gradescope", "grade"):
-        add[name]("--hidden", help="folder of more hidden tests: test_7_*.py for exercise 7")
-    add["check"]("exercises", nargs="*", type=exercise, help="their numbers (default: all)")
-    add["reveal"]("exercise", type=exercise, help="its number")
+    for name, words, out in (
+            ("handout", "make the students' folder", "a new folder"),
+            ("check", "run the public tests on the files here", None),
+            ("reveal", "put a solution here; its points are gone", None),
+            ("figures", "draw the expected pictures", "a folder"),
+            ("grade", "grade a submission: results.json", "a folder"),
+            ("gradescope", "make the autograder", "a .zip")):
+        add = commands.add_parser(name, help=words, description=words).add_argument
+        if name == "grade":
+            add("submission", help="folder of a student's files")
+        if name in ("check", "reveal"):
+            add("exercises", nargs="*" if name == "check" else 1, type=exercise, help="numbers")
+        if out:
+            add("out", type=check_folder, help=out)
+        if name.startswith("grade"):
+            add("--hidden", help="folder of more hidden tests: test_7_*.py for exercise 7")
     args = parser.parse_args(argv)
-
     from course import figures, grade, handout, parts
-    if args.command == "handout":
-        handout.handout(args.out)
-    elif args.command == "gradescope":
-        handout.archive(args.out, args.hidden)
+    if args.command == "reveal":
+        if not args.exercises[0].hints:
+            raise UserError(f"{args.exercises[0].number}: there is no solution here to reveal")
+        parts.restore(ROOT, parts.blanks(args.exercises[0]), f"{parts.REVEALED}\n")
     elif args.command == "grade":
         print(grade.grade(args.submission, args.out, args.hidden)["score"])
-    elif args.command == "figures":
-        figures.draw(args.out)
+    elif args.command == "gradescope":
+        handout.archive(args.out, args.hidden)
     elif args.command == "check":
         grade.check(args.exercises or EXERCISES, ROOT)
-    elif not args.exercise.hints:
-        raise UserError(f"{args.exercise.number}: there is no solution here to reveal")
     else:
-        parts.restore(ROOT, parts.blanks(args.exercise), f"{parts.REVEALED}\n")
+        {"handout": handout.handout, "figures": figures.draw}[args.command](args.out)
 
 
 if __name__ == "__main__":

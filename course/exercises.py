@@ -55,7 +55,7 @@ EXERCISES = [Exercise(number, *row) for number, row in enumerate([
      t("exercises", "noise_alone", "noising_unit"), t("diffusion", "q_sample_mixes"),
      (("signal * x_0 + sigma", "signal ** 2 * x_0 + sigma ** 2", "the roots: variances add to 1"),
       ("signal * x_0 + sigma", "sigma * x_0 + signal", "alpha_bar is what is left of the data")),
-     False, "forward"),
+     False, "forward", (("diffusion.py", "GaussianDiffusion.target"),)),
     ("What the answer means", 8, 40, "diffusion.py", "GaussianDiffusion.predictions",
      t("diffusion", "a_right_answer", "clipping_bounds"), t("diffusion", "samplers_do_the_same"),
      (("x_t - sigma * out}", "x_t + sigma * out}", "put x_t and v in: the noise must cancel"),

@@ -1,5 +1,6 @@
 """The expected pictures, drawn by the shipped weights and whatever exercises are finished."""
 
+import functools
 from unittest import mock
 
 import torch
@@ -20,12 +21,12 @@ PAIR = "a blue square left of a red circle on white"
 
 def forward():
     """What q_sample leaves of a picture, under both schedules."""
-    picture = to_tensor(Image.open(ROOT / "docs/pictures/a.png").convert("RGB").resize((64, 64)))
-    drawn, names = [], []
+    picture = Image.open(ROOT / "docs/pictures/a.png").convert("RGB").resize((64, 64))
+    x_0, drawn, names = to_tensor(picture)[None], [], []
     for schedule in ("cosine", "linear"):
         diffusion = GaussianDiffusion(schedule=schedule)
         for t in (0, 100, 250, 500, 750, 999):
-            x_0, level = picture[None], torch.tensor([t])
+            level = torch.tensor([t])
             drawn += diffusion.q_sample(x_0, level, SeededNoise([0])(x_0.shape))
             names.append(f"{schedule}, t {t}: {diffusion.alpha_bar(level).item():.3f}")
     return draw_grid(drawn, names, columns=6)
@@ -33,71 +34,72 @@ def forward():
 
 def levels():
     """alpha_bar, and the weights of the loss with a cap of 5, by noise level."""
-    t = torch.arange(0, 1000, 10)
-    kinds = [GaussianDiffusion(schedule=name) for name in ("cosine", "linear")]
-    left = chart({name: list(zip(t.tolist(), d.alpha_bar(t).tolist()))
-                  for name, d in zip(("cosine", "linear"), kinds)}, "alpha_bar", "t", "")
-    kinds = {name: GaussianDiffusion(predict=name, weight_cap=5) for name in ("noise", "x_0", "v")}
-    right = chart({name: list(zip(t.tolist(), d.loss_weight(t).tolist()))
-                   for name, d in kinds.items()}, "weight of the squared error", "t", "")
-    both = Image.new("RGB", (left.width + right.width, left.height))
-    both.paste(left)
-    both.paste(right, (left.width, 0))
+    t, both = torch.arange(0, 1000, 10), Image.new("RGB", (1280, 400))
+    alpha_bar = {s: GaussianDiffusion(schedule=s).alpha_bar(t) for s in ("cosine", "linear")}
+    weight = {p: GaussianDiffusion(predict=p, weight_cap=5).loss_weight(t)
+              for p in ("noise", "x_0", "v")}
+    for k, (title, curves) in enumerate({"alpha_bar": alpha_bar, "loss weight": weight}.items()):
+        curves = {name: list(zip(t.tolist(), y.tolist())) for name, y in curves.items()}
+        both.paste(chart(curves, title, "t", ""), (640 * k, 0))
     return both
 
 
 def sequence():
     """Who sees whom in the prior: a padded caption, and two noised copies on one prefix."""
-    masks, real = [], prior.run_blocks
-    config = prior.PriorConfig(dim=8, text_width=8, text_len=4, width=8, depth=1, heads=1)
+    masks, run_blocks = [], prior.run_blocks
 
     def seen(blocks, x, mask, **past):
-        masks.append(mask[0])
-        return real(blocks, x, mask, **past)
+        masks.extend(mask[0].tolist())
+        return run_blocks(blocks, x, mask, **past)
 
+    config = prior.PriorConfig(dim=8, text_width=8, text_len=4, width=8, depth=1, heads=1)
     with mock.patch("prior.run_blocks", seen):
         model, text_mask = prior.DiffusionPrior(config), torch.tensor([[True, True, True, False]])
         cond = model.encode_caption(torch.zeros(1, 8), torch.zeros(1, 4, 8), text_mask)
         model(torch.zeros(2, 8), torch.zeros(2), **cond)
     names = ["a", "red", "circle", "(padding)", "text emb"]
     names += [f"{part} {k}" for k in (1, 2) for part in ("timestep", "noised", "query")]
-    sheet = Image.new("RGB", (420, 320), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for i, row in enumerate([*masks[0], *masks[1]]):
-        pen.text((10, 12 + 26 * i), names[i], fill="black", font=font)
-        for j, sees in enumerate(row.tolist() + [False] * (11 - len(row))):
+    sheet, pen, write = canvas(420, 300)
+    for i, row in enumerate(masks):
+        write((10, 12 + 26 * i), names[i], "black")
+        for j in range(len(masks)):
             box = [110 + 26 * j, 8 + 26 * i, 134 + 26 * j, 32 + 26 * i]
+            sees = row[j:j + 1] == [True]
             pen.rectangle(box, fill=CURVES[(i > 4) + (i > 7)] if sees else "#eeeeee")
     return sheet
 
 
+def canvas(width, height):
+    """A white picture, its pen, and a function that writes on it."""
+    pen = ImageDraw.Draw(sheet := Image.new("RGB", (width, height), "white"))
+    return sheet, pen, functools.partial(pen.text, font=ImageFont.load_default(14))
+
+
 def denoising():
     """x_t above, the predicted x_0 below, from noise to picture."""
-    pipeline, rows = Pipeline(size=64), ([], [])
-    text = pipeline.text([PAIR])
+    pipeline, above, below, names = Pipeline(size=64), [], [], []
+    text, some = pipeline.text([PAIR]), [0, 3, 7, 11, 15, 19, 25, 31]
 
     def film(k, t, x, pred_x_0):
-        rows[0].append(x[0]), rows[1].append(pred_x_0[0])
-        names.append(f"after step {k + 1} of 32, t = {t}")
+        if k in some:
+            above.append(x[0])
+            below.append(pred_x_0[0])
+            names.append(f"after step {k + 1} of 32, t = {t}")
 
-    names = []
     pipeline.decode(pipeline.embed(text, [0], None), text, [0], steps=32, on_step=film)
-    some = [0, 3, 7, 11, 15, 19, 25, 31]
-    strip = [row[k] for row in rows for k in some]
-    return draw_grid(strip, [names[k] for k in some] * 2, columns=8)
+    return draw_grid(above + below, names * 2, columns=8)
 
 
 def guidance():
     """Two objects at guidance 0, 1, 2, 4, 8: by unCLIP, by GLIDE."""
-    drawn, names, seeds = [], [], [0, 1]
-    for decoder in ("decoder", "decoder_caption"):
-        pipeline, rows = Pipeline(size=64, decoder=decoder), []
+    drawn, names, scales = [], [], (0, 1, 2, 4, 8)
+    for name, decoder in {"unCLIP": "decoder", "GLIDE": "decoder_caption"}.items():
+        pipeline = Pipeline(size=64, decoder=decoder)
         text = pipeline.text([PAIR] * 2)
-        emb = pipeline.condition(pipeline.source, text, seeds, None)
-        for scale in (0, 1, 2, 4, 8):
-            rows.append(pipeline.decode(emb, text, seeds, scale=scale))
+        emb = pipeline.condition(pipeline.source, text, [0, 1], None)
+        rows = [pipeline.decode(emb, text, [0, 1], scale=scale) for scale in scales]
         drawn += torch.stack(rows, dim=1).flatten(0, 1)
-        names += [f"{'unCLIP' if emb is not None else 'GLIDE'}, {s}" for s in (0, 1, 2, 4, 8)] * 2
+        names += [f"{name}, {scale}" for scale in scales] * 2
     return draw_grid(drawn, names, columns=5)
 
 
@@ -110,10 +112,9 @@ def embeddings():
     clouds = {"pictures": seen, "captions": text[0], "the prior": pipeline.embed(text, n, None)}
     mean, basis, _ = principal_components(torch.cat([seen, text[0]]))
     gap = torch.nn.functional.normalize((seen - text[0]).mean(0), dim=0).double()
-    sheet = Image.new("RGB", (480, 300), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    sheet, pen, write = canvas(480, 300)
     for k, (name, cloud) in enumerate(clouds.items()):
-        pen.text((10 + 100 * k, 8), name, fill=CURVES[k], font=font)
+        write((10 + 100 * k, 8), name, CURVES[k])
         for x, y in ((cloud - mean) @ torch.stack([basis[0], gap], dim=1)).tolist():
             x, y = 240 + 250 * x, 165 - 250 * y
             pen.ellipse([x - 2, y - 2, x + 2, y + 2], fill=CURVES[k])

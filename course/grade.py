@@ -56,8 +56,8 @@ def attempt(exercise, submission, ids, inside=True, hidden=(), shortcuts=True):
     """
     try:
         source, tree = read(exercise, submission)
-        why = ("not begun" if unfinished(tree) else refused(tree)
-               or inside and REVEALED in text_of(source, exercise) and "revealed: no points")
+        revealed = ["revealed: no points"] * (REVEALED in text_of(source, exercise))
+        why = "not begun" if unfinished(tree) else refused(tree) or inside and "".join(revealed)
         if why and shortcuts:
             raise UserError(why)
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -68,14 +68,14 @@ def attempt(exercise, submission, ids, inside=True, hidden=(), shortcuts=True):
             reports, seconds = run(folder if inside else submission, ids)
     except (UserError, RecursionError) as e:
         return dict.fromkeys(ids, ""), [str(e)]
-    note = [] if seconds else [EARLY]
+    said = revealed + ([] if seconds else [EARLY])
     failed, lost = {}, next((r[2] for r in reports if "::" not in r[0]), "it did not run")
     for test in ids:
         cases = [r for r in reports if r[0] == test or r[0].startswith(f"{test}[")]
         if broken := [r[2] for r in cases if r[1] != "passed"] or ([] if cases else [lost]):
             failed[test] = broken[0]
     hint = hints(exercise, (ROOT / exercise.file).read_text()).get(fingerprint(tree))
-    return failed, note + [f"hint: {hint}"] * bool(hint)
+    return failed, said + [f"hint: {hint}"] * bool(hint)
 
 
 def sentences(failed, ids):
@@ -104,33 +104,32 @@ def check(exercises, folder):
 def grade(submission, out, hidden=None):
     """Write OUT/results.json in Gradescope's format, whole again after each exercise.
 
-    hidden: a folder with more hidden tests: test_7_*.py for exercise 7. Public tests give 70%.
+    Public tests give 70% of the points, hidden ones 30%, each by the share that passes.
+    hidden: a folder with more hidden tests: test_7_*.py for exercise 7.
     """
     if any(e.hints for e in EXERCISES) or not Path(submission).is_dir():
         raise UserError(f"{submission}: must be a folder, graded in the repository, not a handout")
-    start, rows = time.time(), []
-    for e in EXERCISES:
-        parts = {"public": 0.7, "hidden": 0.3} if e.hidden else {"public": 1}
-        rows += [{"number": str(e.number), "name": f"{e.name} ({part})", "score": 0.0,
-                  "max_score": round(e.points * share, 2), "output": "not graded", "part": part}
-                 for part, share in parts.items()]
-    for e in (None, *EXERCISES):
-        more = sorted(Path(hidden).glob(f"test_{e.number}_*.py")) if hidden and e else []
-        own = [f"tests/core/{path.name}::{name}" for path in more
-               for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)]
-        ids = {"public": e.public, "hidden": (*e.hidden, *own)} if e else {}
+    start, path = time.time(), Path(out) / "results.json"
+    rows = [{"name": f"{e.number}. {e.name}", "score": 0.0, "max_score": e.points,
+             "output": "not graded"} for e in EXERCISES]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for row, e in zip([None, *rows], [None, *EXERCISES]):
         if e:
-            failed, said = attempt(e, submission, (*e.public, *ids["hidden"]), hidden=more)
-        for row in (row for row in rows if e and row["number"] == str(e.number)):
-            its = ids[row["part"]]
-            passed = sum(test not in failed for test in its)
-            row["score"] = round(row["max_score"] * passed / len(its), 2)
-            row["output"] = f"{passed} of {len(its)} tests pass"
-            if row["part"] == "public":
-                row["output"] = "\n".join([row["output"], *said, *sentences(failed, its)])
-        beside = Path(out) / f"results.{os.getpid()}.tmp"
-        Path(out).mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps({"score": round(sum(row["score"] for row in rows), 2),
-                                      "execution_time": round(time.time() - start), "tests": rows}))
-        os.replace(beside, Path(out) / "results.json")
-    return json.loads((Path(out) / "results.json").read_text())
+            more = sorted(Path(hidden).glob(f"test_{e.number}_*.py")) if hidden else []
+            own = tuple(f"tests/core/{path.name}::{name}" for path in more
+                        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M))
+            failed, said = attempt(e, submission, e.public + e.hidden + own, hidden=more)
+            kinds = {"public": e.public, "hidden": e.hidden + own}
+            passed = {kind: sum(test not in failed for test in ids) for kind, ids in kinds.items()}
+            share = passed["public"] / len(e.public)
+            if kinds["hidden"]:
+                share = 0.7 * share + 0.3 * passed["hidden"] / len(kinds["hidden"])
+            row["score"] = round(e.points * share, 2)
+            counts = [f"{passed[kind]} of {len(ids)} {kind} tests" for kind, ids in kinds.items()]
+            row["output"] = "\n".join([", ".join(counts), *said, *sentences(failed, e.public)])
+        results = {"score": round(sum(row["score"] for row in rows), 2), "tests": rows,
+                   "execution_time": round(time.time() - start)}
+        beside = path.with_suffix(f".{os.getpid()}.tmp")
+        beside.write_text(json.dumps(results))
+        os.replace(beside, path)
+    return results

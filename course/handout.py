@@ -36,7 +36,10 @@ def handout(out):
             texts[file] = put(texts[file], part, f"# {words}\nraise Unfinished({e.number})")
     texts |= {test.split("::")[0]: public_part(test.split("::")[0])
               for e in EXERCISES for test in e.public}
-    texts = {file: with_import(text) if file in files else text for file, text in texts.items()}
+    for file in files:
+        known = "from support.tools import Unfinished\n"
+        if known not in texts[file]:
+            texts[file] = texts[file].replace("\nimport torch\n", f"\nimport torch\n{known}", 1)
     rows = [replace(e, hidden=(), mistakes=(), hints=hints(e, (ROOT / e.file).read_text()))
             for e in EXERCISES]
     table = (ROOT / "course/exercises.py").read_text().partition("\n\ndef t(")[0]
@@ -61,15 +64,6 @@ def size(part, source):
     """How many lines a solution has, without comments; of an open exercise, nobody knows."""
     lines = [line.strip() for line in text_of(source, part).splitlines()]
     return sum(not line.startswith(("#", "raise Unf")) for line in lines if line) or "your"
-
-
-def with_import(text):
-    """The file with Unfinished imported, after its last import."""
-    last = max(n.end_lineno for n in ast.parse(text).body if isinstance(n, ast.ImportFrom))
-    lines = text.splitlines()
-    if "import Unfinished" not in text:
-        lines.insert(last, "from support.tools import Unfinished")
-    return "\n".join(lines) + "\n"
 
 
 def public_part(file):
