@@ -36,7 +36,7 @@ def main(argv=None):
         if name.startswith("grade"):
             add("--hidden", help="folder of more hidden tests: test_7_*.py for exercise 7")
     args = parser.parse_args(argv)
-    from course import figures, grade, handout, parts
+    from course import grade, handout, parts
     if args.command == "reveal":
         if not args.exercises[0].hints:
             raise UserError(f"{args.exercises[0].number}: there is no solution here to reveal")
@@ -47,8 +47,11 @@ def main(argv=None):
         handout.archive(args.out, args.hidden)
     elif args.command == "check":
         grade.check(args.exercises or EXERCISES, ROOT)
+    elif args.command == "handout":
+        handout.handout(args.out)
     else:
-        {"handout": handout.handout, "figures": figures.draw}[args.command](args.out)
+        from course import figures  # the models, slow to import
+        figures.draw(args.out)
 
 
 if __name__ == "__main__":

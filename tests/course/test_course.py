@@ -199,10 +199,10 @@ def test_a_student_checks_waits_gets_a_hint_reveals_and_then_has_the_companions(
     assert out.splitlines() == [
         " 6 The loss: 0 of 3 tests pass, hint: one loss an example: do not average over them, "
         "waits for 3", " 8 Ancestral sampling: 0 of 3 tests pass, not begun"], err
-    for number in "3", "4", "5", "8":
-        assert python(folder, "-m", "course", "reveal", number)[0] == 0
-    assert python(folder, "-m", "course", "reveal", "15")[0] == 2
-    code, out, err = python(folder, "-m", "course", "check", "6", "8")
+    code, out, err = python(
+        folder, "-c", "from course.__main__ import main; print([main(['reveal', n]) for n in "
+        "('3', '4', '5', '8', '15')]); main(['check', '6', '8'])")
+    assert "[0, 0, 0, 0, 2]" in out
     assert "not so: loss is one mean squared error" in out and "Size([])" in out
     assert "8 Ancestral sampling: 3 of 3 tests pass, revealed: no points" in out
     assert "Unfinished" not in text_of((folder / "manipulate.py").read_text(), handout.replace(
@@ -224,7 +224,7 @@ def test_every_command_that_is_written_parses(made, monkeypatch):
     monkeypatch.chdir(made)
     for path in (made / "ASSIGNMENT.md", *(ROOT / f for f in (
             "docs/exercises.md", "docs/teaching.md", "README.md"))):
-        text = path.read_text().replace("STAGE", "decoder").replace("/tmp/", "")
+        text = path.read_text().replace("STAGE", "decoder").replace("SEED", "1")
         for line in re.findall(r"(?:^|`|&& )python ((?:\w+\.py|-m ).*?)(?=`| && |#|$)", text, re.M):
             words = shlex.split(line)
             name = words[1] if words[0] == "-m" else words[0][:-3]
@@ -234,7 +234,7 @@ def test_every_command_that_is_written_parses(made, monkeypatch):
             with pytest.raises(Parsed):
                 module.main(words[2 if words[0] == "-m" else 1:])
             seen += 1
-    assert seen > 50
+    assert seen > 30
 
 
 def test_the_notebook_runs_with_the_solution_in_place(tmp_path):
@@ -245,7 +245,7 @@ def test_the_notebook_runs_with_the_solution_in_place(tmp_path):
     code = [cell["source"] for cell in cells if cell["cell_type"] == "code"]
     assert sum("check" in cell for cell in code) == len(EXERCISES)
     (folder / "cells.py").write_text("\n".join(c for c in code if not c.startswith("%")))
-    code, out, err = python(folder, "cells.py")
+    code, out, err = python(folder, "-c", "exec(open('cells.py').read())")  # no file, as there
     for e in SOLVABLE:
         assert f"{e.number:2} {e.name}: {len(e.public)} of {len(e.public)} tests pass\n" in out, err
     assert {e.file for e in EXERCISES} < set(zipfile.ZipFile(folder / "submission.zip").namelist())

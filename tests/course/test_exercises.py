@@ -63,18 +63,30 @@ def test_noising_unit_gaussian_data_keeps_its_variance_at_every_level():
     assert_close(x.std(1), torch.ones(T).double(), rtol=0, atol=0.03)
 
 
-def test_ancestral_sampling_with_the_oracle_of_a_point_returns_the_point():
-    for variance in ("fixed_small", "fixed_large"):
-        d, point = diffusion(predict="x_0", variance=variance), normal()
-        for steps in (1, 2, 7, None):
-            assert_close(d.sample(lambda x_t, t: point, SHAPE, steps), point)
+def on_its_level(d, point, steps):
+    """An on_step that asks whether x is the point, noised to the level reached."""
+    ends = [*d.alphas_cumprod[d.timesteps(steps)[1:]], torch.tensor(1.0).double()]
+
+    def check(k, t, x, pred_x_0):
+        noise = x - ends[k].sqrt() * point
+        assert_close(noise.std(), (1 - ends[k]).sqrt(), rtol=0.1, atol=1e-6)
+    return check
 
 
-def test_ddim_with_the_oracle_of_a_point_returns_the_point():
-    d, point = diffusion(predict="x_0"), normal()
-    for steps in (1, 2, 7, T):
-        for eta in (0.0, 0.5, 1.0):
-            assert_close(d.ddim_sample(lambda x_t, t: point, SHAPE, steps, eta), point)
+@pytest.mark.parametrize("steps", [1, 2, 7, T])
+def test_ancestral_sampling_noises_a_point_by_each_level_and_returns_it(steps):
+    d, point = diffusion(predict="x_0"), normal(4, 500)
+    x = d.sample(lambda x_t, t: point, (4, 500), steps, on_step=on_its_level(d, point, steps))
+    assert_close(x, point)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, T])
+def test_ddim_noises_a_point_by_each_level_and_returns_it(steps):
+    d, point = diffusion(predict="x_0"), normal(4, 500)
+    for eta in (0.0, 0.5, 1.0):
+        x = d.ddim_sample(lambda x_t, t: point, (4, 500), steps, eta,
+                          on_step=on_its_level(d, point, steps))
+        assert_close(x, point)
 
 
 # --- open exercises -------------------------------------------------------------------------------
