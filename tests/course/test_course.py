@@ -171,7 +171,7 @@ def test_whatever_a_body_does_the_results_are_valid_and_the_rest_is_kept(
 def test_what_is_changed_refused_or_missing_is_said_in_a_sentence(change, says, tmp_path):
     (tmp_path / "diffusion.py").write_text(change(ours(FORWARD)))
     failed, said = grade.attempt(FORWARD, tmp_path, FORWARD.public)
-    assert says in said[0] if says else (failed, said) == ({}, [])  # the signature is ours
+    assert failed and says in said[0] if says else (failed, said) == ({}, [])  # ours
     with pytest.raises(grade.UserError, match="missing"):
         grade.read(FORWARD, tmp_path / "nowhere")
 
