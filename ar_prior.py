@@ -198,12 +198,14 @@ class AutoregressivePrior(nn.Module):
         x, key_mask = map(torch.cat, zip(*parts))
         mask, past, codes = causal_mask(key_mask), None, []
         for i in range(self.config.components):
+            # Exercise begins.
             if i > 0:
                 x = self.code_in(codes[-1].repeat(len(branches)))[:, None] + self.position[i]
                 key_mask = F.pad(key_mask, (0, 1), value=True)
                 mask = key_mask[:, None]  # the one new token sees every real token and itself
             x, own = run_blocks(self.blocks, x, mask, past)
             past = own if past is None else torch.cat([past, own], dim=4)
+            # Exercise ends.
             logits = self.out(self.norm(x[:, -1])).float()
             if scale != 1:
                 cond, uncond = logits.chunk(2)

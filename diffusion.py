@@ -213,6 +213,7 @@ class GaussianDiffusion(nn.Module):
         """
         t = torch.randint(self.T, x_0.shape[:1], device=x_0.device) if t is None else t
         noise = torch.randn_like(x_0) if noise is None else noise
+        # Exercise begins.
         x_t, C = self.q_sample(x_0, t, noise), x_0.shape[1]
         out = network(x_t, t)
         # Other shapes would broadcast to a wrong loss, without an error.
@@ -220,6 +221,7 @@ class GaussianDiffusion(nn.Module):
         assert out.shape[1] == (2 * C if self.variance == "learned" else C)
         error = (at_least_float32(out[:, :C]) - self.target(x_0, noise, t)) ** 2
         loss = error.flatten(1).mean(1)
+        # Exercise ends.
         if self.weight_cap is not None:
             loss = self.loss_weight(t).to(x_t.dtype) * loss
         if self.variance == "learned":

@@ -85,6 +85,7 @@ def training_pair(dataset, i, config, rng):
     # Drawn in low-resolution pixels, so that a crop never starts inside an f x f block.
     top, left = (int(n) for n in rng.integers(0, config.low_size - side + 1, size=2))
 
+    # Exercise begins.
     # The window is a square around the crop. At the picture's border it slides inwards: there the
     # degradation meets the picture's true edge, as it does in the whole picture.
     window_side = min(side + 2 * margin, config.low_size)
@@ -98,6 +99,7 @@ def training_pair(dataset, i, config, rng):
 
     low = DEGRADATIONS[config.degradation](area_average(window, f), rng)
     return cut(window, f), cut(low, 1)
+    # Exercise ends.
 
 
 # --- the model -------------------------------------------------------------------------------

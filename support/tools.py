@@ -26,6 +26,14 @@ class UserError(argparse.ArgumentTypeError):
     """A user's mistake in one line: the value, the rule, the fix. argparse adds the option."""
 
 
+class Unfinished(UserError):
+    """What an exercise of the course raises in place of its solution."""
+
+    def __init__(self, exercise):  # a text if a worker process sends it on
+        super().__init__(exercise if isinstance(exercise, str) else f"exercise {exercise} is "
+                         f"unfinished; to go on without: python -m course reveal {exercise}")
+
+
 def choose_device(name):
     """ "auto", "cpu", "cuda", "cuda:1", "mps", ... -> torch.device. UserError if it isn't there."""
     count = torch.cuda.device_count()
@@ -125,7 +133,7 @@ def user_errors(main):
                 main(argv)
                 return 0
             except UserError as e:  # from a worker process it comes at the end of a traceback
-                message = str(e).rpartition("support.tools.UserError: ")[2]
+                message = re.split(r"support\.tools\.\w+: ", str(e))[-1]
             except OSError as e:  # a full disk, a folder that is a file, no permission, ...
                 where = f"{e.filename}: " if e.filename else ""
                 message = f"{where}{e.strerror or e}; check the path and the free space"
