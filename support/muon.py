@@ -68,7 +68,8 @@ def make_optimizers(model, muon=None):
     something by itself, such as a colour channel or a word. Norms, biases and embeddings do not
     decay: nothing is gained by pulling a scale or a word towards 0.
     """
-    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList)
+              or isinstance(m, nn.Sequential) and any(next(c.children(), None) for c in m)]
     inside = {p for stack in stacks for p in stack.parameters() if p.dim() > 1} if muon else set()
     matrices = [p for p in model.parameters() if p in inside]  # in the model's order, for resuming
     others = [(name, p) for name, p in model.named_parameters() if p not in inside]
