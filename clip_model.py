@@ -124,12 +124,12 @@ class SmallClip(nn.Module):
 
 
 def varied(data, i, size, caption, rng):
-    """Picture i as another photo of the same thing: a window of 4/5 of its side or more, mirrored
+    """Picture i as another photo of the same thing: a window of 3/4 of its side or more, mirrored
     half the time. If the caption tells left from right it is not mirrored, and a drawing stays as
     it is."""
     if not data.photographs:
         return data.image(i, size)
-    whole = int(rng.integers(size, size * 5 // 4 + 1))
+    whole = int(rng.integers(size, size * 4 // 3 + 1))
     top, left = map(int, rng.integers(0, whole - size + 1, 2))
     # A photo is cut to a square: anywhere in training, in the centre for FrozenClip.
     image = data.image(i, whole, (top, left, size), place=rng.random())

@@ -83,7 +83,7 @@ PRESETS = {
         "data": 60_000,
         # CLIP's ResNet shrinks a picture to a quarter before its first block: 32 are too few.
         "clip": ({"image_size": 64, "vision_width": 16},
-                 {"steps": 7500, "batch_size": 256, "lr": 2e-3}),
+                 {"steps": 6000, "batch_size": 256, "lr": 1e-3, "muon": 20.0}),
         "prior": ({"width": 192, "depth": 4}, {"steps": 2500, "batch_size": 128, "lr": 1e-3}),
         "decoder": ({"size": 32, "channels": 48, "multiples": (1, 2, 3),
                      "attention_levels": (1, 2), "predict": "x_0", "weight_cap": 5.0,
