@@ -52,14 +52,16 @@ class DecoderConfig:
     condition: str = "image_emb"
     drop_image_emb: float = 0.1  # share of examples that see the learned null embedding instead
     drop_caption: float = 0.5  # share of examples trained without their caption
-    predict: str = "v"  # GLIDE: "noise", with which flat areas stay grainy for longer
-    variance: str = "learned"  # or "fixed_small", "fixed_large"
+    # GLIDE predicts the noise, with a learned variance. x_0 is learnt faster (lab/README.md), but
+    # with it a learned variance's loss would drown everything else at low noise.
+    predict: str = "x_0"  # or "noise", "v"
+    variance: str = "fixed_small"  # or "fixed_large", "learned"
+    weight_cap: float | None = 5.0  # of the loss: see GaussianDiffusion.loss_weight
     diffusion_steps: int = 1000  # T
     sample_steps: int = 32  # Paper: 250. Here seconds, not minutes, on a CPU
-    # Only the preset "base", and so the shipped weights, need these four. The paper has none.
+    # Only the preset "base", and so the shipped weights, need these three. The paper has none.
     emb_width: int | None = None  # E; None: 4 * channels, as in ADM
     image_hidden: int | None = None  # width of a hidden layer on the embedding
-    weight_cap: float | None = None  # of the loss: see GaussianDiffusion.loss_weight
     stem: int = 1  # fold stem x stem pixels into channels first: see UNet
 
 

@@ -48,7 +48,7 @@ PRESETS = {
                  {"steps": 350, "batch_size": 256, "lr": 2e-3}),
         "prior": ({"width": 192, "depth": 3}, {"steps": 700, "batch_size": 128, "lr": 1e-3}),
         "decoder": ({"size": 32, "multiples": (1, 2, 3), "attention_levels": (2,)},
-                    {"steps": 2500, "batch_size": 32, "lr": 1e-3}),
+                    {"steps": 2500, "batch_size": 32, "lr": 1e-3, "muon": 5.0}),
         # Paper: crops of a quarter of the side, blur. Here half of these small pictures, and BSR:
         # a barely trained decoder leaves grain, and with blur alone the upsampler would trust it.
         "upsampler1": ({"low_size": 32, "size": 64, "crop": 32, "channels": 24,
@@ -63,12 +63,9 @@ PRESETS = {
         "data": 60_000,
         "clip": ({"vision_width": 24}, {"steps": 2400, "batch_size": 256, "lr": 2e-3}),
         "prior": ({"width": 192, "depth": 4}, {"steps": 2500, "batch_size": 128, "lr": 1e-3}),
-        # The U-Net works on patches of 2 x 2 pixels, most of its channels at 16 x 16 and 8 x 8. It
-        # predicts x_0, with fixed variances: a learned variance's loss would drown everything else
-        # at low noise.
+        # The U-Net works on patches of 2 x 2 pixels, most of its channels at 16 x 16 and 8 x 8.
         "decoder": ({"channels": 32, "multiples": (1, 3, 3), "attention_levels": (2,), "stem": 2,
-                     "emb_width": 384, "image_hidden": 256, "predict": "x_0", "weight_cap": 5.0,
-                     "variance": "fixed_small"},
+                     "emb_width": 384, "image_hidden": 256},
                     {"steps": 19_200, "batch_size": 32, "lr": 1.5e-3, "muon": 5.0,
                      "focus": (600, 1000)}),
         "upsampler1": ({"channels": 32, "multiples": (1, 2), "stem": 2, "degradation": "some_blur"},
@@ -86,11 +83,10 @@ PRESETS = {
                  {"steps": 6000, "batch_size": 256, "lr": 1e-3, "muon": 20.0}),
         "prior": ({"width": 192, "depth": 4}, {"steps": 2500, "batch_size": 128, "lr": 1e-3}),
         "decoder": ({"size": 32, "channels": 48, "multiples": (1, 2, 3),
-                     "attention_levels": (1, 2), "predict": "x_0", "weight_cap": 5.0,
-                     "variance": "fixed_small"},
+                     "attention_levels": (1, 2)},
                     {"steps": 2500, "batch_size": 64, "lr": 1e-3, "muon": 5.0}),
     },
-    # The paper's design, a thirtieth of its size.
+    # The paper's depth, resolutions and attention, at a thirtieth of its size; never run.
     "large": {
         "data": 100_000,
         "clip": ({}, {"steps": 20_000, "batch_size": 512, "lr": 1e-3}),

@@ -21,8 +21,8 @@ DIFFUSION_STAGES = {
     "prior": lambda: DiffusionPrior(
         PriorConfig(**PRIOR, copies=3, diffusion_steps=T, sample_steps=4)),
     "decoder": lambda: Decoder(DecoderConfig(**DECODER, dropout=0.5)),
-    "decoder of x_0": lambda: Decoder(
-        DecoderConfig(**DECODER, predict="x_0", variance="fixed_small", weight_cap=5.0, stem=2)),
+    "decoder of v": lambda: Decoder(
+        DecoderConfig(**DECODER, predict="v", variance="learned", weight_cap=None, stem=2)),
     "upsampler": lambda: Upsampler(UpsamplerConfig(**UNET, low_size=4, crop=16, dropout=0.5)),
 }
 STAGES = DIFFUSION_STAGES | {
