@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from lab.measures import draw_batches, frechet, look, precision_recall
 from sample import Pipeline
+from stages import load_clip
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.muon import make_optimizers
 from support.pictures import load_data
@@ -139,10 +140,13 @@ def load_classifier(path, device="cpu"):
 
 
 def judge_classes(args):
-    """Pictures drawn from captions of a data set with classes, judged by a classifier."""
+    """Pictures drawn from captions of a data set with classes, judged by a classifier; CLIP alone,
+    if no decoder is trained yet."""
+    data = load_data(args.data, args.root, None)
+    if not (args.weights / "decoder.pt").exists():
+        return zero_shot(load_clip(args.weights, device=args.device), data, *labelled(data)[1:])
     model = load_classifier(args.classifier, args.device)
-    pipeline = Pipeline(args.weights, args.device, size=1)
-    data, seen = load_data(args.data, args.root, None), load_data(args.data, args.train, None)
+    pipeline, seen = Pipeline(args.weights, args.device, 1), load_data(args.data, args.train, None)
     pictures, labels, classes = labelled(data, model.classes)
     table = zero_shot(pipeline.clip, data, labels, classes)
 

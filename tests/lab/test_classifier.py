@@ -1,6 +1,7 @@
 """Claims about the classifier of real pictures, and what is measured with it."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -88,9 +89,15 @@ def test_classes_are_measured_from_text_and_true_embeddings(micro_run, folders, 
     table = json.loads(file.read_text())
     real = table.pop("training pictures")
     assert real["right"] > 0.95 and real["n"] == 60  # the true ones are the bar
-    assert table.pop("CLIP")["n"] == 120
+    seen = table.pop("CLIP")
+    assert seen["n"] == 120
     assert list(table) == [f"{given}, guidance {scale}" for given in ("text", "true_embedding")
                            for scale in (1, 2, 4)]
     for row in table.values():  # untrained stages draw noise
         assert row["right"] < 0.7 and row["frechet"] > real["frechet"]
     assert (tmp_path / "classes_text_2.png").exists() and (tmp_path / "nearest.png").exists()
+
+    shutil.copy(micro_run / "clip.pt", tmp_path)  # where there is no decoder yet
+    assert evaluate.main(["classes", "--weights", str(tmp_path), "--root", str(folders[1]),
+                          "--train", str(folders[0]), "--json", str(file)]) == 0
+    assert json.loads(file.read_text()) == {"CLIP": seen}
