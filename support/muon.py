@@ -1,4 +1,4 @@
-"""Muon: the optimizer of most matrices of the larger decoder and upsamplers (Jordan et al. 2024).
+"""Muon: the optimizer of the matrices inside most of our networks (Jordan et al. 2024).
 
 Adam scales each number of a gradient by itself. But a layer's weights are a matrix, and its
 gradient points mostly along the few directions that the layer already uses, so rare directions,
@@ -8,7 +8,7 @@ from the momentum's singular value decomposition U S V^T it keeps U V^T.
 The one idea: U V^T needs no decomposition. The polynomial a x + b x x^T x + c (x x^T)^2 x acts on
 the singular values of x alone, and with the right a, b, c five rounds bring all of them near 1.
 
-The paper uses Adam for everything (table 3). With Muon for the stacks of layers the decoder gets
+The paper uses Adam for everything (table 3). With Muon for the stacks of layers a network gets
 further in the same time (`python -m lab.bench --race "" muon=None`). torch.optim.Muon takes no
 convolutions and always computes in bfloat16, which is slow on most CPUs.
 """
@@ -68,6 +68,7 @@ def make_optimizers(model, muon=None):
     something by itself, such as a colour channel or a word. Norms, biases and embeddings do not
     decay: nothing is gained by pulling a scale or a word towards 0.
     """
+    # open_clip's ResNet keeps its blocks in nn.Sequential.
     stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList)
               or isinstance(m, nn.Sequential) and any(next(c.children(), None) for c in m)]
     inside = {p for stack in stacks for p in stack.parameters() if p.dim() > 1} if muon else set()

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from clip_model import SmallClip, SmallClipConfig
 from decoder import Decoder, DecoderConfig
 from support.muon import MOMENTUM, Muon, make_optimizers, orthogonalise
 
@@ -89,3 +90,13 @@ def test_every_parameter_has_one_optimizer_and_the_ends_have_adam():
             "unet.down.0.res.conv_1.bias", "unet.down.0.res.norm_1.weight"} <= set(adam)
     assert [o.param_groups[0]["scale"] for o in optimizers] == [1.0, 5.0]
     assert [type(o) for o in make_optimizers(model)] == [torch.optim.AdamW]
+
+
+def test_the_blocks_of_clips_resnet_are_stacks_too_and_its_first_convolutions_are_not():
+    model = SmallClip(SmallClipConfig(vocab=(0, 1, 2), dim=16, image_size=32, vision_width=8,
+                                      text_width=16, text_layers=1, text_heads=2))
+    of = {id(p): name for name, p in model.named_parameters()}
+    muon = {of[id(p)] for p in make_optimizers(model, 20.0)[1].param_groups[0]["params"]}
+    assert {"model.visual.layer1.0.conv2.weight", "model.visual.layer4.0.downsample.0.weight",
+            "model.transformer.resblocks.0.mlp.c_fc.weight"} <= muon
+    assert not any(name.startswith("model.visual.conv") or "bn" in name for name in muon)
