@@ -26,7 +26,7 @@ from lab.classifier import judge_classes
 from lab.findings import report
 from lab.judge import S, judge, scores, shares, the_thing
 from lab.measures import (
-    SPLIT, draw_batches, frechet, in_batches, judged_pipeline, linear_probe, look, mixed_captions,
+    draw_batches, frechet, in_batches, judged_pipeline, linear_probe, look, mixed_captions,
     pairs_shown, pictures_of, precision_recall, prefers, redrawn, scenes_of, single_objects,
     wrong_captions,
 )
@@ -66,7 +66,7 @@ def print_table(table):
 
 def judge_judge(args):
     """Is the judge right about fresh drawings, clean, noisy and blurred?"""
-    scenes, rng = scenes_of(Shapes(args.n, SPLIT, args.seed)), np.random.default_rng(args.seed)
+    scenes, rng = scenes_of(Shapes(args.n, "val", args.seed)), np.random.default_rng(args.seed)
     clean = [render(scene, S) for scene in scenes]
     noisy = [np.asarray(picture) + 255 * 0.05 * rng.standard_normal((S, S, 3)) for picture in clean]
     ways = {"clean": clean,
@@ -89,7 +89,7 @@ def judge_clip(args):
     And does what it knows lie open in the embedding? A linear probe, fitted to 40 n training
     scenes, must name exactly the colour-shape pairs that a scene of two objects shows."""
     clip, right = a_clip(args), {"binding": [], "shape": [], "relation": []}
-    data, train = Shapes(args.n, SPLIT, args.seed), Shapes(40 * args.n, "train", args.seed)
+    data, train = Shapes(args.n, "val", args.seed), Shapes(40 * args.n, "train", args.seed)
     emb, pairs = look(clip, data), [i for i in range(args.n) if len(data.scene(i).things) == 2]
     for i in tqdm(pairs, disable=None):
         true, wrong = wrong_captions(data.scene(i))
@@ -112,14 +112,14 @@ def a_clip(args):
 
 
 ROWS = {  # of `captions`: (which scenes, what the decoder is given, which decoder)
-    "true_embedding": (SPLIT, "truth", "decoder"),
-    "text": (SPLIT, "prior", "decoder"),
+    "true_embedding": ("val", "truth", "decoder"),
+    "text": ("val", "prior", "decoder"),
     "held_out": ("held_out", "prior", "decoder"),
-    "ar_prior": (SPLIT, "ar_prior", "decoder"),
-    "text_emb": (SPLIT, "text_emb", "decoder"),
-    "caption": (SPLIT, "caption", "decoder"),
-    "trained_text": (SPLIT, "text_emb", "decoder_text_emb"),
-    "glide": (SPLIT, "caption", "decoder_caption"),
+    "ar_prior": ("val", "ar_prior", "decoder"),
+    "text_emb": ("val", "text_emb", "decoder"),
+    "caption": ("val", "caption", "decoder"),
+    "trained_text": ("val", "text_emb", "decoder_text_emb"),
+    "glide": ("val", "caption", "decoder_caption"),
 }
 
 
@@ -147,7 +147,7 @@ def judge_priors(args):
     variance does."""
     prior = load_stage(args.weights, "prior", args.device)
     clip = clip_of(prior, args.weights, "prior", args.device)
-    data, diffusion, table = Shapes(args.n, SPLIT, args.seed), prior.diffusion, {}
+    data, diffusion, table = Shapes(args.n, "val", args.seed), prior.diffusion, {}
     captions, true = mixed_captions(data), look(clip, data).cpu()
     seeds = range(args.seed, args.seed + args.n)
     parts = [(part, clip.encode_text(captions[part])) for part in in_batches(args.n, 64)]
@@ -183,7 +183,7 @@ def judge_priors(args):
 def judge_upsamplers(args):
     """True pictures shrunk to the decoder's size and enlarged again, or bicubically."""
     pipeline = Pipeline(args.weights, args.device, args.size, prior=None)
-    data, low, table = Shapes(args.n, SPLIT, args.seed), pipeline.sizes[0], {}
+    data, low, table = Shapes(args.n, "val", args.seed), pipeline.sizes[0], {}
     if len(pipeline.sizes) == 1:
         raise UserError(f"{args.weights} has no upsampler from {low} to {args.size} pixels: train "
                         f"upsampler1, or give a --size above {low}")
@@ -254,7 +254,7 @@ def single_edits(data, n):
 def judge_manipulations(args):
     """Pictures inverted and redrawn, varied, blended, and edited by text."""
     pipeline = Pipeline(args.weights, args.device, S, prior=None)
-    data, seeds = Shapes(args.n, SPLIT, args.seed), range(args.seed, args.seed + args.n)
+    data, seeds = Shapes(args.n, "val", args.seed), range(args.seed, args.seed + args.n)
     scenes, embs, ends, table = scenes_of(data), look(pipeline.clip, data), [], {}
     pictures = pictures_of(scenes, pipeline.sizes[0]).to(args.device)
     for name, again in zip(("reconstruction", "variation"),
@@ -267,7 +267,7 @@ def judge_manipulations(args):
     table["blends' ends"] = {"psnr": sum(ends) / len(ends) if ends else None, "n": len(ends)}
 
     # Text diffs of one attribute, at every theta: is the new one there, are the others kept?
-    data, results = Shapes(20 * args.edits, SPLIT, args.seed), []
+    data, results = Shapes(20 * args.edits, "val", args.seed), []
     for i, part, before, after, claim in tqdm(single_edits(data, args.edits), disable=None):
         picture, for_clip = (data.image(i, size)[None].to(args.device)
                              for size in (pipeline.sizes[0], pipeline.clip.image_size))

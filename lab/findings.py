@@ -323,6 +323,7 @@ Written by `python -m lab.evaluate findings` on {date}: weights {weights}, n = {
 
 - **Verdicts.** Each finding claims that some differences are above zero (its list). It is reproduced if all their intervals lie above zero, not reproduced if one lies below zero; otherwise it can't be decided.
 - **In brackets**: 95% intervals, Wilson's for shares, the bootstrap's for the rest. They say how a figure would move with other scenes, not with another training.
+- **Scenes** are a test split, which nothing was chosen by; the other commands of `lab.evaluate` draw validation scenes.
 - **Settings.** The prior is not guided, and every picture is the decoder's first (sample.py guides the prior and keeps the better of two pictures).
 - **Few scenes** make an entropy too small and a (squared) Frechet distance too large. Both are corrected for that, but do not compare distances of different n.
 - **F6**, the zero-shot FID on COCO, needs photos and weights trained on them: README.md, here, describes it.

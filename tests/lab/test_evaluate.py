@@ -40,7 +40,7 @@ def test_every_row_of_captions_is_drawn_judged_and_kept_as_a_sheet(micro_run, tm
 
 
 def test_a_perfect_pipeline_scores_one_everywhere(micro_run, tmp_path, monkeypatch):
-    splits = iter(("test", "test", "held_out"))
+    splits = iter(("val", "val", "held_out"))
 
     def renderings(pipeline, captions, args, given):
         data = Shapes(args.n, next(splits), args.seed)
@@ -63,13 +63,13 @@ def test_the_options_of_captions_reach_the_pipeline(micro_run, tmp_path):
     asked = [(call.args[1], call.kwargs["scale"]) for call in decode_best.call_args_list]
     assert asked == [(2, 2), (2, 2), (3, 1), (3, 1)]
     given = [call.args[2] for call in decode_best.call_args_list]
-    clip, data = Pipeline(micro_run).clip, Shapes(4, "test")
+    clip, data = Pipeline(micro_run).clip, Shapes(4, "val")
     true = clip.encode_image(torch.stack([data.image(i, clip.image_size) for i in range(4)]))
     torch.testing.assert_close(given[0], true, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(given[1], true, atol=1e-2)
 
 
-TWO = [i for i in range(60) if len(Shapes(60, "test").scene(i).things) == 2]
+TWO = [i for i in range(60) if len(Shapes(60, "val").scene(i).things) == 2]
 
 
 class FakeClip:
@@ -77,7 +77,7 @@ class FakeClip:
 
     def __init__(self, sees):
         self.sees = sees
-        self.true = {wrong_captions(Shapes(60, "test").scene(i))[0] for i in TWO}
+        self.true = {wrong_captions(Shapes(60, "val").scene(i))[0] for i in TWO}
 
     def encode_text(self, captions):
         true = set(captions) <= self.true and len(captions) == 1
@@ -97,7 +97,7 @@ def test_clip_is_right_blind_or_misled(sees, share, monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate, "a_clip", lambda args: FakeClip(sees))
     monkeypatch.setattr(evaluate, "look", look)
     table = run(tmp_path, "clip", "--weights", ".", "-n", 60)
-    shown = pairs_shown(Shapes(60, "test"))
+    shown = pairs_shown(Shapes(60, "val"))
     right = [i % 3 > 0 or bool((shown[i] == shown[i - 1]).all()) for i in TWO]
     assert table.pop("linear probe") == {"right": sum(right) / len(right), "n": len(TWO)}
     assert set(table) == {"binding", "shape", "relation"} and table["relation"]["n"] == len(TWO)
@@ -118,7 +118,7 @@ def test_priors_compares_variances_steps_and_both_priors(micro_run, tmp_path):
 def test_upsamplers_are_compared_with_bicubic_and_the_truth(micro_run, tmp_path, capsys):
     table = run(tmp_path, "upsamplers", "--weights", micro_run, "-n", 3, "--size", 64)
     assert list(table) == ["upsamplers 32", "bicubic 32", "upsamplers 64", "bicubic 64"]
-    pictures = torch.stack([Shapes(3, "test").image(i, 64) for i in range(3)])
+    pictures = torch.stack([Shapes(3, "val").image(i, 64) for i in range(3)])
     again = F.interpolate(F.avg_pool2d(pictures, 4), size=64, mode="bicubic").clamp(-1, 1)
     assert table["bicubic 64"]["psnr"] == pytest.approx(psnr(again, pictures).mean().item())
     assert evaluate.main(["upsamplers", "--weights", str(micro_run), "--size", "16"]) == 2
@@ -126,7 +126,7 @@ def test_upsamplers_are_compared_with_bicubic_and_the_truth(micro_run, tmp_path,
 
 
 def test_an_edit_changes_one_word_and_keeps_the_rest_of_the_scene():
-    data = Shapes(200, "test")
+    data = Shapes(200, "val")
     edits = single_edits(data, 12)
     assert [part for _, part, *_ in edits] == ["colour", "shape", "background"] * 4
     for i, part, before, after, claim in edits:
