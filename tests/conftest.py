@@ -19,6 +19,7 @@ import train
 from clip_model import SmallClip, SmallClipConfig, freeze_small_clip
 from support.checkpoint import save_checkpoint
 from support.tokenizer import make_vocab
+from support.tools import Unfinished
 
 # Every stage at a size that trains a step in milliseconds. 16 -> 32 -> 64 pixels.
 SHORT = {"steps": 3, "batch_size": 8, "lr": 1e-3}
@@ -37,6 +38,17 @@ MICRO = {
                    SHORT | {"batch_size": 4}),
 }
 stages.PRESETS["micro"] = MICRO
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """An open exercise of the course has no solution here: its tests wait for one, elsewhere."""
+    try:
+        return (yield)
+    except Unfinished as e:
+        if pyfuncitem.path.name != "test_exercises.py":
+            raise
+        pytest.skip(str(e))
 
 
 @pytest.fixture
