@@ -259,5 +259,5 @@ def test_photographs_vary_in_place_and_scale_and_side_unless_the_caption_says_le
         rows = [varied(data, 0, 56, caption, rng)[0, 28] for _ in range(100)]
         widths = torch.stack([(row[-1] - row[0]) / 2 * 256 / 255 * 56 / 55 for row in rows])
         seen[caption] = (widths < 0).sum().item()
-        assert 4 / 5 - 0.01 < widths.abs().min() < 0.84 and 0.97 < widths.abs().max() < 1.01
+        assert 3 / 4 - 0.01 < widths.abs().min() < 0.79 and 0.97 < widths.abs().max() < 1.01
     assert 30 < seen["a ramp"] < 70 and seen["dark on the left"] == 0
