@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import train
+from clip_model import FrozenClip
 from lab import bench, evaluate, measures
 from lab.evaluate import changed_and_kept, print_table, single_edits
 from lab.measures import pairs_shown, wrong_captions
@@ -161,11 +162,10 @@ def test_any_data_is_measured_in_clips_space_or_exported(
     assert evaluate.main(list(map(str, command))) == 2  # two exports would mix
     assert "already has pictures" in capsys.readouterr().err
 
-    def shown(pipeline, captions, args, size):  # the true pictures, but for the first two: swapped
-        data = Shapes(8, "val")
-        yield slice(8), torch.stack([data.image(i, size) for i in (1, 0, *range(2, 8))])
-
-    monkeypatch.setattr(evaluate, "draw_batches", shown)
+    # As if the true pictures were drawn, but for the first two: exchanged.
+    emb = torch.eye(8, 16)
+    monkeypatch.setattr(evaluate, "look", lambda clip, data: emb)
+    monkeypatch.setattr(FrozenClip, "encode_image", lambda clip, x: emb[[1, 0, *range(2, 8)]])
     table = run(tmp_path, "real", "--weights", micro_run, "-n", 8, *FAST)["shapes, 64 px"]
     assert table["match"] == 0.75 and table["precision"] == 1
 

@@ -426,7 +426,7 @@ def test_two_processes_take_the_step_of_the_averaged_gradient(tmp_path):
 
 def test_what_is_fitted_rather_than_trained_is_in_the_checkpoints(micro_run):
     table = stages.load_stage(micro_run, "prior").diffusion.x_0_variance
-    assert (table > 0).all() and table[-1] > table[0]  # the analytic variance
+    assert (table > 0).all() and table[-1] >= table[0]  # the analytic variance
     prior = stages.load_stage(micro_run, "ar_prior")
     identity = prior.basis @ prior.basis.T
     torch.testing.assert_close(identity, torch.eye(len(identity)), rtol=0, atol=1e-4)
