@@ -52,8 +52,8 @@ class DecoderConfig:
     condition: str = "image_emb"
     drop_image_emb: float = 0.1  # share of examples that see the learned null embedding instead
     drop_caption: float = 0.5  # share of examples trained without their caption
-    # GLIDE predicts the noise, with a learned variance. x_0 is learnt faster (lab/README.md), but
-    # with it a learned variance's loss would drown everything else at low noise.
+    # GLIDE predicts the noise, with a learned variance. Here x_0, which was ahead of v in a race
+    # (lab/README.md); its learned variance's loss would drown everything else at low noise.
     predict: str = "x_0"  # or "noise", "v"
     variance: str = "fixed_small"  # or "fixed_large", "learned"
     weight_cap: float | None = 5.0  # of the loss: see GaussianDiffusion.loss_weight

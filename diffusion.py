@@ -290,8 +290,8 @@ class GaussianDiffusion(nn.Module):
         """The (t, t_prev) of each sampling step, each (batch,). The last t_prev is -1, the data."""
         levels = torch.tensor(self.timesteps(steps) + [-1], device=device)
         levels = levels[:, None].expand(-1, batch)  # (S + 1, B)
-        steps = list(zip(levels[:-1], levels[1:]))  # those of over 3 seconds get a progress bar
-        return tqdm(steps, "steps", delay=3, leave=False, disable=None)
+        pairs = list(zip(levels[:-1], levels[1:]))
+        return tqdm(pairs, "steps", delay=3, leave=False, disable=None)  # a bar after 3 seconds
 
     @torch.no_grad()
     def sample(self, network, shape, steps=None, noise=None, x_T=None, on_step=None):

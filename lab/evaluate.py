@@ -304,7 +304,7 @@ def drawn_from(args):
 
 def judge_real(args):
     """Any data set measured in CLIP's space, without ground truth. match: how often a drawn picture
-    is closer to its caption's true picture than to the other n - 1 (by chance: 1 / n)."""
+    is closest to its caption's own true one (by chance: 1 / n)."""
     pipeline, data, captions, size, batches = drawn_from(args)
     if len(data) < 4:  # precision and recall look at the third neighbour
         raise UserError(f"{len(data)} validation pictures are too few: at least 4 are needed")
@@ -312,12 +312,12 @@ def judge_real(args):
     drawn = torch.cat([pipeline.clip.encode_image(p.to(args.device)) for _, p in batches])
     text_emb = torch.cat([pipeline.text([caption])[0] for caption in captions])
     precision, recall = precision_recall(drawn, true)
-    nearest = (drawn @ true.T).argmax(1).cpu()
+    own = (drawn @ true.T).argmax(1).cpu() == torch.arange(len(data))
     return {f"{args.data}, {size} px": {
         "frechet": frechet(drawn, true), "precision": precision, "recall": recall,
         "clip_score": (drawn * text_emb).sum(1).mean().item(),
         "clip_score_true": (true * text_emb).sum(1).mean().item(),
-        "match": (nearest == torch.arange(len(data))).float().mean().item(), "n": len(data),
+        "match": own.float().mean().item(), "n": len(data),
     }}
 
 

@@ -30,7 +30,6 @@ from support.shapes import COLOURS, SHAPES, TRAIN_PAIRS, Shapes, render, with_ar
 from support.sheets import draw_grid, to_tensor
 from support.tools import UserError, autocast
 
-
 SPLIT = "test"  # scenes that no stage was trained with and nothing was chosen by
 
 
@@ -322,12 +321,13 @@ class Lab:
 
     def draw(self, captions, given="prior", decoder="decoder", prior="prior", scale=2.0, say=True,
              candidates=1):
-        """Pictures (n, 3, S, S), drawn once each by draw_batches with the lab's seeds."""
+        """Pictures (n, 3, S, S), drawn once each by draw_batches with the lab's seeds. The paper
+        does not choose between pictures, so there is one candidate."""
         name = given if isinstance(given, str) else hash(given.cpu().numpy().tobytes())
         key = tuple(captions), name, decoder, prior, scale, say, candidates
         if key not in self.drawn:
             args = Namespace(seed=self.seed, prior_scale=1.0, prior_steps=None, scale=scale,
-                             steps=None, candidates=candidates)  # the paper draws one picture
+                             steps=None, candidates=candidates)
             batches = draw_batches(self.pipeline(decoder, prior), captions, args, given, say=say)
             self.drawn[key] = torch.cat([pictures for _, pictures in batches])
         return self.drawn[key]
