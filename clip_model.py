@@ -63,7 +63,7 @@ class SmallClip(nn.Module):
         vision = open_clip.CLIPVisionCfg(config.vision_layers, config.vision_width, head_width=32,
                                          image_size=config.image_size)
         text = open_clip.CLIPTextCfg(
-            context_length=config.context_length, vocab_size=len(config.vocab) + 2,  # see Tokenizer
+            context_length=config.context_length, vocab_size=tokenizer_of(config).vocab_size,
             width=config.text_width, heads=config.text_heads, layers=config.text_layers)
         self.model = open_clip.CLIP(config.dim, vision, text)
         self.model.visual.to(memory_format=torch.channels_last)  # faster convolutions, as in UNet

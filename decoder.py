@@ -38,6 +38,7 @@ class DecoderConfig:
     dim: int  # D, size of CLIP's embeddings
     text_width: int  # width of CLIP's token features
     text_len: int  # L, CLIP's context length
+    vocab_size: int | None = None  # of GLIDE, which reads the words; None: CLIP's token features
     size: int = 64  # side of the pictures, pixels
     channels: int = 32  # Paper: 512, with 3 blocks a level: 3.5B parameters
     multiples: tuple = (1, 2, 3, 4)
@@ -84,9 +85,11 @@ class Decoder(nn.Module):
             self.image_in = nn.Sequential(nn.Linear(D, width), nn.SiLU())
         self.image_to_time = nn.Linear(width, E)
         self.image_to_tokens = nn.Linear(width, IMAGE_TOKENS * X)
-        # The caption. GLIDE's text transformer starts from the words, and its last token joins the
-        # timestep embedding. Ours starts from CLIP's token features, as our data is small.
-        self.text_in = nn.Linear(config.text_width, X)
+        # The caption. The paper's text transformer, like GLIDE's, starts from the words, and its
+        # last token joins the timestep embedding. Ours starts from CLIP's token features, as our
+        # data is small; only the baseline that is to be GLIDE, without any CLIP, reads the words.
+        self.text_in = (nn.Embedding(config.vocab_size, X) if config.vocab_size
+                        else nn.Linear(config.text_width, X))
         self.text_position = nn.Parameter(0.02 * torch.randn(config.text_len, X))
         self.text_blocks = nn.ModuleList(Block(X, heads=X // 32) for _ in range(config.text_depth))
         self.text_norm = nn.LayerNorm(X)
@@ -106,8 +109,13 @@ class Decoder(nn.Module):
         """The embedding (B, D) of a batch that this decoder is trained to see, or None."""
         return None if self.config.condition == "caption" else batch[self.config.condition]
 
+    def text_of(self, batch):
+        """What it is told of a batch's captions: features (B, L, W) or ids (B, L); mask (B, L)."""
+        return batch["text_ids" if self.config.vocab_size else "text_enc"], batch["text_mask"]
+
     def encode_caption(self, text_enc, text_mask):
-        """text_enc (B, L, W), text_mask (B, L) -> context tokens (B, L, X), the last one (B, X)."""
+        """text_enc (B, L, W), or ids (B, L) for GLIDE; text_mask (B, L) -> context tokens (B, L, X)
+        and the last one (B, X)."""
         x = self.text_in(text_enc) + self.text_position[: text_enc.shape[1]]
         # Not causal, as the whole caption is known. Padding is never looked at, and the first token
         # is always real: every token has something to look at.
@@ -142,7 +150,7 @@ class Decoder(nn.Module):
 
     @staticmethod
     def batch(config, data, embeddings, indices, rng):
-        """image (B, 3, size, size) in [-1, 1]; image_emb, text_emb, text_enc, text_mask."""
+        """image (B, 3, size, size) in [-1, 1], and what Embeddings.batch() returns."""
         images = torch.stack([data.image(i, config.size) for i in indices])
         return {"image": images} | embeddings.batch(indices, rng)
 
@@ -155,7 +163,7 @@ class Decoder(nn.Module):
         # Two independent coins an example: 5% see a caption but no embedding (paper fig. 8).
         keep_emb, keep_caption = (torch.rand(len(image), device=image.device) >= rate
                                   for rate in (drop_emb, drop_caption))
-        cond = self.condition(emb, batch["text_enc"], batch["text_mask"], keep_emb, keep_caption)
+        cond = self.condition(emb, *self.text_of(batch), keep_emb, keep_caption)
         return self.diffusion.training_loss(functools.partial(self, **cond), image, t).mean()
 
     def preview(self, batches):
@@ -163,7 +171,7 @@ class Decoder(nn.Module):
         embeddings, always with the same noise."""
         batch, captions = batches.look()
         emb, noise = self.embedding_of(batch), SeededNoise(range(len(captions)))
-        drawn = self.sample(emb, batch["text_enc"], batch["text_mask"], scale=2.0, noise=noise)
+        drawn = self.sample(emb, *self.text_of(batch), scale=2.0, noise=noise)
         return {}, drawn, captions
 
     # --- sampling ---

@@ -136,6 +136,8 @@ def fresh_model(stage, preset, data, clip, embeddings):
     fields = dict(recipe(preset, stage)[0])
     if needs_clip(stage):
         fields |= {"dim": clip.dim, "text_width": clip.text_width, "text_len": clip.text_len}
+    if stage == "decoder_caption":
+        fields["vocab_size"] = clip.tokenizer.vocab_size
     make, make_config = STAGES[stage]
     if hasattr(make, "fresh"):
         return make.fresh(fields, data, clip, embeddings)

@@ -3,12 +3,13 @@
 They are in files of at most 4,096 pictures or different captions each, called shards:
 
     pictures-00000.pt   image_emb (n, D)
-    captions-00000.pt   starts (n + 1,), text_emb (n, D), text_enc (starts[n], W)
+    captions-00000.pt   starts (n + 1,), text_emb (n, D); of all tokens text_ids and text_enc (., W)
     index.pt            starts (N + 1,), caption_ids (starts[N],): the captions of each picture
 
-Token features are stored without padding: caption k of a shard owns rows starts[k] to starts[k + 1]
-of text_enc. Picture i owns such a part of caption_ids, whose numbers run through all shards. An
-interrupted pass continues with the first missing file; two passes at once write equal files.
+Tokens are stored without padding: caption k of a shard owns rows starts[k] to starts[k + 1] of
+text_ids and text_enc. Picture i owns such a part of caption_ids, whose numbers run through all
+shards. An interrupted pass continues with the first missing file; two passes at once write equal
+files.
 """
 
 import functools
@@ -58,9 +59,10 @@ class Embeddings:
 
     def batch(self, indices, rng):
         """Pictures `indices`, each with one of its captions drawn by rng, as float32 tensors."""
-        (_, captions), tokens = self.draw_captions(indices, rng), []
+        (_, captions), ids, tokens = self.draw_captions(indices, rng), [], []
         for shard, k in zip(*divmod(captions, SHARD)):
             start, stop = self.captions[shard]["starts"][k : k + 2].tolist()
+            ids.append(self.captions[shard]["text_ids"][start:stop])
             tokens.append(self.captions[shard]["text_enc"][start:stop].float())
         lengths = torch.tensor([len(x) for x in tokens])
         # Padded to the longest caption here, not to CLIP's text_len: attention over padding costs
@@ -68,6 +70,7 @@ class Embeddings:
         return {
             "image_emb": rows(self.pictures, "image_emb", indices),
             "text_emb": rows(self.captions, "text_emb", captions),
+            "text_ids": pad_sequence(ids, batch_first=True),  # (B, longest), zeros behind the end
             "text_enc": pad_sequence(tokens, batch_first=True),  # (B, longest, W)
             "text_mask": torch.arange(int(lengths.max())) < lengths[:, None],
         }
@@ -82,7 +85,7 @@ def embed(clip, data, folder, workers=None, batch_size=128):
     """Embeddings of `data` under `clip`: computes what `folder` lacks. Each CLIP and version of the
     data has its own sub-folder, so no embeddings are out of date."""
     workers = min(usable_cores(), 8) if workers is None else workers
-    key = f"{clip.identity}|{data.name}|{data.fingerprint()}|{len(data)}"
+    key = f"text_ids|{clip.identity}|{data.name}|{data.fingerprint()}|{len(data)}"
     folder = Path(folder) / hashlib.sha256(key.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     listed = functools.cache(lambda: list_captions(data))  # only where something is missing
@@ -129,14 +132,15 @@ def list_captions(data):
 def embed_captions(clip, captions, start, batch_size):
     """The shard of captions that begins with number `start`."""
     ids = clip.tokenizer(captions[start : start + SHARD])
-    text_emb, text_enc = [], []
+    text_emb, text_ids, text_enc = [], [], []
     for some in tqdm(ids.split(batch_size), f"CLIP: captions from {start}", disable=None):
         emb, enc, mask = clip.encode_ids(some.to(clip.mean.device))
         text_emb.append(emb.cpu())
+        text_ids.append(some[mask.cpu()].int())
         text_enc.append(enc[mask].cpu())
     starts = pad((ids.argmax(dim=1) + 1).cumsum(0), (1, 0))  # end of text has the largest id
     return {"starts": starts, "text_emb": torch.cat(text_emb).half(),
-            "text_enc": torch.cat(text_enc).half()}
+            "text_ids": torch.cat(text_ids), "text_enc": torch.cat(text_enc).half()}
 
 
 def embed_pictures(clip, data, start, batch_size, workers):

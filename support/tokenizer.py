@@ -23,6 +23,7 @@ class Tokenizer:
     def __init__(self, context_length, vocab=None):
         self.bpe, self.context_length = byte_pairs(), context_length
         self.vocab = None if vocab is None else np.array(vocab)
+        self.vocab_size = self.bpe.vocab_size if vocab is None else len(vocab) + 2
 
     def __call__(self, captions):
         """captions: list of B strings -> (B, L) int64: start, pieces, end, then zeros."""

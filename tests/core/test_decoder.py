@@ -250,6 +250,25 @@ def test_ddim_without_noise_depends_on_x_T_alone():
         assert eta == 0 or differs(draw(1, eta), draw(2, eta))
 
 
+def test_glides_decoder_reads_the_words_themselves():
+    """A table of V token embeddings is a linear layer on one-hot features of width V."""
+    V, glide = 20, make_decoder(condition="caption", vocab_size=20)
+    other = make_decoder(condition="caption", text_width=V)
+    table = glide.state_dict()["text_in.weight"]
+    other.load_state_dict({**glide.state_dict(), "text_in.weight": table.T,
+                           "text_in.bias": torch.zeros(X)})
+    batch = batch_of([L, 3, 1], image=pictures(3, SIZE)) | {"text_ids": torch.randint(V, (3, L))}
+    one_hot = batch | {"text_enc": F.one_hot(batch["text_ids"], V).float()}
+    t, losses, drawn = torch.tensor([3, 20, 40]), [], []
+    for model in (glide, other):
+        torch.manual_seed(0)
+        losses.append(model.loss(one_hot, t))
+        drawn.append(model.sample(None, *model.text_of(one_hot), noise=SeededNoise([1, 2, 3])))
+    assert_close(*losses)
+    assert_close(*drawn)
+    assert_close(glide.text_of(batch)[0], batch["text_ids"], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("condition", ["image_emb", "caption"])
 def test_preview_draws_the_captions_from_what_the_decoder_is_trained_on(condition):
     model, batch = make_decoder(condition=condition), batch_of([3, 5], image=pictures(2, SIZE))

@@ -106,11 +106,13 @@ def test_a_batch_is_the_clips_own_answer_to_captions_drawn_by_rng(shard, tmp_pat
         which = (again.random(6) * [len(OWN[i]) for i in indices]).astype(int)
         drawn.add(which[1])
         captions = [data.captions(i)[k] for i, k in zip(indices, which)]
-        text_emb, text_enc, text_mask = clip.encode_ids(clip.tokenizer(captions))
+        ids = clip.tokenizer(captions)
+        text_emb, text_enc, text_mask = clip.encode_ids(ids)
         longest = text_mask.sum(dim=1).max()  # no padding beyond the longest caption's
         assert_close(batch, {
             "image_emb": clip.encode_image(torch.stack([data.image(i, 8) for i in indices])),
             "text_emb": text_emb, "text_mask": text_mask[:, :longest],
+            "text_ids": ids[:, :longest].int(),
             "text_enc": (text_enc * text_mask[..., None])[:, :longest],
         }, rtol=1e-3, atol=1e-3)
     assert drawn == {0, 1, 2}
