@@ -336,6 +336,8 @@ def export_pictures(args):
 
 
 OPTIONS = {
+    "--others": dict(nargs="+", type=Path, default=[], metavar="RUN", help="the same stages from "
+                     "other seeds, for findings that compare trainings; their CLIPs measure"),
     "names": dict(nargs="*", metavar="F1 ... F12", help="which findings (default: all)"),
     "-n": dict(type=positive, default=500, help="number of scenes or pictures"),
     "--seed": dict(type=seed_number, default=0, help="seed of scenes and noise"),
@@ -372,7 +374,8 @@ COMMANDS = {  # name: (function, its options, its own defaults)
                                 "--steps", "--data", "--root", "--train", "--classifier", "--out"],
                 {"data": "folder", "n": 1000}),
     "export": (export_pictures, [*DRAWING, *DATA, "--size", "--out"], {"out": "samples/export"}),
-    "findings": (report, [*WEIGHTS, "names", "--out"], {"n": 200, "out": "samples/findings"}),
+    "findings": (report, [*WEIGHTS, "--others", "names", "--out"],
+                 {"n": 200, "out": "samples/findings"}),
 }
 
 

@@ -52,15 +52,14 @@ def f1(lab):
         ways["trained on text embeddings"] = {"given": "text_emb", "decoder": "decoder_text_emb"}
     result = Result(["system", "guidance", "binding right", "Frechet distance (CLIP) x 1000"],
                     **lab.caveat("decoder_text_emb"))
-    true = lab.true_emb(lab.scenes)
     for scale in (1.0, 2.0, 4.0):  # the paper compares after sweeps of guidance
         drawn = lab.draw_ways(result, ways, scale=scale)
         for name, (bound, emb) in drawn.items():
-            result.row(name, f"{scale:g}", share(bound), frechet_cell(emb, true))
+            result.row(name, f"{scale:g}", share(bound), frechet_cell(emb, lab.goal))
         if scale == 2:  # sample.py's
             for name in list(ways)[1:]:
                 result.claim(f"Frechet distance x 1000 at guidance 2: {name} minus prior", farther,
-                             drawn[name][1], drawn["prior"][1], true, biased=True)
+                             drawn[name][1], drawn["prior"][1], lab.goal, biased=True)
     return result
 
 
@@ -75,9 +74,8 @@ def f2(lab):
     result = Result(["given", "binding right", "Frechet distance (CLIP) x 1000"])
     drawn = lab.draw_ways(result, {"both": {}, "embedding alone": {"say": False},
                                    "caption alone": {"given": "caption"}})
-    true = lab.true_emb(lab.scenes)
     for name, (bound, emb) in drawn.items():
-        result.row(name, share(bound), frechet_cell(emb, true))
+        result.row(name, share(bound), frechet_cell(emb, lab.goal))
     both, alone, caption = (bound for bound, _ in drawn.values())
     result.claim("binding, points: embedding alone minus caption alone",
                  lambda e, c: np.nanmean(e - c), alone, caption, unit=100)
@@ -101,7 +99,7 @@ def f3(lab):
     result = Result(["embeddings", "parameters", "captions seen", "evaluations", "cosine with the "
                      "true one", "Frechet x 1000", "binding right", "pictures' Frechet x 1000"])
     drawn = lab.draw_ways(result, {"prior": {}, "ar_prior": {"prior": "ar_prior"}})
-    goal, coder = lab.true_emb(lab.scenes), lab.pipeline(prior="ar_prior").prior
+    goal, coder = lab.goal, lab.pipeline(prior="ar_prior").prior
     for name, (bound, seen) in drawn.items():
         prior = lab.pipeline(prior=name).prior
         parameters, config = sum(p.numel() for p in prior.parameters()), prior.config
@@ -182,7 +180,7 @@ def f4(lab):
         pictures = lab.draw(captions, scale=scale, **systems[name])
         fit = scores(pictures, captions)["all"]
         rows[name].append(attributes(pictures))
-        embs[name].append(lab.clip_emb(pictures).numpy())
+        embs[name].append(lab.seen(pictures).numpy())
         varied = bootstrap(diversity, rows[name][-1], captions, biased=True)
         apart = bootstrap(spread, embs[name][-1], captions, biased=True)
         result.row(name, f"{scale:g}", share(fit), number(varied), number(apart, 3))
@@ -206,14 +204,14 @@ def f5(lab):
     paper's GLIDE is ahead, and precision in CLIP's space for realism, where neither is clearly.
     paper: preferred over GLIDE in 48.9% (realism), 45.3% (caption), 70.5% (diversity)"""
     captions, systems = np.resize(OPEN, max(12, lab.n // 2)).tolist(), lab.systems()
-    true, rows, (ours, rival) = lab.true_emb(lab.scenes), {}, systems
+    rows, (ours, rival) = {}, systems
     result = Result(["system", "realism (precision)", "binding right", "diversity"],
                     **lab.caveat("decoder_caption"))
     drawn = lab.draw_ways(result, systems)
     for name, (bound, emb) in drawn.items():
         rows[name] = attributes(lab.draw(captions, **systems[name]))
         varied = bootstrap(diversity, rows[name], captions, biased=True)
-        result.row(name, f"{precision_recall(emb, true)[0]:.1%}", share(bound), number(varied))
+        result.row(name, f"{precision_recall(emb, lab.goal)[0]:.1%}", share(bound), number(varied))
     result.claim(f"diversity: unCLIP minus {rival}",
                  lambda u, g, captions: diversity(u, captions) - diversity(g, captions),
                  rows[ours], rows[rival], captions, biased=True)
@@ -222,16 +220,16 @@ def f5(lab):
     return result
 
 
-def short_prior(lab, predict, embeddings, steps):
-    """A small prior trained from scratch for `steps` batches of 64, with the lab's seed."""
+def short_prior(lab, predict, embeddings, steps, seed):
+    """A small prior trained from scratch for `steps` batches of 64."""
     clip = lab.clip
-    torch.manual_seed(lab.seed)
+    torch.manual_seed(seed)
     prior = DiffusionPrior(PriorConfig(
         dim=clip.dim, text_width=clip.text_width, text_len=clip.text_len, width=128, depth=2,
         predict=predict, variance="fixed_small")).to(lab.device)
     optimizer = torch.optim.AdamW(prior.parameters(), lr=1e-3, **ADAM)
     for step in tqdm(range(steps), f"prior that predicts {predict}", disable=None):
-        rng = np.random.default_rng([lab.seed, step])
+        rng = np.random.default_rng([seed, step])
         batch = embeddings.batch(rng.choice(len(embeddings), 64, replace=False), rng)
         with autocast(lab.device):
             loss = prior.loss({k: v.to(lab.device) for k, v in batch.items()})
@@ -266,7 +264,8 @@ def f7(lab, scenes=3000, budgets=(100, 300, 1000)):
     Small priors, trained here and now on the same batches of 64, that differ in what they predict
     and for how many steps they train. t = ...: one look at true embeddings with that much noise,
     and the cosine of the predicted embedding with the true one. Drawn: the cosine after sampling,
-    64 steps from pure noise. The verdict is about the longest training.
+    64 steps from pure noise. The verdict is about the longest training, which is repeated with two
+    other seeds.
     paper: sec. 2.2: predicting the embedding itself was better"""
     data = Shapes(2 * lab.n, SPLIT, lab.seed)
     true, text = lab.true_emb(scenes_of(data)), lab.clip.encode_text(mixed_captions(data))
@@ -275,7 +274,7 @@ def f7(lab, scenes=3000, budgets=(100, 300, 1000)):
     with tempfile.TemporaryDirectory() as folder:
         embeddings = embed(lab.clip, Shapes(scenes, "train", lab.seed), folder)
         for predict, steps in product(("x_0", "v", "noise"), budgets):
-            prior = short_prior(lab, predict, embeddings, steps)
+            prior = short_prior(lab, predict, embeddings, steps, lab.seed)
             noise = noise_for(range(lab.seed, lab.seed + len(data)), "prior")
             with autocast(lab.device):
                 looks[predict] = guesses(prior, true.to(lab.device), text, lab.seed)
@@ -284,10 +283,20 @@ def f7(lab, scenes=3000, budgets=(100, 300, 1000)):
             result.row(predict, f"{steps}", *(number(bootstrap(np.mean, c), 3) for c in cosines),
                        frechet_cell(emb, true))
             curves.setdefault(predict, []).append((steps, np.mean(cosines[:-1]).item()))
-    result.claim(f"cosine after one look, mean of the three levels, after {steps} steps: "
-                 "predicting x_0 minus predicting noise",
-                 lambda *c: np.mean(c[:3]) - np.mean(c[3:]),
-                 *looks["x_0"].values(), *looks["noise"].values())
+
+        def compare(looks):
+            found = Result([])
+            found.claim(f"cosine after one look, mean of the three levels, after {steps} steps: "
+                        "predicting x_0 minus predicting noise",
+                        lambda *c: np.mean(c[:3]) - np.mean(c[3:]),
+                        *looks["x_0"].values(), *looks["noise"].values())
+            return found.claims
+
+        result.claims = compare(looks)
+        for seed in (lab.seed + 1, lab.seed + 2):
+            trained = {p: short_prior(lab, p, embeddings, steps, seed) for p in ("x_0", "noise")}
+            result.others.append(compare({p: guesses(prior, true.to(lab.device), text, lab.seed)
+                                          for p, prior in trained.items()}))
     result.picture = chart(curves, "one look at a noised embedding", "training steps",
                            "cosine with the true embedding")
     return result
@@ -301,21 +310,22 @@ def f12(lab):
     paper: sec. 2.2: the better of two embeddings improves the quality; no figure is given"""
     result, bound = Result(["embeddings", "pictures", "binding right", "Frechet distance (CLIP) "
                             "x 1000", "recall", "evaluations of prior and decoder"]), {}
-    true, pipeline = lab.true_emb(lab.scenes), lab.pipeline()
+    pipeline = lab.pipeline()
     for k, pictures in ((1, 1), (2, 1), (4, 1), (16, 1), (2, 2)):
         emb = lab.prior_emb(lab.captions, candidates=k)
         drawn = lab.draw(lab.captions, emb, candidates=pictures)
-        seen, steps = lab.clip_emb(drawn), k * pipeline.prior.config.sample_steps
+        seen, steps = lab.seen(drawn), k * pipeline.prior.config.sample_steps
         both = 2 * pictures * pipeline.decoder.config.sample_steps  # with the condition and without
         bound[k, pictures] = scores(drawn, lab.captions)["binding"]
         result.row(f"best of {k}", f"best of {pictures}", share(bound[k, pictures]),
-                   frechet_cell(seen, true), f"{precision_recall(seen, true)[1]:.1%}",
+                   frechet_cell(seen, lab.goal), f"{precision_recall(seen, lab.goal)[1]:.1%}",
                    f"{steps} and {both}")
     result.claim("binding, points: best of two embeddings minus the first",
                  lambda a, b: np.nanmean(a - b), bound[2, 1], bound[1, 1], unit=100)
     return result
 
 
+COMPARED = ("F1", "F4", "F5", "F8")  # which compare trainings, and ask --others too
 FINDINGS = {f.__name__.upper(): f for f in (f1, f2, f3, f4, f5, f7, f8, f9, f10, f12)}
 HEAD = """# The paper's findings, measured here
 
@@ -323,6 +333,7 @@ Written by `python -m lab.evaluate findings` on {date}: weights {weights}, n = {
 
 - **Verdicts.** Each finding claims that some differences are above zero (its list). It is reproduced if all their intervals lie above zero, not reproduced if one lies below zero; otherwise it can't be decided.
 - **In brackets**: 95% intervals, Wilson's for shares, the bootstrap's for the rest. They say how a figure would move with other scenes, not with another training.
+- **Other trainings**: {others}. Where a finding compares trainings, the differences that these show follow, and one of another sign leaves it undecided.{witness}
 - **Scenes** are a test split, which nothing was chosen by; the other commands of `lab.evaluate` draw validation scenes.
 - **Settings.** The prior is not guided, and every picture is the decoder's first (sample.py guides the prior and keeps the better of two pictures).
 - **Few scenes** make an entropy too small and a (squared) Frechet distance too large. Both are corrected for that, but do not compare distances of different n.
@@ -346,8 +357,12 @@ def as_table(*rows):
 def as_markdown(name, result, seconds):
     """A finding's section of the report."""
     question, setup, paper = explained(FINDINGS[name])
-    claims = [f"- {claim}: {number(interval, 1 if max(map(abs, interval)) >= 1 else 3)}"
-              for claim, interval in result.claims]
+    claims = []
+    for k, (claim, interval) in enumerate(result.claims):
+        digits = 1 if max(map(abs, interval)) >= 1 else 3
+        again = ", ".join(f"{found[k][1][0]:.{digits}f}" for found in result.others)
+        claims.append(f"- {claim}: {number(interval, digits)}"
+                      + (f"; after other trainings {again}" if again else ""))
     parts = [f"## {name}: {question}", setup, f"Paper: {paper}.", f"**{result.verdict}**", *claims,
              as_table(result.header, *result.table), result.note,
              f"![{name}](pictures/finding_{name}.png)" if result.picture else "",
@@ -362,17 +377,27 @@ def report(args):
         raise UserError(f"unknown finding '{name}': use {', '.join(FINDINGS)}")
     if args.n < 8:
         raise UserError(f"-n {args.n}: findings need at least 8 scenes")
-    lab, sections, found = Lab(args), [], {}
+    # A run's witness is the CLIP of the next one.
+    runs = [args.weights, *args.others]
+    labs = [Lab(args, run, runs[(k + 1) % len(runs)] if args.others else None)
+            for k, run in enumerate(runs)]
+    lab, sections, found = labs[0], [], {}
     verdicts = [["finding", "question", "verdict"]]
     for name in tqdm(names, disable=None):
         begun = time.perf_counter()
         found[name] = result = FINDINGS[name](lab)
+        if name in COMPARED:
+            result.others = [FINDINGS[name](other).claims for other in labs[1:]]
         if result.picture:
             save_picture(result.picture, args.out / f"pictures/finding_{name}.png")
         sections.append(as_markdown(name, result, time.perf_counter() - begun))
         verdicts.append([name, explained(FINDINGS[name])[0], result.verdict])
         print(sections[-1], flush=True)  # an interrupted run has said what it found
-    head = HEAD.format(date=date.today(), weights=os.path.relpath(args.weights), **vars(lab))
+    weights, *others = map(os.path.relpath, runs)
+    witness = (f" Distances, precision and recall in CLIP's space are measured with the CLIP of "
+               f"{others[0]}, which no stage here was trained for." if others else "")
+    head = HEAD.format(date=date.today(), weights=weights, others=", ".join(others) or "none",
+                       witness=witness, n=lab.n, seed=lab.seed)
     path = args.out / ("FINDINGS.md" if len(names) == len(FINDINGS) else f"{'_'.join(names)}.md")
     args.out.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join([f"{head}{as_table(*verdicts)}\n", *sections]))

@@ -13,7 +13,7 @@ import warnings
 from argparse import Namespace
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from itertools import product
 
 import numpy as np
@@ -25,6 +25,7 @@ from tqdm import tqdm
 from lab.judge import S, scores
 from manipulate import invert, redraw
 from sample import Pipeline, noise_for
+from stages import load_clip
 from support.checkpoint import examples_seen, load_checkpoint
 from support.shapes import COLOURS, SHAPES, TRAIN_PAIRS, Shapes, render, with_article
 from support.sheets import draw_grid, to_tensor
@@ -259,6 +260,7 @@ class Result:
     header: list
     table: list = field(default_factory=list)  # rows of cells
     claims: list = field(default_factory=list)  # (sentence, (difference, low, high))
+    others: list = field(default_factory=list)  # the claims of further trainings
     note: str = ""  # what to know when reading the table
     lacks: str = ""  # added to the verdict where weights are missing or not comparable
     picture: Image.Image | None = None
@@ -274,8 +276,11 @@ class Result:
     @property
     def verdict(self):
         """Reproduced if every interval lies above zero, not reproduced if one lies below. One
-        without width decides nothing: too few scenes, which all gave the same answer."""
+        without width decides nothing: too few scenes, which all gave the same answer. Nor does a
+        difference that has another sign after another training."""
         sides = [(low > 0) - (high < 0) if low < high else 0 for _, (_, low, high) in self.claims]
+        for claims in self.others:
+            sides = [side if side * x > 0 else 0 for side, (_, (x, *_)) in zip(sides, claims)]
         return ", ".join(filter(None, (VERDICTS[min(sides, default=None)], self.lacks)))
 
 
@@ -288,27 +293,37 @@ def sheet(sets, captions=None):
 
 
 class Lab:
-    """Trained stages, validation scenes, and every picture drawn so far."""
+    """Trained stages, test scenes, and every picture drawn so far. Figures in CLIP's space are
+    those of a witness, the CLIP of another run, if there is one: no stage was trained for it."""
 
-    def __init__(self, args):
-        self.folder, self.device, self.n, self.seed = args.weights, args.device, args.n, args.seed
+    def __init__(self, args, folder, witness=None):
+        self.folder, self.device, self.n, self.seed = folder, args.device, args.n, args.seed
         data, self.drawn = Shapes(self.n, SPLIT, self.seed), {}
         self.scenes, self.captions = scenes_of(data), mixed_captions(data)
         # Loaded once for each decoder and prior.
         self.pipeline = cache(lambda decoder="decoder", prior="prior": judged_pipeline(
             self.folder, self.device, decoder=decoder, prior=prior))
         self.clip = self.pipeline().clip
+        self.witness = load_clip(witness, device=self.device) if witness else self.clip
 
     def has(self, stage):
         return (self.folder / f"{stage}.pt").exists()
 
     def true_emb(self, scenes):
-        return self.clip_emb(pictures_of(scenes, self.clip.image_size))
+        """CLIP's embeddings (n, D) of scenes."""
+        return self.embed(self.clip, pictures_of(scenes, self.clip.image_size))
 
-    def clip_emb(self, pictures):
-        """CLIP's embeddings (n, D) of pictures."""
-        return torch.cat([self.clip.encode_image(p.to(self.device)).cpu()
-                          for p in pictures.split(50)])
+    def seen(self, pictures):
+        """The witness's embeddings (n, D) of pictures."""
+        return self.embed(self.witness, pictures)
+
+    @cached_property
+    def goal(self):
+        """The witness's embeddings (n, D) of the lab's own scenes."""
+        return self.seen(pictures_of(self.scenes, self.witness.image_size))
+
+    def embed(self, clip, pictures):
+        return torch.cat([clip.encode_image(p.to(self.device)).cpu() for p in pictures.split(50)])
 
     def prior_emb(self, captions, prior="prior", **settings):
         """Embeddings (n, D) that a prior draws for captions. settings: its sample()'s."""
@@ -334,10 +349,10 @@ class Lab:
 
     def draw_ways(self, result, ways, **settings):
         """Draw the lab's captions in several ways {name: settings of draw}, also as the result's
-        picture: {name: (binding right (n,), CLIP's embeddings (n, D))}."""
+        picture: {name: (binding right (n,), the witness's embeddings (n, D))}."""
         drawn = {name: self.draw(self.captions, **settings, **way) for name, way in ways.items()}
         result.picture = sheet(drawn, self.captions)
-        return {name: (scores(pictures, self.captions)["binding"], self.clip_emb(pictures))
+        return {name: (scores(pictures, self.captions)["binding"], self.seen(pictures))
                 for name, pictures in drawn.items()}
 
     def examples(self, stage):

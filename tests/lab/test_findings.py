@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from lab.measures import Lab, Result, single_objects
 from lab.probing import kept, read_word, sign_scene, survival
 from prior import DiffusionPrior, embedding_scale
 from support.checkpoint import examples_seen
-from support.shapes import TRAIN_PAIRS, WORDS, Shapes, Thing, render
+from support.shapes import (
+    BACKGROUNDS, COLOURS, SIZES, TRAIN_PAIRS, WORDS, Scene, Shapes, Thing, render,
+)
 from support.sheets import to_tensor
 
 
@@ -34,6 +37,13 @@ def test_the_verdict_follows_from_the_intervals(intervals, verdict):
     assert result.verdict == verdict
     result.lacks = "with a stand-in for GLIDE"
     assert result.verdict == f"{verdict}, with a stand-in for GLIDE"
+
+
+def test_what_differs_from_training_to_training_is_not_decided():
+    for other, verdict in ((0.3, "reproduced"), (-0.3, "can't be decided at this scale")):
+        result = Result([], claims=[("a", (1, 0.5, 2))], others=[[("a", (0.1, -1, 1))],
+                                                                  [("a", (other, -1, 1))]])
+        assert result.verdict == verdict
 
 
 def test_every_finding_says_its_question_its_setup_and_the_papers_figure():
@@ -113,7 +123,7 @@ def test_everything_survives_in_the_scene_itself_and_nothing_in_another():
 
 @pytest.fixture
 def lab(micro_run):
-    return Lab(argparse.Namespace(weights=micro_run, device="cpu", n=6, seed=0))
+    return Lab(argparse.Namespace(device="cpu", n=6, seed=0), micro_run)
 
 
 def test_each_picture_is_drawn_once_and_other_conditions_are_kept_apart(lab, monkeypatch):
@@ -132,7 +142,9 @@ def test_f7_trains_all_priors_on_the_same_batches(lab, monkeypatch):
     monkeypatch.setattr(DiffusionPrior, "loss", lambda self, batch, t=None: (
         seen.append((self.config.predict, batch["image_emb"])) or loss(self, batch)))
     result = findings.f7(lab, scenes=64, budgets=(1, 2))
-    assert [predict for predict, _ in seen] == ["x_0"] * 3 + ["v"] * 3 + ["noise"] * 3
+    again = ["x_0"] * 2 + ["noise"] * 2  # two other seeds, the longest training alone
+    assert [p for p, _ in seen] == ["x_0"] * 3 + ["v"] * 3 + ["noise"] * 3 + again * 2
+    assert len(result.others) == 2 and result.others[0][0][1] != result.others[1][0][1]
     for k in range(3):
         for other in (3, 6):
             torch.testing.assert_close(seen[k][1], seen[k + other][1], rtol=0, atol=0)
@@ -146,7 +158,7 @@ def test_one_look_sees_the_embedding_where_a_prior_knows_it(lab, monkeypatch):
     true = lab.true_emb(lab.scenes)
     text = lab.pipeline().clip.encode_text(lab.captions)
     for predict in ("x_0", "noise"):
-        prior = findings.short_prior(lab, predict, None, 0)
+        prior = findings.short_prior(lab, predict, None, 0, seed=0)
 
         def oracle(x_t, t, prior=prior, predict=predict, **caption):
             x_0 = true * embedding_scale(true.shape[1])
@@ -166,6 +178,7 @@ def test_the_report_holds_every_finding_asked_for(micro_run, tmp_path, monkeypat
                           "--out", str(tmp_path), "--json", str(file)])
     assert code == 0
     text = (tmp_path / "F2_F3_F10.md").read_text()
+    assert "Other trainings**: none." in text and "after other" not in text
     assert not (tmp_path / "FINDINGS.md").exists()  # a report of some is not that of all
     table = json.loads(file.read_text())
     assert list(table) == ["F2", "F3", "F10"]
@@ -173,6 +186,21 @@ def test_the_report_holds_every_finding_asked_for(micro_run, tmp_path, monkeypat
         assert f"## {name}: {explained(FINDINGS[name])[0]}" in text
         assert found["verdict"] in text and found["claims"]
         assert (tmp_path / f"pictures/finding_{name}.png").exists()
+
+
+def test_claims_that_compare_trainings_are_asked_of_other_runs_and_measured_by_their_clip(
+        micro_run, untrained_run, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setitem(findings.FINDINGS, "F1", lambda lab: (seen.append(lab), Result(
+        ["run"], claims=[("a difference", (7.0 if lab.folder == micro_run else -2.0, 1, 9))]))[1])
+    assert evaluate.main(["findings", "F1", "-n", "8", "--weights", str(micro_run), "--out",
+                          str(tmp_path), "--others", str(untrained_run)]) == 0
+    text = (tmp_path / "F1.md").read_text()
+    assert "- a difference: 7.0 (1.0 to 9.0); after other trainings -2.0" in text
+    assert OPEN in text and untrained_run.name in text
+    for lab, other in (seen, seen[::-1]):
+        assert lab.witness.identity == other.clip.identity != lab.clip.identity
+        torch.testing.assert_close(lab.goal, other.true_emb(lab.scenes))
 
 
 def test_systems_not_trained_equally_long_or_missing_are_not_compared_in_silence(lab, monkeypatch):
@@ -242,6 +270,133 @@ def test_a_verdict_is_reproduced_refused_or_open_as_the_pictures_are(
         monkeypatch.setattr(lab, "n", 40)
         result = getattr(findings, finding)(lab)
         assert result.verdict == verdict, (good, result.claims)
+
+
+OPEN = "can't be decided at this scale"
+VERDICTS = [("claimed", "reproduced"), ("opposite", "not reproduced"), ("neither", OPEN)]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    for module in (measures, findings):
+        monkeypatch.setattr(module, "bootstrap", partial(measures.bootstrap, times=100))
+    monkeypatch.setattr(findings, "frechet_cell", lambda drawn, true: "")
+
+
+class TellsAllApart:
+    """A CLIP in which every caption has an axis of its own."""
+
+    def __init__(self):
+        self.known = {}
+
+    def encode_text(self, captions):
+        axes = [self.known.setdefault(caption, len(self.known)) for caption in captions]
+        return torch.eye(128)[axes], None, None
+
+
+@pytest.mark.parametrize("world, verdict", VERDICTS)
+def test_guidance_costs_diversity_as_the_pictures_of_both_systems_say(
+        lab, monkeypatch, quick, world, verdict):
+    rng, n = np.random.default_rng(0), 120
+    losing = {"claimed": ["caption"], "opposite": ["prior"], "neither": ["caption", "prior"]}[world]
+    choices = [list(COLOURS), ["circle"], list(SIZES), list(BACKGROUNDS)]
+    rows = np.array([[rng.choice(c) for c in choices] for _ in range(n)], object)
+    angles = rng.uniform(0, 1.5, n)
+
+    def draw(captions, scale, given="prior", **way):  # a loser's pictures become all alike
+        alike = (scale - 1) / 5 * (given in losing)
+        angle = angles * (1 - alike) + 0.1 * rng.random(n)
+        turned = np.where(rng.random((n, 1)) < alike, rows[:1], rng.permutation(rows))
+        return turned, torch.from_numpy(np.stack([np.cos(angle), np.sin(angle)], axis=1))
+
+    monkeypatch.setattr(findings, "OPEN", ["a circle"])
+    monkeypatch.setattr(findings, "chart", lambda *curves: None)
+    monkeypatch.setattr(findings, "scores", lambda pictures, captions: {"all": np.ones(n)})
+    monkeypatch.setattr(findings, "attributes", lambda pictures: pictures[0])
+    for name, value in (("n", 2 * n), ("draw", draw), ("seen", lambda pictures: pictures[1])):
+        monkeypatch.setattr(lab, name, value)
+    assert findings.f4(lab).verdict == verdict
+
+
+@pytest.mark.parametrize("world, verdict", [*VERDICTS, ("by seed", OPEN)])
+def test_what_a_prior_should_predict_follows_from_its_guesses(
+        lab, monkeypatch, quick, world, verdict):
+    def train(lab, predict, embeddings, steps, seed):
+        better = {"claimed": "x_0", "opposite": "noise", "neither": "both",
+                  "by seed": "x_0" if seed < 2 else "noise"}[world]
+        return SimpleNamespace(good=predict == better, sample=lambda *text, **_: torch.ones(12, 16))
+
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(findings, "short_prior", train)
+    monkeypatch.setattr(findings, "guesses", lambda prior, *_: {
+        level: rng.normal(0.5 + 0.3 * prior.good, 0.05, 12) for level in findings.LEVELS})
+    assert findings.f7(lab, scenes=16, budgets=(1,)).verdict == verdict
+
+
+@pytest.mark.parametrize("world, verdict", VERDICTS)
+def test_unclip_cannot_write_if_clip_can_name_the_words_that_it_does_not_draw(
+        lab, monkeypatch, quick, world, verdict):
+    named, read = {"claimed": (1.0, 0.1), "opposite": (0.1, 0.9), "neither": (0.5, 0.5)}[world]
+    n, calls = 40, iter(range(10**6))
+    rng = np.random.default_rng(0)
+    knows, legible = rng.permutation(n) < n * named, rng.permutation(n) < n * read
+    words = [WORDS[k % len(WORDS)] for k in range(n)]
+
+    def true_emb(scenes):
+        says = [s.word if right else WORDS[WORDS.index(s.word) - 1]
+                for s, right in zip(scenes, knows)]
+        return lab.clip.encode_text([f"a sign that says {word}" for word in says])[0]
+
+    def reading(picture):
+        k = next(calls) % n
+        return words[k] if legible[k] else None
+
+    monkeypatch.setattr(probing, "pair_study", lambda lab, mistake: ([], {}, {"unCLIP": None}, {}))
+    monkeypatch.setattr(probing, "shape_kept", lambda lab, size: np.ones(3))
+    monkeypatch.setattr(probing, "sheet", lambda *drawn: None)
+    monkeypatch.setattr(probing, "read_word", reading)
+    monkeypatch.setattr(probing, "judge", lambda picture: sign_scene("cat"))
+    for name, value in (("n", n), ("true_emb", true_emb), ("clip", TellsAllApart()),
+                        ("draw", lambda captions, **way: torch.zeros(len(captions), 3, S, S))):
+        monkeypatch.setattr(lab, name, value)
+    assert probing.f9(lab).verdict == verdict
+
+
+@pytest.mark.parametrize("world, verdict", VERDICTS)
+def test_semantics_survive_or_details_as_the_judge_sees_them(
+        lab, monkeypatch, quick, world, verdict):
+    keeps = {"claimed": (0.95, 0.5), "opposite": (0.3, 0.95), "neither": (0.95, 0.95)}[world]
+    rng = np.random.default_rng(0)
+    parts = {part: (rng.random(60) < keeps[part not in probing.MENTIONED]).astype(float)
+             for part in probing.CHANCE}
+    monkeypatch.setattr(probing, "redrawn", lambda pipeline, pictures, *_: [pictures, pictures])
+    monkeypatch.setattr(probing, "kept", lambda seen, true: parts)
+    monkeypatch.setattr(probing, "typographic_attack", lambda lab, *_: (None, None))
+    monkeypatch.setattr(probing, "sheet", lambda *drawn: None)
+    monkeypatch.setattr(lab, "draw", lambda captions, *_, **way: torch.zeros(2, 3, S, S))
+    monkeypatch.setattr(lab.pipeline(), "upsample", lambda pictures, seeds, size: pictures)
+    assert probing.f10(lab).verdict == verdict
+
+
+@pytest.mark.parametrize("world, verdict", VERDICTS)
+def test_the_attack_is_judged_where_clip_is_fooled(lab, monkeypatch, quick, world, verdict):
+    """Half of the pictures fool CLIP. Elsewhere the decoder always draws the right colour."""
+    right = {"claimed": 0.9, "opposite": 0.0, "neither": 0.5}[world]
+    scenes = [s for s in one_object(120)]
+    colours, rng = [s.things[0].colour for s in scenes], np.random.default_rng(0)
+    others = [b if b != a else None for a, b in zip(colours, colours[1:] + colours[:1])]
+    fooled = np.arange(120) % 2 == 0
+    drawn = [a if not f or rng.random() < right else b for f, a, b in zip(fooled, colours, others)]
+    seen = iter(drawn)
+    monkeypatch.setattr(lab, "clip", TellsAllApart())
+    monkeypatch.setattr(lab, "true_emb", lambda scenes: lab.clip.encode_text(
+        ["a sign that says cat" if f else f"a {c} circle" for f, c in zip(fooled, colours)])[0])
+    monkeypatch.setattr(lab, "draw", lambda captions, *_, **way: captions)
+    monkeypatch.setattr(probing, "judge",
+                        lambda picture: Scene((Thing(colour=next(seen)),), "gray", (0, 0, 0)))
+    result = Result([])
+    probing.typographic_attack(lab, scenes, result)
+    assert result.verdict == verdict, result.claims
 
 
 @pytest.mark.parametrize("unclip, glide, verdict", [
