@@ -155,7 +155,9 @@ def read_arm(text):
 
 def race(args):
     """Train a decoder (or, by --only prior, a prior) in several ways for the same time each, and
-    see what it draws from the captions and true embeddings of validation pictures."""
+    see what it draws from the captions and true embeddings of validation pictures.
+
+    closed=LAYER is no field: all that a linear layer says is silenced, as if it were not there."""
     arms = {arm: read_arm(arm) for arm in args.race}
     stage = "prior" if args.only == ["prior"] else "decoder"
     clip = load_clip(args.weights or default_weights(), device=args.device)
@@ -169,9 +171,13 @@ def race(args):
         for arm, seed in product(arms, range(args.seeds)):
             training, fields = dict(recipe(args.preset, stage)[1]), dict(arms[arm])
             training |= {name: fields.pop(name) for name in list(fields) if name in TRAINING}
+            closed = fields.pop("closed", None)
             torch.manual_seed(seed)
             model = fresh_model(stage, args.preset, data[0], clip, embeddings[0])
             model = type(model)(replace(model.config, **fields)).to(args.device)
+            if closed:  # zero, and as no gradient reaches it, it stays so
+                for p in getattr(model, closed).requires_grad_(False).parameters():
+                    p.zero_()
             batches, val = (Batches(model, d, e, training["batch_size"], seed, args.device)
                             for d, e in zip(data, embeddings))
             ema, steps = train_for(model, batches, training, args)
@@ -206,15 +212,17 @@ def train_for(model, batches, training, args):
 
 
 def draw(model, val, n):
-    """What is drawn of the first n validation pictures: by a decoder from captions and embeddings,
-    by a prior from captions; and their embeddings (n, D)."""
+    """What is drawn of the first n validation pictures: by a decoder from captions (if it was
+    trained with any) and embeddings, by a prior from captions; and their embeddings (n, D)."""
     drawn, true = [], []
     for part in in_batches(n, 50):
         some = to_device(val.of(range(n)[part], np.random.default_rng(0)), val.device)
         emb = some["image_emb" if "image" in some else "text_emb"]
+        text = some["text_enc"], some["text_mask"]
+        if getattr(model.config, "drop_caption", 0.0) == 1:
+            text = None, None
         with autocast(val.device):
-            drawn.append(model.sample(emb, some["text_enc"], some["text_mask"],
-                                      2.0 if "image" in some else 1.0,
+            drawn.append(model.sample(emb, *text, 2.0 if "image" in some else 1.0,
                                       noise=noise_for(range(n)[part], "decoder")).cpu())
         true.append(some["image_emb"].cpu())
     return torch.cat(drawn), torch.cat(true)

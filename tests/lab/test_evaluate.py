@@ -258,6 +258,13 @@ def test_a_race_trains_each_arm_its_time_and_judges_what_it_draws(
     assert bench.read_arm("a=(1,2) b=v c=None d=2.5") == {"a": (1, 2), "b": "v", "c": None,
                                                           "d": 2.5}
     assert bench.main(["--race", "nonsense"]) == 2
+    shut, draw = [], bench.draw
+    monkeypatch.setattr(bench, "draw", lambda model, *a: shut.append(model) or draw(model, *a))
+    assert bench.main(["--race", "closed=image_to_time drop_caption=1.0 muon=5.0", "--minutes",
+                       "0.01", "-n", "4", "--preset", "micro", "--weights", str(micro_run)]) == 0
+    assert not any(p.any() for p in shut[0].image_to_time.parameters())
+    assert all(p.any() for p in shut[0].image_to_tokens.parameters())
+    monkeypatch.undo()
     assert bench.main(["--race", "copies=1", "--only", "prior", "--minutes", "0.01", "-n", "20",
                        "--preset", "micro", "--weights", str(micro_run)]) == 0
     assert "copies=1, seed 0: " in (said := capsys.readouterr().out) and "frechet" in said
