@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from lab.measures import draw_batches, frechet, look, precision_recall
+from lab.measures import draw_batches, frechet, look, precision_recall, redrawn
+from manipulate import edit, psnr, text_diff
 from sample import Pipeline
 from stages import load_clip
 from support.checkpoint import load_checkpoint, save_checkpoint
@@ -174,6 +175,40 @@ def judge_classes(args):
                          Path(args.out) / f"classes_{name}_{args.scale:g}.png")
             if (name, args.scale) == ("text", GUIDANCE[1]):
                 save_picture(nearest(model, drawn[:12], seen), Path(args.out) / "nearest.png")
+    return table
+
+
+def judge_class_edits(args, thetas):
+    """Real pictures from their latents, with fresh noise, and turned to another class by text:
+    what does the classifier see?"""
+    data = load_data("folder", args.root, None)
+    model = load_classifier(args.classifier, args.device)
+    pipeline = Pipeline(args.weights, args.device, 1, prior=None)
+    some = np.random.default_rng(args.seed).permutation(len(data))[:args.n]
+    _, labels, classes = labelled(data, model.classes)
+    side, embs = pipeline.sizes[0], look(pipeline.clip, part_of(data, some))
+    pictures = torch.stack([data.image(i, side) for i in some]).to(args.device)
+    seeds, labels, table = range(args.seed, args.seed + args.n), labels[some], {}
+
+    def right(drawn, wanted):
+        return (model.look(drawn)[0] == wanted).float().mean().item()
+
+    again, varied = redrawn(pipeline, pictures, embs, seeds)
+    for name, drawn in (("true", pictures), ("reconstruction", again), ("variation", varied)):
+        table[name] = {"psnr": None if drawn is pictures else psnr(drawn, pictures).mean().item(),
+                       "right": right(drawn, labels), "n": args.n}
+    edited, after = [], (labels + 1 + torch.arange(args.n) % (len(classes) - 1)) % len(classes)
+    for k in tqdm(range(min(args.edits, args.n)), "edits", disable=None):
+        direction = text_diff(pipeline, *(classes[c[k]][0] for c in (after, labels)))
+        edited.append(edit(pipeline, pictures[k:k + 1], embs[k:k + 1], direction, thetas, seeds[k]))
+    for k, theta in enumerate(thetas):
+        drawn = torch.stack([frames[k] for frames in edited])
+        table[f"theta {theta:.3f}"] = {"new": right(drawn, after[:len(drawn)]),
+                                       "old": right(drawn, labels[:len(drawn)]), "n": len(drawn)}
+    if args.out:
+        rows = torch.cat([torch.stack([p, *frames]) for p, frames in zip(pictures, edited)][:12])
+        save_picture(draw_grid(rows, columns=1 + len(thetas), cell=64),
+                     Path(args.out) / "class_edits.png")
     return table
 
 

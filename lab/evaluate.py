@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from tqdm import tqdm
 
-from lab.classifier import judge_classes
+from lab.classifier import judge_class_edits, judge_classes
 from lab.findings import report
 from lab.judge import S, judge, scores, shares, the_thing
 from lab.measures import (
@@ -252,7 +252,10 @@ def single_edits(data, n):
 
 
 def judge_manipulations(args):
-    """Pictures inverted and redrawn, varied, blended, and edited by text."""
+    """Pictures inverted and redrawn, varied, blended, and edited by text. Of shapes, or with
+    --root of a folder of pictures with classes."""
+    if args.root:
+        return judge_class_edits(args, THETAS)
     pipeline = Pipeline(args.weights, args.device, S, prior=None)
     data, seeds = Shapes(args.n, "val", args.seed), range(args.seed, args.seed + args.n)
     scenes, embs, ends, table = scenes_of(data), look(pipeline.clip, data), [], {}
@@ -367,7 +370,8 @@ COMMANDS = {  # name: (function, its options, its own defaults)
     "captions": (judge_captions, [*DRAWING, "--rows", "--out"], {}),
     "priors": (judge_priors, [*WEIGHTS, "--prior-scale"], {"prior_scale": 1.0}),
     "upsamplers": (judge_upsamplers, [*WEIGHTS, "--size"], {"size": 1024}),
-    "manipulations": (judge_manipulations, [*WEIGHTS, "--edits"], {}),
+    "manipulations": (judge_manipulations,
+                      [*WEIGHTS, "--edits", "--root", "--classifier", "--out"], {}),
     "losses": (measure_losses, [*WEIGHTS, *DATA], {"n": 256}),
     "real": (judge_real, [*DRAWING, *DATA, "--size"], {}),
     "classes": (judge_classes, [*WEIGHTS, "--prior-scale", "--candidates", "--prior-steps",

@@ -101,3 +101,23 @@ def test_classes_are_measured_from_text_and_true_embeddings(micro_run, folders, 
     assert evaluate.main(["classes", "--weights", str(tmp_path), "--root", str(folders[1]),
                           "--train", str(folders[0]), "--json", str(file)]) == 0
     assert json.loads(file.read_text()) == {"CLIP": seen}
+
+
+def test_real_pictures_are_redrawn_and_edited(micro_run, folders, trained, tmp_path, monkeypatch):
+    """Where drawing gives back the source, reconstructions are right, and so is theta 0 alone."""
+    def turned(pipeline, picture, emb, direction, thetas, seed):
+        return torch.cat([picture if theta < 0.3 else -picture for theta in thetas])
+
+    monkeypatch.setattr(classifier, "redrawn", lambda pipeline, x, *_: (x, torch.zeros_like(x)))
+    monkeypatch.setattr(classifier, "edit", turned)
+    file = tmp_path / "table.json"
+    assert evaluate.main(["manipulations", "--weights", str(micro_run), "--root", str(folders[1]),
+                          "--classifier", str(trained), "-n", "40", "--edits", "30",
+                          "--json", str(file), "--out", str(tmp_path)]) == 0
+    table = json.loads(file.read_text())
+    assert table["true"]["right"] == table["reconstruction"]["right"] > 0.9
+    assert table["variation"]["right"] < 0.8 and table["variation"]["psnr"] < 20
+    for theta, row in table.items():
+        if "theta" in row:
+            assert row["n"] == 30 and (row["old"] > 0.9) == (theta < "theta 0.3")
+    assert (tmp_path / "class_edits.png").exists()
