@@ -61,13 +61,11 @@ def in_child(folder, ids, send, limit):
         def same_numbers_on_one_thread(self):  # as in tests/conftest.py, which imports everything
             torch.manual_seed(0)
 
-        def pytest_runtest_logreport(self, report):
-            if report.when == "call" or report.outcome != "passed":
+        def pytest_collectreport(self, report):
+            if report.failed or getattr(report, "when", None) == "call":
                 say(report.nodeid, report.outcome, cause(report.longrepr))
 
-        def pytest_collectreport(self, report):
-            if report.failed:
-                say(report.nodeid, "failed", cause(report.longrepr))
+        pytest_runtest_logreport = pytest_collectreport
 
     def say(*words):
         send.send_bytes(json.dumps(words).encode())

@@ -1,10 +1,9 @@
 """The expected pictures, drawn by the shipped weights and whatever exercises are finished."""
 
-import functools
 from unittest import mock
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 import prior
 from ar_prior import principal_components
@@ -46,48 +45,34 @@ def levels():
 
 def sequence():
     """Who sees whom in the prior: a padded caption, and two noised copies on one prefix."""
-    masks, run_blocks = [], prior.run_blocks
-
-    def seen(blocks, x, mask, **past):
-        masks.extend(mask[0].tolist())
-        return run_blocks(blocks, x, mask, **past)
-
     config = prior.PriorConfig(dim=8, text_width=8, text_len=4, width=8, depth=1, heads=1)
-    with mock.patch("prior.run_blocks", seen):
-        model, text_mask = prior.DiffusionPrior(config), torch.tensor([[True, True, True, False]])
+    model, text_mask = prior.DiffusionPrior(config), torch.tensor([[True, True, True, False]])
+    with mock.patch("prior.run_blocks", wraps=prior.run_blocks) as run:
         cond = model.encode_caption(torch.zeros(1, 8), torch.zeros(1, 4, 8), text_mask)
         model(torch.zeros(2, 8), torch.zeros(2), **cond)
+    masks = [row for call in run.call_args_list for row in call.args[2][0].tolist()]
     names = ["a", "red", "circle", "(padding)", "text emb"]
     names += [f"{part} {k}" for k in (1, 2) for part in ("timestep", "noised", "query")]
-    sheet, pen, write = canvas(420, 300)
+    pen = ImageDraw.Draw(sheet := Image.new("RGB", (420, 300), "white"))
     for i, row in enumerate(masks):
-        write((10, 12 + 26 * i), names[i], "black")
+        pen.text((10, 12 + 26 * i), names[i], "black", font_size=14)
         for j in range(len(masks)):
-            box = [110 + 26 * j, 8 + 26 * i, 134 + 26 * j, 32 + 26 * i]
-            sees = row[j:j + 1] == [True]
-            pen.rectangle(box, fill=CURVES[(i > 4) + (i > 7)] if sees else "#eeeeee")
+            x, y, sees = 110 + 26 * j, 8 + 26 * i, row[j:j + 1] == [True]
+            colour = CURVES[(i > 4) + (i > 7)] if sees else "#eeeeee"
+            pen.rectangle([x, y, x + 24, y + 24], fill=colour)
     return sheet
-
-
-def canvas(width, height):
-    """A white picture, its pen, and a function that writes on it."""
-    pen = ImageDraw.Draw(sheet := Image.new("RGB", (width, height), "white"))
-    return sheet, pen, functools.partial(pen.text, font=ImageFont.load_default(14))
 
 
 def denoising():
     """x_t above, the predicted x_0 below, from noise to picture."""
-    pipeline, above, below, names = Pipeline(size=64), [], [], []
-    text, some = pipeline.text([PAIR]), [0, 3, 7, 11, 15, 19, 25, 31]
-
-    def film(k, t, x, pred_x_0):
-        if k in some:
-            above.append(x[0])
-            below.append(pred_x_0[0])
-            names.append(f"after step {k + 1} of 32, t = {t}")
-
-    pipeline.decode(pipeline.embed(text, [0], None), text, [0], steps=32, on_step=film)
-    return draw_grid(above + below, names * 2, columns=8)
+    pipeline, steps = Pipeline(size=64), []
+    text = pipeline.text([PAIR])
+    pipeline.decode(pipeline.embed(text, [0], None), text, [0], steps=32,
+                    on_step=lambda *step: steps.append(step))
+    shown = [steps[k] for k in (0, 3, 7, 11, 15, 19, 25, 31)]
+    names = [f"after step {k + 1} of 32, t = {t}" for k, t, x, pred_x_0 in shown]
+    pictures = [x[0] for k, t, x, pred_x_0 in shown] + [pred_x_0[0] for *_, pred_x_0 in shown]
+    return draw_grid(pictures, names * 2, columns=8)
 
 
 def guidance():
@@ -112,9 +97,9 @@ def embeddings():
     clouds = {"pictures": seen, "captions": text[0], "the prior": pipeline.embed(text, n, None)}
     mean, basis, _ = principal_components(torch.cat([seen, text[0]]))
     gap = torch.nn.functional.normalize((seen - text[0]).mean(0), dim=0).double()
-    sheet, pen, write = canvas(480, 300)
+    pen = ImageDraw.Draw(sheet := Image.new("RGB", (480, 300), "white"))
     for k, (name, cloud) in enumerate(clouds.items()):
-        write((10 + 100 * k, 8), name, CURVES[k])
+        pen.text((10 + 100 * k, 8), name, CURVES[k], font_size=14)
         for x, y in ((cloud - mean) @ torch.stack([basis[0], gap], dim=1)).tolist():
             x, y = 240 + 250 * x, 165 - 250 * y
             pen.ellipse([x - 2, y - 2, x + 2, y + 2], fill=CURVES[k])

@@ -16,7 +16,7 @@ from pathlib import Path
 from course.child import EARLY, run
 from course.exercises import EXERCISES, ROOT
 from course.parts import (
-    REVEALED, blanks, fingerprint, hints, put, refused, restore, statements, text_of, unfinished,
+    REVEALED, blanks, fingerprint, hints, put, refused, restore, statements, text_of,
 )
 from support.tools import UserError
 
@@ -38,32 +38,30 @@ def read(exercise, folder):
         raise UserError(f"{name} cannot be read: {type(e).__name__}")
 
 
-def copy_with(exercise, tree, folder):
-    """Our repository, as far as tests need it, with a student's statements in their place."""
-    for path in (path for pattern in NEEDED for path in ROOT.glob(pattern)):
+def copy(patterns, folder):
+    """Copy what matches from here into a folder."""
+    for path in (path for pattern in patterns for path in ROOT.glob(pattern)):
         to = Path(folder) / path.relative_to(ROOT)
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, to)
-    text = put((ROOT / exercise.file).read_text(), exercise, ast.unparse(tree))
-    (Path(folder) / exercise.file).write_text(text)
 
 
-def attempt(exercise, submission, ids, inside=True, hidden=(), shortcuts=True):
+def attempt(exercise, submission, ids, inside=True, more=()):
     """({test: why it failed}, what else to say). A test has passed if all its cases ran and passed.
 
-    inside: in a fresh copy of our code, else in the submission itself. hidden: test files to add.
-    shortcuts=False also runs what is not begun, revealed or refused.
+    inside: in a fresh copy of our code, else in the submission itself. more: test files to add.
     """
     try:
         source, tree = read(exercise, submission)
         revealed = ["revealed: no points"] * (REVEALED in text_of(source, exercise))
-        why = "not begun" if unfinished(tree) else refused(tree) or inside and "".join(revealed)
-        if why and shortcuts:
+        if why := refused(tree) or inside and "".join(revealed):
             raise UserError(why)
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             if inside:
-                copy_with(exercise, tree, folder)
-            for path in hidden:
+                copy(NEEDED, folder)
+                text = put((ROOT / exercise.file).read_text(), exercise, ast.unparse(tree))
+                (Path(folder) / exercise.file).write_text(text)
+            for path in more:
                 shutil.copyfile(path, Path(folder) / "tests/core" / path.name)
             reports, seconds = run(folder if inside else submission, ids)
     except (UserError, RecursionError) as e:
@@ -74,7 +72,7 @@ def attempt(exercise, submission, ids, inside=True, hidden=(), shortcuts=True):
         cases = [r for r in reports if r[0] == test or r[0].startswith(f"{test}[")]
         if broken := [r[2] for r in cases if r[1] != "passed"] or ([] if cases else [lost]):
             failed[test] = broken[0]
-    hint = hints(exercise, (ROOT / exercise.file).read_text()).get(fingerprint(tree))
+    hint = hints(exercise).get(fingerprint(tree))
     return failed, said + [f"hint: {hint}"] * bool(hint)
 
 
@@ -86,12 +84,12 @@ def sentences(failed, ids):
         yield f"      {failed[test]}{helper}"
 
 
-def check(exercises, folder):
+def check(exercises):
     """Run the public tests of a handout on its own files; print a line an exercise, then why."""
     for e in exercises:
-        failed, said = attempt(e, folder, e.public, inside=False)
-        if not failed and e.hints and e.also:
-            restore(folder, blanks(e)[1:])
+        failed, said = attempt(e, ROOT, e.public, inside=False)
+        if not failed and e.hints:
+            restore(blanks(e)[1:])
         found = re.findall(r"exercise (\d+) is unfinished", " ".join(failed.values()))
         said += [f"waits for {n}" for n in sorted(set(found), key=int)]
         said.insert(0, f"{len(e.public) - len(failed)} of {len(e.public)} tests pass")
@@ -101,35 +99,38 @@ def check(exercises, folder):
             print(line, flush=True)
 
 
+def marks(e, submission, more):
+    """An exercise's score, and what to say: public tests give 70% of the points, hidden ones 30%,
+    each by the share that passes. more: files with hidden tests of the lecturer's."""
+    hidden = e.hidden + tuple(
+        f"tests/core/{path.name}::{name}" for path in more
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M))
+    failed, said = attempt(e, submission, e.public + hidden, more=more)
+    passed = [sum(test not in failed for test in ids) for ids in (e.public, hidden)]
+    share, counts = passed[0] / len(e.public), f"{passed[0]} of {len(e.public)} public tests"
+    if hidden:
+        share = 0.7 * share + 0.3 * passed[1] / len(hidden)
+        counts += f", {passed[1]} of {len(hidden)} hidden tests"
+    return round(e.points * share, 2), "\n".join([counts, *said, *sentences(failed, e.public)])
+
+
 def grade(submission, out, hidden=None):
     """Write OUT/results.json in Gradescope's format, whole again after each exercise.
 
-    Public tests give 70% of the points, hidden ones 30%, each by the share that passes.
     hidden: a folder with more hidden tests: test_7_*.py for exercise 7.
     """
     if any(e.hints for e in EXERCISES) or not Path(submission).is_dir():
         raise UserError(f"{submission}: must be a folder, graded in the repository, not a handout")
     start, path = time.time(), Path(out) / "results.json"
+    beside = path.with_suffix(f".{os.getpid()}.tmp")
     rows = [{"name": f"{e.number}. {e.name}", "score": 0.0, "max_score": e.points,
              "output": "not graded"} for e in EXERCISES]
     path.parent.mkdir(parents=True, exist_ok=True)
-    for row, e in zip([None, *rows], [None, *EXERCISES]):
-        if e:
-            more = sorted(Path(hidden).glob(f"test_{e.number}_*.py")) if hidden else []
-            own = tuple(f"tests/core/{path.name}::{name}" for path in more
-                        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M))
-            failed, said = attempt(e, submission, e.public + e.hidden + own, hidden=more)
-            kinds = {"public": e.public, "hidden": e.hidden + own}
-            passed = {kind: sum(test not in failed for test in ids) for kind, ids in kinds.items()}
-            share = passed["public"] / len(e.public)
-            if kinds["hidden"]:
-                share = 0.7 * share + 0.3 * passed["hidden"] / len(kinds["hidden"])
-            row["score"] = round(e.points * share, 2)
-            counts = [f"{passed[kind]} of {len(ids)} {kind} tests" for kind, ids in kinds.items()]
-            row["output"] = "\n".join([", ".join(counts), *said, *sentences(failed, e.public)])
+    for row, e in zip(rows, EXERCISES):
+        more = sorted(Path(hidden).glob(f"test_{e.number}_*.py")) if hidden else []
+        row["score"], row["output"] = marks(e, submission, more)
         results = {"score": round(sum(row["score"] for row in rows), 2), "tests": rows,
                    "execution_time": round(time.time() - start)}
-        beside = path.with_suffix(f".{os.getpid()}.tmp")
         beside.write_text(json.dumps(results))
         os.replace(beside, path)
     return results

@@ -3,67 +3,49 @@
 import ast
 import json
 import re
-import shutil
 import zipfile
 import zlib
 from dataclasses import replace
 from pathlib import Path
 
 from course.exercises import EXERCISES, ROOT
-from course.grade import NEEDED
+from course.grade import NEEDED, copy
 from course.parts import ANSWERS, blanks, hints, put, span, text_of
 from support.tools import UserError
 
-COPIED = ("*.py", "support/*.py", "lab/*.py", "course/*.py", "docs/*.md", "docs/pictures/*",
+COPIED = ("*.py", "support/*.py", "lab/*.py", "course/*.py", "docs/pictures/*",
           "weights/shapes/*.pt", "tests/conftest.py", "tests/core/helpers.py", "requirements.txt",
           "pyproject.toml", "LICENSE")
+KNOWN = "from support.tools import Unfinished\n"
 
 
 def handout(out):
     """Write a new folder: stubs, public tests, ASSIGNMENT.md, answers.md, a notebook, weights."""
-    out = Path(out)
     if out.exists():
         raise UserError(f"{out}: is there already; give a new folder")
-    files = sorted({file for e in EXERCISES for file, _ in blanks(e)})
-    texts = {file: (ROOT / file).read_text() for file in files}
-    packed = zlib.compress(json.dumps(texts).encode())
-    text = assignment(texts)
+    ours = {file: (ROOT / file).read_text() for e in EXERCISES for file, _ in blanks(e)}
+    texts, text = dict(ours), assignment(ours)
     for e in EXERCISES:
         for file, part in blanks(e):
-            words = f"Exercise {e.number}, {e.minutes} minutes: {size(part, texts[file])} lines."
-            if part != e:
-                words = f"This appears when `python -m course check {e.number}` finds no mistake."
-            texts[file] = put(texts[file], part, f"# {words}\nraise Unfinished({e.number})")
-    texts |= {test.split("::")[0]: public_part(test.split("::")[0])
-              for e in EXERCISES for test in e.public}
-    for file in files:
-        known = "from support.tools import Unfinished\n"
-        if known not in texts[file]:
-            texts[file] = texts[file].replace("\nimport torch\n", f"\nimport torch\n{known}", 1)
-    rows = [replace(e, hidden=(), mistakes=(), hints=hints(e, (ROOT / e.file).read_text()))
-            for e in EXERCISES]
-    table = (ROOT / "course/exercises.py").read_text().partition("\n\ndef t(")[0]
-    texts["course/exercises.py"] = f"{table}\n\nEXERCISES = [\n" + "".join(
-        f"    {row!r},\n" for row in rows) + "]\n"
+            later = f"# Appears when `python -m course check {e.number}` finds no mistake.\n"
+            stub = later * (part != e) + f"raise Unfinished({e.number})"
+            texts[file] = put(texts[file], part, stub)
+            if KNOWN not in texts[file]:
+                texts[file] = texts[file].replace("import torch\n", f"import torch\n{KNOWN}", 1)
+    for file in {test.split("::")[0] for e in EXERCISES for test in e.public}:
+        texts[file] = public_part(file)
+    rows = [replace(e, hidden=(), mistakes=(), hints=hints(e)) for e in EXERCISES]
+    table = (ROOT / "course/exercises.py").read_text().partition("def t(")[0]
+    texts["course/exercises.py"] = (
+        f"{table}EXERCISES = [\n" + "".join(f"    {row!r},\n" for row in rows) + "]\n")
     texts["ASSIGNMENT.md"] = text
     texts["answers.md"] = "\n\n".join(["# Answers", *re.findall("^### (Question.*)", text, re.M)])
     texts["assignment.ipynb"] = json.dumps(notebook(text), indent=1)
-    for path in (path for pattern in COPIED for path in ROOT.glob(pattern)):
-        if path.name != "teaching.md":
-            texts.setdefault(str(path.relative_to(ROOT)), path)
-    for file, what in texts.items():
+    copy(COPIED, out)
+    for file, content in texts.items():
         (out / file).parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(what, Path):
-            shutil.copyfile(what, out / file)
-        else:
-            (out / file).write_text(what, encoding="utf-8")
-    (out / ANSWERS).write_bytes(packed)
-
-
-def size(part, source):
-    """How many lines a solution has, without comments; of an open exercise, nobody knows."""
-    lines = [line.strip() for line in text_of(source, part).splitlines()]
-    return sum(not line.startswith(("#", "raise Unf")) for line in lines if line) or "your"
+        (out / file).write_text(content, encoding="utf-8")
+    (out / ANSWERS).write_bytes(zlib.compress(json.dumps(ours).encode()))
 
 
 def public_part(file):
@@ -80,7 +62,8 @@ def public_part(file):
         kept |= {k: left.pop(k) for k in found}
         used = set(re.findall(r"\w+", " ".join(kept.values())))
         wanted = rf"(@.*\n)*(def |class )?({'|'.join(used)})\b( = |\(|:|,)"
-    return "\n".join(text for _, text in sorted(kept.items()))
+    return "".join("\n\n" * text.startswith(("def ", "class ", "@")) + text
+                   for _, text in sorted(kept.items()))
 
 
 def assignment(texts):
@@ -89,12 +72,13 @@ def assignment(texts):
     rows = ["| | exercise | points | minutes | where |", "|---|---|---|---|---|"]
     for e in EXERCISES:
         rows.append(f"| {e.number} | {e.name} | {e.points} | {e.minutes} | `{e.file}` |")
-        what = f"{size(e, texts[e.file])} lines" + " of its body" * e.region
+        lines = [line.strip() for line in text_of(texts[e.file], e).splitlines()]
+        size = f", {sum(line[:1] not in ('', '#') for line in lines)} lines" * bool(e.mistakes)
         picture = f"\n![](docs/pictures/course_{e.figure}.png)\n" if e.figure else ""
         text = text.replace(f"### {e.number}\n", f"""\
 ### {e.number}. {e.name}
 
-`{e.function}` in [{e.file}]({e.file}): {e.points} points, {e.minutes} minutes, {what}.
+`{e.function}` in [{e.file}]({e.file}): {e.points} points, {e.minutes} minutes{size}.
 
 ```
 {ast.get_docstring(span(texts[e.file], e)[0])}
@@ -118,21 +102,23 @@ def archive(out, hidden=None):
 
 def notebook(text):
     """A thin notebook, made from ASSIGNMENT.md: a check and a figure for each exercise."""
-    cells = [("code", "%pip install -q -r requirements.txt"), ("code", """\
+    def cell(kind, source, **more):
+        cells.append({"cell_type": kind, "metadata": {}, "source": source, **more})
+
+    cells, empty = [], {"outputs": [], "execution_count": None}
+    cell("code", """\
+%pip install -q -r requirements.txt
 from course.__main__ import main
 from course.figures import figure
-from course.handout import hand_in""")]
+from course.handout import hand_in""", **empty)
     for block in re.split(r"^(?=###? )", text, flags=re.M):
-        cells.append(("markdown", block))
+        cell("markdown", block)
         if number := re.match(r"### (\d+)\.", block):
             e = EXERCISES[int(number[1]) - 1]
             show = f'\nfigure("{e.figure}")' if e.figure else ""
-            cells.append(("code", f'main(["check", "{e.number}"]){show}'))
-    cells.append(("code", 'hand_in("submission.zip")'))
-    code = {"outputs": [], "execution_count": None}
-    return {"nbformat": 4, "nbformat_minor": 4, "metadata": {}, "cells": [
-        {"cell_type": kind, "metadata": {}, "source": source} | (code if kind == "code" else {})
-        for kind, source in cells]}
+            cell("code", f'main(["check", "{e.number}"]){show}', **empty)
+    cell("code", 'hand_in("submission.zip")', **empty)
+    return {"nbformat": 4, "nbformat_minor": 4, "metadata": {}, "cells": cells}
 
 
 def hand_in(out):

@@ -15,7 +15,7 @@ import pytest
 from course import child, figures, grade, handout
 from course.__main__ import main
 from course.exercises import EXERCISES, ROOT
-from course.parts import REVEALED, put, span, text_of
+from course.parts import REVEALED, put, span, statements, text_of
 from support import tools
 
 SOLVABLE = [e for e in EXERCISES if e.mistakes]
@@ -57,6 +57,9 @@ def test_points_add_up_and_every_row_names_a_function_and_tests_that_are_there()
         assert end > first and e.public and (e.hidden or not e.mistakes)
         assert ast.get_docstring(span(ours(e), e)[0])
         assert not e.figure or e.figure in figures.FIGURES
+        lines = ours(e).splitlines()
+        commented = "\n".join([*lines[:first], "# at the margin", *lines[first:]])
+        assert ast.dump(statements(commented, e)) == ast.dump(statements(ours(e), e))
         for test in e.public + e.hidden:
             file, _, name = test.partition("::")
             assert f"\ndef {name.partition('[')[0]}(" in (ROOT / file).read_text()
@@ -84,7 +87,7 @@ def test_the_handout_keeps_signatures_and_docstrings_and_holds_no_line_of_a_solu
         assert ast.get_docstring(before) == ast.get_docstring(after)
     hidden = [test.split("::")[1] for e in EXERCISES for test in e.hidden]
     assert not [test for test in hidden if any(test in text for text in texts.values())]
-    assert not (made / ".git").exists() and not (made / "docs/teaching.md").exists()
+    assert not (made / ".git").exists() and not [*made.glob("docs/*.md")]
 
 
 def test_the_handout_is_imported_and_collected_and_what_is_unfinished_ends_in_one_line(made):
@@ -99,10 +102,12 @@ def test_the_handout_is_imported_and_collected_and_what_is_unfinished_ends_in_on
     assert main(["handout", str(made)]) == 2  # there already
 
 
-def test_the_handout_is_graded_0_and_without_the_short_cut_every_public_list_fails(made, tmp_path):
+def test_the_handout_is_graded_0_and_if_it_is_run_every_public_test_fails(
+        made, tmp_path, monkeypatch):
     assert grade.grade(made, tmp_path)["score"] == 0
+    monkeypatch.setattr(grade, "refused", lambda tree: None)
     for e in EXERCISES:
-        assert grade.attempt(e, made, e.public, shortcuts=False)[0].keys() == set(e.public), e.name
+        assert grade.attempt(e, made, e.public)[0].keys() == set(e.public), e.name
 
 
 # --- grades ---------------------------------------------------------------------------------------
@@ -161,9 +166,9 @@ def test_whatever_a_body_does_the_results_are_valid_and_the_rest_is_kept(
     (lambda s: s.replace("def q_sample", "def r_sample"), "is not there"),
     (lambda s: s + "\ndef f(:\n", "does not parse, line"),
     (lambda s: "", "is not there"),
-    (lambda s: s.replace("signal * x_0 +", "open('x') +"), "may not open files"),
-    (lambda s: s.replace("signal * x_0 +", "torch.os.sep +"), "refused"),
-    (lambda s: s.replace("signal * x_0 +", "'PYTEST_CURRENT_TEST' +"), "refused"),
+    (lambda s: s.replace("signal * x_0 +", "open('x') +"), "'open', which no exercise needs"),
+    (lambda s: s.replace("signal * x_0 +", "torch.os.sep +"), "'os'"),
+    (lambda s: s.replace("signal * x_0 +", "getattr(torch, 'os') +"), "'os'"),
     (lambda s: s.replace("return signal * x_0", "import math; return signal * x_0"), "imports"),
     (lambda s: s.replace("return signal * x_0", f"{REVEALED}\n        return signal * x_0"),
      "revealed: no points"),
