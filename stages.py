@@ -83,9 +83,9 @@ PRESETS = {
         "clip": ({"image_size": 64, "vision_width": 16},
                  {"steps": 6000, "batch_size": 256, "lr": 1e-3, "muon": 20.0}),
         "prior": ({"width": 192, "depth": 4}, {"steps": 2500, "batch_size": 128, "lr": 1e-3}),
-        "decoder": ({"size": 32, "channels": 48, "multiples": (1, 2, 3),
+        "decoder": ({"size": 32, "channels": 40, "multiples": (1, 2, 3),
                      "attention_levels": (1, 2)},
-                    {"steps": 2500, "batch_size": 64, "lr": 1e-3, "muon": 5.0}),
+                    {"steps": 4000, "batch_size": 64, "lr": 1e-3, "muon": 5.0}),
     },
     # The paper's depth, resolutions and attention, at a thirtieth of its size; never run.
     "large": {
