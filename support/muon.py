@@ -74,9 +74,11 @@ def make_optimizers(model, muon=None):
     inside = {p for stack in stacks for p in stack.parameters() if p.dim() > 1} if muon else set()
     matrices = [p for p in model.parameters() if p in inside]  # in the model's order, for resuming
     others = [(name, p) for name, p in model.named_parameters() if p not in inside]
+    tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     groups = {True: [], False: []}  # whether they decay
     for name, p in others:
-        groups[p.dim() > 1 and "embedding" not in name and "position" not in name].append(p)
+        flat = p.dim() < 2 or p in tables or "embedding" in name or "position" in name
+        groups[not flat].append(p)
     adam = torch.optim.AdamW([{"params": groups[True], "scale": 1.0},
                               {"params": groups[False], "scale": 1.0, "weight_decay": 0.0}],
                              fused=True, **ADAM)

@@ -75,7 +75,8 @@ def test_each_parameter_gets_its_own_step_and_none_without_a_gradient():
 
 def test_every_parameter_has_one_optimizer_and_the_ends_have_adam():
     model = Decoder(DecoderConfig(dim=8, text_width=8, text_len=4, channels=8, multiples=(1, 2),
-                                  attention_levels=(1,), context_width=32, text_depth=1))
+                                  attention_levels=(1,), context_width=32, text_depth=1,
+                                  vocab_size=9))
     of = {id(p): name for name, p in model.named_parameters()}
     optimizers = make_optimizers(model, 5.0)
     decaying, others, muon = ([of[id(p)] for p in group["params"]]
@@ -84,7 +85,8 @@ def test_every_parameter_has_one_optimizer_and_the_ends_have_adam():
     assert sorted(adam + muon) == sorted(of.values())
     assert optimizers[0].param_groups[1]["weight_decay"] == 0
     assert {"unet.conv_in.weight", "image_to_time.weight"} <= set(decaying)
-    assert {"text_position", "text_norm.weight", "unet.conv_in.bias"} <= set(others)
+    assert {"text_position", "text_in.weight", "text_norm.weight",
+            "unet.conv_in.bias"} <= set(others)  # text_in: a table of words
     assert {"unet.down.0.res.conv_1.weight", "text_blocks.0.mlp.0.weight"} <= set(muon)
     assert {"unet.conv_in.weight", "unet.conv_out.weight", "null_image_emb",
             "unet.down.0.res.conv_1.bias", "unet.down.0.res.norm_1.weight"} <= set(adam)
