@@ -104,10 +104,9 @@ class Pipeline:
     def text(self, captions):
         """Captions -> text_emb (B, D), text_enc (B, L, W), text_mask (B, L). For GLIDE, text_enc is
         the words' ids (B, L)."""
-        text_emb, text_enc, text_mask = self.clip.encode_text(captions)
-        if self.decoder.config.vocab_size:
-            text_enc = self.clip.tokenizer(captions).to(self.device)
-        return text_emb, text_enc, text_mask
+        ids = self.clip.tokenizer(captions).to(self.device)
+        text_emb, text_enc, text_mask = self.clip.encode_ids(ids)
+        return text_emb, ids if self.decoder.config.vocab_size else text_enc, text_mask
 
     def look(self, picture):
         """CLIP's embedding of the middle square of a PIL picture: (1, D), unit norm."""

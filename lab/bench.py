@@ -174,10 +174,13 @@ def race(args):
             closed = fields.pop("closed", None)
             torch.manual_seed(seed)
             model = fresh_model(stage, args.preset, data[0], clip, embeddings[0])
-            model = type(model)(replace(model.config, **fields)).to(args.device)
-            if closed:  # zero, and as no gradient reaches it, it stays so
-                for p in getattr(model, closed).requires_grad_(False).parameters():
-                    p.zero_()
+            try:
+                model = type(model)(replace(model.config, **fields)).to(args.device)
+                silent = getattr(model, closed).parameters() if closed else ()
+            except (TypeError, AttributeError) as e:
+                raise UserError(f"--race {arm!r}: there is no such field or layer ({e})")
+            for p in silent:  # zero, and as no gradient reaches it, it stays so
+                p.requires_grad_(False).zero_()
             batches, val = (Batches(model, d, e, training["batch_size"], seed, args.device)
                             for d, e in zip(data, embeddings))
             ema, steps = train_for(model, batches, training, args)

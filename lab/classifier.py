@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from lab.measures import draw_batches, frechet, look, precision_recall, redrawn
+from lab.measures import THETAS, draw_batches, frechet, look, precision_recall, redrawn
 from manipulate import edit, psnr, text_diff
 from sample import Pipeline
 from stages import load_clip
@@ -178,17 +178,18 @@ def judge_classes(args):
     return table
 
 
-def judge_class_edits(args, thetas):
+def judge_class_edits(args):
     """Real pictures from their latents, with fresh noise, and turned to another class by text:
     what does the classifier see?"""
-    data = load_data("folder", args.root, None)
+    data = load_data(args.data, args.root, None)
     model = load_classifier(args.classifier, args.device)
     pipeline = Pipeline(args.weights, args.device, 1, prior=None)
     some = np.random.default_rng(args.seed).permutation(len(data))[:args.n]
+    n = len(some)
     _, labels, classes = labelled(data, model.classes)
     side, embs = pipeline.sizes[0], look(pipeline.clip, part_of(data, some))
     pictures = torch.stack([data.image(i, side) for i in some]).to(args.device)
-    seeds, labels, table = range(args.seed, args.seed + args.n), labels[some], {}
+    seeds, labels, table = range(args.seed, args.seed + n), labels[some], {}
 
     def right(drawn, wanted):
         return (model.look(drawn)[0] == wanted).float().mean().item()
@@ -196,18 +197,18 @@ def judge_class_edits(args, thetas):
     again, varied = redrawn(pipeline, pictures, embs, seeds)
     for name, drawn in (("true", pictures), ("reconstruction", again), ("variation", varied)):
         table[name] = {"psnr": None if drawn is pictures else psnr(drawn, pictures).mean().item(),
-                       "right": right(drawn, labels), "n": args.n}
-    edited, after = [], (labels + 1 + torch.arange(args.n) % (len(classes) - 1)) % len(classes)
-    for k in tqdm(range(min(args.edits, args.n)), "edits", disable=None):
+                       "right": right(drawn, labels), "n": n}
+    edited, after = [], (labels + 1 + torch.arange(n) % (len(classes) - 1)) % len(classes)
+    for k in tqdm(range(min(args.edits, n)), "edits", disable=None):
         direction = text_diff(pipeline, *(classes[c[k]][0] for c in (after, labels)))
-        edited.append(edit(pipeline, pictures[k:k + 1], embs[k:k + 1], direction, thetas, seeds[k]))
-    for k, theta in enumerate(thetas):
+        edited.append(edit(pipeline, pictures[k:k + 1], embs[k:k + 1], direction, THETAS, seeds[k]))
+    for k, theta in enumerate(THETAS):
         drawn = torch.stack([frames[k] for frames in edited])
         table[f"theta {theta:.3f}"] = {"new": right(drawn, after[:len(drawn)]),
                                        "old": right(drawn, labels[:len(drawn)]), "n": len(drawn)}
     if args.out:
         rows = torch.cat([torch.stack([p, *frames]) for p, frames in zip(pictures, edited)][:12])
-        save_picture(draw_grid(rows, columns=1 + len(thetas), cell=64),
+        save_picture(draw_grid(rows, columns=1 + len(THETAS), cell=64),
                      Path(args.out) / "class_edits.png")
     return table
 

@@ -26,7 +26,7 @@ from lab.classifier import judge_class_edits, judge_classes
 from lab.findings import report
 from lab.judge import S, judge, scores, shares, the_thing
 from lab.measures import (
-    draw_batches, frechet, in_batches, judged_pipeline, linear_probe, look, mixed_captions,
+    THETAS, draw_batches, frechet, in_batches, judged_pipeline, linear_probe, look, mixed_captions,
     pairs_shown, pictures_of, precision_recall, prefers, redrawn, scenes_of, single_objects,
     wrong_captions,
 )
@@ -45,7 +45,6 @@ from support.tools import (
 )
 from train import Batches, validate
 
-THETAS = (0.0, 0.125, 0.25, 0.375, 0.5)  # how far text diffs turn the embedding
 # How columns are printed; all others are shares, in percent.
 FORMATS = {"n": "d", "evaluations": "d", "frechet": ".2f", "ms": ".1f", "psnr": ".2f",
            **dict.fromkeys(("cosine", "clip_score", "clip_score_true"), ".3f"),
@@ -252,10 +251,7 @@ def single_edits(data, n):
 
 
 def judge_manipulations(args):
-    """Pictures inverted and redrawn, varied, blended, and edited by text. Of shapes, or with
-    --root of a folder of pictures with classes."""
-    if args.root:
-        return judge_class_edits(args, THETAS)
+    """Pictures inverted and redrawn, varied, blended, and edited by text."""
     pipeline = Pipeline(args.weights, args.device, S, prior=None)
     data, seeds = Shapes(args.n, "val", args.seed), range(args.seed, args.seed + args.n)
     scenes, embs, ends, table = scenes_of(data), look(pipeline.clip, data), [], {}
@@ -370,13 +366,14 @@ COMMANDS = {  # name: (function, its options, its own defaults)
     "captions": (judge_captions, [*DRAWING, "--rows", "--out"], {}),
     "priors": (judge_priors, [*WEIGHTS, "--prior-scale"], {"prior_scale": 1.0}),
     "upsamplers": (judge_upsamplers, [*WEIGHTS, "--size"], {"size": 1024}),
-    "manipulations": (judge_manipulations,
-                      [*WEIGHTS, "--edits", "--root", "--classifier", "--out"], {}),
+    "manipulations": (judge_manipulations, [*WEIGHTS, "--edits"], {}),
     "losses": (measure_losses, [*WEIGHTS, *DATA], {"n": 256}),
     "real": (judge_real, [*DRAWING, *DATA, "--size"], {}),
     "classes": (judge_classes, [*WEIGHTS, "--prior-scale", "--candidates", "--prior-steps",
                                 "--steps", "--data", "--root", "--train", "--classifier", "--out"],
                 {"data": "folder", "n": 1000}),
+    "class_edits": (judge_class_edits, [*WEIGHTS, "--edits", "--data", "--root", "--classifier",
+                                        "--out"], {"data": "folder", "n": 100}),
     "export": (export_pictures, [*DRAWING, *DATA, "--size", "--out"], {"out": "samples/export"}),
     "findings": (report, [*WEIGHTS, "--others", "names", "--out"],
                  {"n": 200, "out": "samples/findings"}),

@@ -27,6 +27,7 @@ from lab.plots import chart
 from lab.probing import f8, f9, f10
 from prior import DiffusionPrior, PriorConfig, embedding_scale
 from sample import noise_for
+from stages import BASELINES
 from support.cache import embed
 from support.muon import ADAM
 from support.shapes import (
@@ -381,6 +382,10 @@ def report(args):
     runs = [args.weights, *args.others]
     labs = [Lab(args, run, runs[(k + 1) % len(runs)] if args.others else None)
             for k, run in enumerate(runs)]
+    for run, other in zip(args.others, labs[1:]):
+        if unlike := [s for s in BASELINES if other.has(s) != labs[0].has(s)]:
+            raise UserError(f"--others {run}: {unlike[0]} is in one run and not in the other; "
+                            "findings compare runs that have the same stages")
     lab, sections, found = labs[0], [], {}
     verdicts = [["finding", "question", "verdict"]]
     for name in tqdm(names, disable=None):

@@ -31,6 +31,7 @@ from support.shapes import COLOURS, SHAPES, TRAIN_PAIRS, Shapes, render, with_ar
 from support.sheets import draw_grid, to_tensor
 from support.tools import UserError, autocast
 
+THETAS = (0.0, 0.125, 0.25, 0.375, 0.5)  # how far text diffs turn the embedding
 SPLIT = "test"  # scenes that no stage was trained with and nothing was chosen by
 
 

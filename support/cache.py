@@ -85,6 +85,7 @@ def embed(clip, data, folder, workers=None, batch_size=128):
     """Embeddings of `data` under `clip`: computes what `folder` lacks. Each CLIP and version of the
     data has its own sub-folder, so no embeddings are out of date."""
     workers = min(usable_cores(), 8) if workers is None else workers
+    # "text_ids": what an older layout of these files lacks.
     key = f"text_ids|{clip.identity}|{data.name}|{data.fingerprint()}|{len(data)}"
     folder = Path(folder) / hashlib.sha256(key.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)

@@ -77,8 +77,8 @@ def make_optimizers(model, muon=None):
     tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     groups = {True: [], False: []}  # whether they decay
     for name, p in others:
-        flat = p.dim() < 2 or p in tables or "embedding" in name or "position" in name
-        groups[not flat].append(p)
+        exempt = p.dim() < 2 or p in tables or "embedding" in name or "position" in name
+        groups[not exempt].append(p)
     adam = torch.optim.AdamW([{"params": groups[True], "scale": 1.0},
                               {"params": groups[False], "scale": 1.0, "weight_decay": 0.0}],
                              fused=True, **ADAM)

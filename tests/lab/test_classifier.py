@@ -111,7 +111,7 @@ def test_real_pictures_are_redrawn_and_edited(micro_run, folders, trained, tmp_p
     monkeypatch.setattr(classifier, "redrawn", lambda pipeline, x, *_: (x, torch.zeros_like(x)))
     monkeypatch.setattr(classifier, "edit", turned)
     file = tmp_path / "table.json"
-    assert evaluate.main(["manipulations", "--weights", str(micro_run), "--root", str(folders[1]),
+    assert evaluate.main(["class_edits", "--weights", str(micro_run), "--root", str(folders[1]),
                           "--classifier", str(trained), "-n", "40", "--edits", "30",
                           "--json", str(file), "--out", str(tmp_path)]) == 0
     table = json.loads(file.read_text())

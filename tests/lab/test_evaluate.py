@@ -12,6 +12,7 @@ from PIL import Image
 
 import train
 from clip_model import FrozenClip
+from decoder import Decoder
 from lab import bench, evaluate, measures
 from lab.evaluate import changed_and_kept, print_table, single_edits
 from lab.measures import pairs_shown, wrong_captions
@@ -258,12 +259,16 @@ def test_a_race_trains_each_arm_its_time_and_judges_what_it_draws(
     assert bench.read_arm("a=(1,2) b=v c=None d=2.5") == {"a": (1, 2), "b": "v", "c": None,
                                                           "d": 2.5}
     assert bench.main(["--race", "nonsense"]) == 2
-    shut, draw = [], bench.draw
-    monkeypatch.setattr(bench, "draw", lambda model, *a: shut.append(model) or draw(model, *a))
+    shut, told, sample = [], [], Decoder.sample
+    monkeypatch.setattr(Decoder, "sample", lambda self, emb, *text, **settings: (
+        shut.append(self), told.extend(text[:2]), sample(self, emb, *text, **settings))[-1])
     assert bench.main(["--race", "closed=image_to_time drop_caption=1.0 muon=5.0", "--minutes",
                        "0.01", "-n", "4", "--preset", "micro", "--weights", str(micro_run)]) == 0
     assert not any(p.any() for p in shut[0].image_to_time.parameters())
     assert all(p.any() for p in shut[0].image_to_tokens.parameters())
+    assert told and set(told) == {None}  # it never saw a caption
+    for arm in ("depth=3", "closed=nothing"):  # one line, no traceback
+        assert bench.main(["--race", arm, "--preset", "micro", "--weights", str(micro_run)]) == 2
     monkeypatch.undo()
     assert bench.main(["--race", "copies=1", "--only", "prior", "--minutes", "0.01", "-n", "20",
                        "--preset", "micro", "--weights", str(micro_run)]) == 0

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import shutil
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -198,6 +199,10 @@ def test_claims_that_compare_trainings_are_asked_of_other_runs_and_measured_by_t
     text = (tmp_path / "F1.md").read_text()
     assert "- a difference: 7.0 (1.0 to 9.0); after other trainings -2.0" in text
     assert OPEN in text and untrained_run.name in text
+    copied = shutil.copytree(untrained_run, tmp_path / "less")
+    (copied / "ar_prior.pt").unlink()
+    assert evaluate.main(["findings", "F1", "-n", "8", "--weights", str(micro_run), "--out",
+                          str(tmp_path), "--others", str(copied)]) == 2
     for lab, other in (seen, seen[::-1]):
         assert lab.witness.identity == other.clip.identity != lab.clip.identity
         torch.testing.assert_close(lab.goal, other.true_emb(lab.scenes))
