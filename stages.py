@@ -45,11 +45,10 @@ PRESETS = {
     "tiny": {
         "data": 20_000,  # scenes of the shapes data
         "clip": ({"image_size": 32, "vision_width": 24},
-                 {"steps": 350, "batch_size": 256, "lr": 2e-3}),
+                 {"steps": 350, "batch_size": 256, "lr": 1e-3, "muon": 20.0}),
         "prior": ({"width": 192, "depth": 3}, {"steps": 700, "batch_size": 128, "lr": 1e-3}),
-        "decoder": ({"size": 32, "multiples": (1, 2, 3), "attention_levels": (2,), "predict": "v",
-                     "variance": "learned", "weight_cap": None},
-                    {"steps": 2500, "batch_size": 32, "lr": 1e-3}),
+        "decoder": ({"size": 32, "multiples": (1, 2, 3), "attention_levels": (2,)},
+                    {"steps": 2250, "batch_size": 32, "lr": 1e-3, "muon": 5.0}),
         # Paper: crops of a quarter of the side, blur. Here half of these small pictures, and BSR:
         # a barely trained decoder leaves grain, and with blur alone the upsampler would trust it.
         "upsampler1": ({"low_size": 32, "size": 64, "crop": 32, "channels": 24,

@@ -366,9 +366,14 @@ class Lab:
             return dict(note=f"There is no {stage}: python train.py {stage}.",
                         lacks=f"without {stage}")
         ours, theirs = self.examples("decoder"), self.examples(stage)
-        return {} if ours == theirs else dict(
+        caveat = {} if ours == theirs else dict(
             note=f"The decoder was trained on {ours:,} pictures, {stage} on {theirs:,}.",
             lacks="after unequal trainings")
+        config = load_checkpoint(self.folder / f"{stage}.pt", stage)["config"]
+        if stage == "decoder_caption" and not config.get("vocab_size"):
+            caveat["note"] = (f"{caveat.get('note', '')} GLIDE reads this CLIP's features of the "
+                              "words here, where the paper's learns the words itself.").strip()
+        return caveat
 
     def systems(self):
         """What F4, F5, F8 and F9 compare, {name: settings of draw}: unCLIP and GLIDE, a decoder

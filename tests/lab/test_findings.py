@@ -217,6 +217,8 @@ def test_systems_not_trained_equally_long_or_missing_are_not_compared_in_silence
     assert lab.caveat("decoder_caption") == {
         "note": "The decoder was trained on 2,000 pictures, decoder_caption on 1,000.",
         "lacks": "after unequal trainings"}
+    monkeypatch.setattr("lab.measures.load_checkpoint", lambda *_: {"config": {}})  # an older GLIDE
+    assert "1,000. GLIDE reads this CLIP's" in lab.caveat("decoder_caption")["note"]
     monkeypatch.setattr(lab, "has", lambda stage: stage != "decoder_caption")
     assert lab.systems()["unCLIP without embedding"] == {"given": "caption"}
     assert lab.caveat("decoder_caption")["lacks"] == "without decoder_caption"
