@@ -53,11 +53,11 @@ PRESETS = {
         # a barely trained decoder leaves grain, and with blur alone the upsampler would trust it.
         "upsampler1": ({"low_size": 32, "size": 64, "crop": 32, "channels": 24,
                         "multiples": (1, 2), "degradation": "bsr"},
-                       {"steps": 600, "batch_size": 32, "lr": 1e-3}),
+                       {"steps": 600, "batch_size": 32, "lr": 1e-3, "muon": 5.0}),
         "upsampler2": ({"low_size": 64, "size": 256, "crop": 64, "channels": 32,
                         "multiples": (1, 2), "stem": 2, "degradation": "bsr", "schedule": "linear",
                         "sample_steps": 15},
-                       {"steps": 300, "batch_size": 16, "lr": 1e-3}),
+                       {"steps": 300, "batch_size": 16, "lr": 1e-3, "muon": 5.0}),
     },
     "base": {
         "data": 60_000,
