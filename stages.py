@@ -2,6 +2,7 @@
 
     tiny    minutes on two CPU cores: draws at 32 pixels, enlarges to 64 and 256
     base    half an hour a stage on one or two cores, the decoder two hours: 64, 256, 1024 pixels
+    cifar   CIFAR-10's photos, drawn at their 32 pixels
     large   for one GPU, real pictures and a pretrained CLIP
 
 A preset lists only what differs from the dataclasses' own defaults: the numbers that a student

@@ -178,7 +178,7 @@ def race(args):
                 model = type(model)(replace(model.config, **fields)).to(args.device)
                 silent = getattr(model, closed).parameters() if closed else ()
             except (TypeError, AttributeError, AssertionError) as e:
-                raise UserError(f"--race {arm!r}: there is no such field or layer ({e})")
+                raise UserError(f"--race {arm!r}: there is no such field, value or layer {e}")
             for p in silent:  # zero, and as no gradient reaches it, it stays so
                 p.requires_grad_(False).zero_()
             batches, val = (Batches(model, d, e, training["batch_size"], seed, args.device)
