@@ -35,11 +35,10 @@ STAGES = {
     "decoder_caption": (Decoder, DecoderConfig),
 }
 SHARED = ("data", "root", "limit", "preset", "seed")  # settings that a run's stages share
-KEPT = (*SHARED, "steps", "batch_size", "lr", "muon", "focus")  # and that a resumed stage keeps
+KEPT = (*SHARED, "steps", "batch_size", "lr", "muon")  # and that a resumed stage keeps
 
 # For each stage: fields of the model's config that differ from its defaults, then the training.
 # "muon": Muon's learning rate, as a multiple of "lr" (support/muon.py); without it, Adam alone.
-# "focus": a band of noise levels; half of the levels are drawn from it, half from all.
 # Paper (table 3): 0.8 million steps of 2048 pictures for the decoder alone. Here what one machine
 # can do in minutes (tiny) or hours (base): the findings show long before the beauty does.
 PRESETS = {
@@ -67,8 +66,7 @@ PRESETS = {
         # The U-Net works on patches of 2 x 2 pixels, most of its channels at 16 x 16 and 8 x 8.
         "decoder": ({"channels": 32, "multiples": (1, 3, 3), "attention_levels": (2,), "stem": 2,
                      "emb_width": 384, "image_hidden": 256},
-                    {"steps": 19_200, "batch_size": 32, "lr": 1.5e-3, "muon": 5.0,
-                     "focus": (600, 1000)}),
+                    {"steps": 19_200, "batch_size": 32, "lr": 1.5e-3, "muon": 5.0}),
         "upsampler1": ({"channels": 32, "multiples": (1, 2), "stem": 2, "degradation": "some_blur"},
                        {"steps": 1500, "batch_size": 32, "lr": 1e-3, "muon": 5.0}),
         "upsampler2": ({"low_size": 256, "size": 1024, "crop": 256, "channels": 32,

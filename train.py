@@ -113,8 +113,8 @@ class Loss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch, t=None):
-        return self.model.loss(batch, t)
+    def forward(self, batch):
+        return self.model.loss(batch)
 
 
 def learning_rate(step, settings):
@@ -122,21 +122,6 @@ def learning_rate(step, settings):
     warm_up = min(500, max(1, settings["steps"] // 20))
     cosine = 0.5 * (1 + math.cos(math.pi * step / settings["steps"]))
     return settings["lr"] * min(1.0, (step + 1) / warm_up) * cosine
-
-
-def focused_levels(model, batch, band):
-    """Noise levels t (B,) of a batch, half of them from band = (first, end), half from all.
-
-    Without a band it is None, and the loss draws them uniformly, as in DDPM. Some levels are
-    harder: near 0 the network only sharpens edges; high up it decides what is where, and how many
-    things there are, which takes longest to learn (compare 2403.03206 sec. 3.1).
-    """
-    if band is None:
-        return None
-    B, device = len(batch["image"]), batch["image"].device
-    t = torch.randint(model.diffusion.T, (B,), device=device)
-    focused = torch.rand(B, device=device) < 0.5
-    return torch.where(focused, torch.randint(*band, (B,), device=device), t)
 
 
 def to_device(batch, device):
@@ -219,7 +204,7 @@ def train(run, model, batches, val_batches, checkpoint):
             batch = to_device(batch, device)
             torch.manual_seed(hash((settings["seed"], step, rank)) % 2**62)  # the step's own noise
             with autocast(device):
-                loss = loss_of(batch, focused_levels(model, batch, settings["focus"]))
+                loss = loss_of(batch)
             model.zero_grad()
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT)

@@ -37,7 +37,7 @@ from support.tools import (
     Parser, UserError, autocast, choose_device, peak_memory, positive, positive_number,
     usable_cores, user_errors,
 )
-from train import MAX_GRADIENT, Batches, Ema, Loss, focused_levels, take_step, to_device, validate
+from train import MAX_GRADIENT, Batches, Ema, Loss, take_step, to_device, validate
 
 PARTS = ("prior", "decoder", "upsampler1", "upsampler2")
 
@@ -75,14 +75,14 @@ def made_up_batch(config, B, device, tokens):
 
 
 def training_step(model, muon, rate, device, compiled=False):
-    """A function (batch, rate, t) -> loss that takes one step of training, as train.py does."""
+    """A function (batch, rate) -> loss that takes one step of training, as train.py does."""
     optimizers, loss_of = make_optimizers(model, muon), Loss(model)
     if compiled:
         loss_of.compile(options={"fallback_random": True})
 
-    def step(batch, rate=rate, t=None):
+    def step(batch, rate=rate):
         with autocast(device):
-            loss = loss_of(batch, t)
+            loss = loss_of(batch)
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT)
@@ -190,7 +190,8 @@ def race(args):
             print(f"{arm or 'preset'}, seed {seed}: {steps * training['batch_size']} pictures; "
                   + ", ".join(f"{name} {x:.4g}" for name, x in figures.items()), flush=True)
             if args.out and stage == "decoder":
-                save_picture(draw_grid(drawn[:64], columns=8),
+                some = drawn[:: -(-len(drawn) // 64)]  # at most 64 from all classes, often sorted
+                save_picture(draw_grid(some, columns=8),
                              Path(args.out) / f"{slugs([arm or 'preset'])[0]}_{seed}.png")
 
 
@@ -198,7 +199,7 @@ def train_for(model, batches, training, args):
     """Train for args.minutes: (the averaged model, steps). The learning rate falls with the time.
     On a CPU it is this process's own time, so that other programs do not matter."""
     gpu = args.device.type == "cuda"
-    clock, focus = time.perf_counter if gpu else time.process_time, training.get("focus")
+    clock = time.perf_counter if gpu else time.process_time
     step = training_step(model, training.get("muon"), 0.0, args.device, args.compile)
     step(to_device(batches[0], args.device))  # compiles, and changes nothing at a rate of 0
     loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(10**9),
@@ -209,8 +210,7 @@ def train_for(model, batches, training, args):
         if share >= 1:
             return ema.model, done
         rate = training["lr"] * min(1, 20 * share) * 0.5 * (1 + math.cos(math.pi * share))
-        batch = to_device(batch, args.device)
-        step(batch, rate, focused_levels(model, batch, focus)).item()  # waits for a GPU
+        step(to_device(batch, args.device), rate).item()  # waits for a GPU
         ema.update(model)
 
 
@@ -248,7 +248,7 @@ def judge_of(data, args):
     return right_in
 
 
-TRAINING = ("batch_size", "lr", "muon", "focus")  # fields that are the training's, not the model's
+TRAINING = ("batch_size", "lr", "muon")  # fields that are the training's, not the model's
 
 
 @user_errors

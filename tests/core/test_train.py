@@ -13,7 +13,7 @@ import train
 from decoder import Decoder, DecoderConfig
 from support.shapes import Shapes
 from support.tools import UserError, autocast, choose_device, place
-from train import Batches, Ema, focused_levels, learning_rate, settle, validate
+from train import Batches, Ema, learning_rate, settle, validate
 from upsampler import Upsampler, UpsamplerConfig
 
 pytestmark = pytest.mark.usefixtures("same_numbers_on_one_thread")
@@ -51,18 +51,6 @@ def test_ema_copies_buffers_and_never_averages_them():
     model.num_batches_tracked.fill_(5)
     ema.update(model)
     assert ema.model.running_mean.tolist() == [7, 7] and ema.model.num_batches_tracked == 5
-
-
-def test_half_of_the_focused_levels_lie_in_the_band_and_half_anywhere():
-    model = SimpleNamespace(diffusion=SimpleNamespace(T=1000))
-    batch = {"image": torch.zeros(20_000, 1)}
-    t = focused_levels(model, batch, (900, 1000))
-    inside = (t >= 900).float().mean().item()  # 1/2 by the band, 1/2 * 1/10 by chance
-    assert inside == pytest.approx(0.55, abs=0.02) and t.min() < 10 and t.max() == 999
-    assert focused_levels(model, batch, None) is None
-
-
-# --- batches -------------------------------------------------------------------------------------
 
 
 class Numbers:
