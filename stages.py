@@ -88,19 +88,19 @@ PRESETS = {
     # The paper's depth, resolutions and attention, at a thirtieth of its size; never run.
     "large": {
         "data": 100_000,
-        "clip": ({}, {"steps": 20_000, "batch_size": 512, "lr": 1e-3}),
+        "clip": ({}, {"steps": 20_000, "batch_size": 512, "lr": 1e-3, "muon": 20.0}),
         "prior": ({"width": 512, "depth": 12, "heads": 8},
                   {"steps": 100_000, "batch_size": 512, "lr": 3e-4}),
         "decoder": ({"channels": 128, "blocks": 2, "attention_levels": (1, 2, 3),
                      "head_channels": 64, "context_width": 512, "text_depth": 4, "dropout": 0.1,
                      "sample_steps": 50},
-                    {"steps": 150_000, "batch_size": 128, "lr": 2e-4}),
+                    {"steps": 150_000, "batch_size": 128, "lr": 2e-4, "muon": 5.0}),
         "upsampler1": ({"channels": 96, "multiples": (1, 2, 3), "blocks": 2, "dropout": 0.1},
-                       {"steps": 100_000, "batch_size": 64, "lr": 2e-4}),
+                       {"steps": 100_000, "batch_size": 64, "lr": 2e-4, "muon": 5.0}),
         "upsampler2": ({"low_size": 256, "size": 1024, "crop": 256, "channels": 64,
                         "multiples": (1, 2, 4), "stem": 2, "degradation": "bsr",
                         "schedule": "linear", "sample_steps": 15},
-                       {"steps": 50_000, "batch_size": 16, "lr": 2e-4}),
+                       {"steps": 50_000, "batch_size": 16, "lr": 2e-4, "muon": 5.0}),
     },
 }
 
