@@ -53,6 +53,9 @@ def test_ema_copies_buffers_and_never_averages_them():
     assert ema.model.running_mean.tolist() == [7, 7] and ema.model.num_batches_tracked == 5
 
 
+# --- batches -------------------------------------------------------------------------------------
+
+
 class Numbers:
     """A stage whose batch is the numbers of its pictures, and whose loss is their mean."""
 
