@@ -82,6 +82,11 @@ class Classifier(nn.Module):
         return self.head(found).argmax(dim=1).cpu(), found.cpu()
 
 
+def whole(name, root, split):
+    """All pictures of a folder; CIFAR in its own format has both splits in one: that one."""
+    return load_data(name, root, split if name.startswith("cifar") else None)
+
+
 def labelled(data, classes=None):
     """(pictures (n, 3, SIDE, SIDE) uint8, classes (n,), the captions of each class) of a data set
     in which many pictures have the same captions."""
@@ -143,11 +148,11 @@ def load_classifier(path, device="cpu"):
 def judge_classes(args):
     """Pictures drawn from captions of a data set with classes, judged by a classifier; CLIP alone,
     if no decoder is trained yet."""
-    data = load_data(args.data, args.root, None)
+    data = whole(args.data, args.root, "val")
     if not (args.weights / "decoder.pt").exists():
         return zero_shot(load_clip(args.weights, device=args.device), data, *labelled(data)[1:])
     model = load_classifier(args.classifier, args.device)
-    pipeline, seen = Pipeline(args.weights, args.device, 1), load_data(args.data, args.train, None)
+    pipeline, seen = Pipeline(args.weights, args.device, 1), whole(args.data, args.train, "train")
     pictures, labels, classes = labelled(data, model.classes)
     table = zero_shot(pipeline.clip, data, labels, classes)
 
@@ -181,7 +186,7 @@ def judge_classes(args):
 def judge_class_edits(args):
     """Real pictures from their latents, with fresh noise, and turned to another class by text:
     what does the classifier see?"""
-    data = load_data(args.data, args.root, None)
+    data = whole(args.data, args.root, "val")
     model = load_classifier(args.classifier, args.device)
     pipeline = Pipeline(args.weights, args.device, 1, prior=None)
     some = np.random.default_rng(args.seed).permutation(len(data))[:args.n]
@@ -251,7 +256,7 @@ def main(argv=None):
     add("--device", type=choose_device, default="auto", help="auto, cpu or cuda")
     add("--seed", type=seed_number, default=0, help="of weights, batches and variations")
     args = parser.parse_args(argv)
-    data, test = load_data(args.data, args.root), load_data(args.data, args.test, None)
+    data, test = whole(args.data, args.root, "train"), whole(args.data, args.test, "val")
     model, accuracy = train(data, test, args.epochs, args.device, args.seed)
     save_checkpoint(Path(args.out), {
         "stage": "classifier", "config": {"classes": [list(c) for c in model.classes]}, "step": 0,

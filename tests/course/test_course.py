@@ -263,8 +263,12 @@ def test_the_notebook_runs_with_the_solution_in_place(tmp_path):
     cells = json.loads((folder / "assignment.ipynb").read_text())["cells"]
     code = [cell["source"] for cell in cells if cell["cell_type"] == "code"]
     assert sum("check" in cell for cell in code) == len(EXERCISES)
-    (folder / "cells.py").write_text("\n".join(code).replace("%pip", "# %pip"))
+    script = "\n".join(code).replace("%pip", "# %pip")
+    checked = [e for e in SOLVABLE if e.figure][:1]  # two seconds each; graded in another test
+    script = re.sub(r'main\(\["check", "(\d+)"\]\)', lambda line: line[0] * (
+        int(line[1]) in [e.number for e in checked]), script)
+    (folder / "cells.py").write_text(script)
     code, out, err = python(folder, "-c", "exec(open('cells.py').read())")  # no file, as there
-    for e in SOLVABLE:
+    for e in checked:
         assert f"{e.number:2} {e.name}: {len(e.public)} of {len(e.public)} tests pass\n" in out, err
     assert {e.file for e in EXERCISES} < set(zipfile.ZipFile(folder / "submission.zip").namelist())

@@ -12,12 +12,12 @@ from tests.conftest import ROOT
 def trained(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     said = "--preset tiny --steps 3 --batch-size 8 --limit 32 --workers 0 --device cpu".split()
-    assert train.main(["upsampler1", *said, "--out", str(tmp_path)]) == 0
+    assert train.main(["clip", *said, "--out", str(tmp_path)]) == 0
     return tmp_path
 
 
 def test_a_command_gives_its_first_losses_again_and_other_losses_are_told(trained, capfd):
-    path = trained / "upsampler1.pt"
+    path = trained / "clip.pt"
     checkpoint = load_checkpoint(path)
     assert list(checkpoint["first_losses"]) == [1, 2, 3]
     assert main(["--weights", str(trained)]) == 0
@@ -27,4 +27,4 @@ def test_a_command_gives_its_first_losses_again_and_other_losses_are_told(traine
     checkpoint["first_losses"][2] *= 1.05
     save_checkpoint(path, checkpoint)
     assert main(["--weights", str(trained)]) == 2
-    assert "other losses than in the training: upsampler1" in capfd.readouterr().err
+    assert "other losses than in the training: clip" in capfd.readouterr().err

@@ -49,6 +49,12 @@ def test_it_learns_classes_from_captions_and_is_read_back(folders, trained, caps
     torch.testing.assert_close(features, mirrored, rtol=1e-2, atol=1e-2)  # both are looked at
 
 
+def test_of_cifars_own_format_one_split_is_taken_and_of_a_folder_all(monkeypatch):
+    monkeypatch.setattr(classifier, "load_data", lambda *asked: asked)
+    assert classifier.whole("cifar100", "both", "train") == ("cifar100", "both", "train")
+    assert classifier.whole("folder", "one", "train") == ("folder", "one", None)
+
+
 def test_pictures_that_all_have_captions_of_their_own_are_no_classes(folders):
     class Captioned:
         name = "folder"
