@@ -5,18 +5,23 @@
 
 Run it alone on the machine.
 
-PyTorch counts the FLOPs of a whole step (a multiply-add is two). The peak is measured as well, as
-the speed of a square matrix product in the precision that training uses.
+PyTorch counts the FLOPs of a whole step (a multiply-add is two), and its profiler says where the
+time goes. The peak is measured as well, as the speed of a square matrix product in the precision
+that training uses.
 """
 
 import ast
 import math
+import os
+import re
 import sys
 import tempfile
 import time
 from dataclasses import replace
 from itertools import count, product
 from pathlib import Path
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read by torch's import: a silent profiler
 
 import numpy as np
 import torch
@@ -52,6 +57,24 @@ def seconds(work, device, repeats=5):
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - begun)
     return min(times[2:])
+
+
+# Operations whose names match are a kind; what is left is the last one's.
+KINDS = {"convolutions": "conv", "matrix products": "mm|attention", "group norms": "group_norm",
+         "copies": "copy|cat", "the rest": ""}
+
+
+def where_time_goes(work, device):
+    """ "convolutions 52%, ...": the kinds' shares of one run of work(), by PyTorch's profiler."""
+    with torch.profiler.profile() as seen:
+        work()
+    spent, own = dict.fromkeys(KINDS, 0), "device" if device.type == "cuda" else "cpu"
+    for event in seen.key_averages():
+        if event.device_type != torch.autograd.DeviceType.CPU:
+            continue  # a GPU's kernel, whose time its operation has as well
+        kind = next(kind for kind, name in KINDS.items() if re.search(name, event.key))
+        spent[kind] += getattr(event, f"self_{own}_time_total")
+    return ", ".join(f"{kind} {x / sum(spent.values()):.0%}" for kind, x in spent.items())
 
 
 def matmul_peak(device, kind):
@@ -136,7 +159,8 @@ def bench_training(stage, args, peak, changed=None, label=""):
     took = seconds(lambda: step(batch), device)
     print(f"{label or stage:14} batch {B:4}: {took * 1000:8.0f} ms a step {B / took:8.0f} "
           f"examples/s {flops / B / 1e9:8.2f} GFLOP an example {flops / took / 1e9:9.0f} GFLOP/s "
-          f"{flops / took / peak:6.1%} of the peak, {peak_memory(device):.1f} GB")
+          f"{flops / took / peak:6.1%} of the peak, {peak_memory(device):.1f} GB\n"
+          f"{'':14} {where_time_goes(lambda: step(batch), device)}")
 
 
 def read_arm(text):

@@ -1,6 +1,7 @@
 """evaluate.py and bench.py: what is drawn for which row, and the figures that come out."""
 
 import json
+import re
 import shutil
 from functools import partial
 from unittest.mock import patch
@@ -234,6 +235,15 @@ def test_bench_times_a_step(monkeypatch, capsys):
     assert bench.main(["--only", "widths", "--preset", "micro"]) == 0
     told = capsys.readouterr().out
     assert "width 256 " in told and "channels 64 " in told and told.count("ms a step") == 8
+
+
+def test_what_most_time_goes_into_has_the_largest_share():
+    x, cpu = torch.randn(400, 400), torch.device("cpu")
+    for kind, work in (("matrix products", lambda: x @ x), ("the rest", lambda: x.sin()),
+                       ("convolutions", lambda: torch.conv2d(x[None, None], x[None, None, :9, :9])),
+                       ("copies", lambda: torch.cat([x.T, x]))):
+        told = dict(re.findall(r"(\w[a-z ]+) (\d+)%", bench.where_time_goes(work, cpu)))
+        assert told.keys() == bench.KINDS.keys() and int(told[kind]) > 60, (kind, told)
 
 
 def test_bench_says_what_more_pictures_cost(micro_run, capsys, monkeypatch):
