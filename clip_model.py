@@ -1,9 +1,10 @@
 """The frozen CLIP: pictures and captions as points on one sphere (CLIP, 2103.00020; paper sec. 2).
 
-CLIP is two networks, one for pictures and one for captions, trained so that a picture and its own
-caption point in the same direction. Here it is one of open_clip's pretrained models, or a small one
-trained on the same data as everything else. The other stages never train it further. Through
-`FrozenClip` they get the same four things from any CLIP:
+CLIP is two networks, one for pictures and one for captions, trained so that a picture is nearer to
+its own caption than to others. (All captions still lie apart from all pictures: see prior.py.) Here
+it is one of open_clip's pretrained models, or a small one trained on the same data as everything
+else. The other stages never train it further. Through `FrozenClip` they get the same four things
+from any CLIP:
 
     image_emb  (B, D)     unit norm: the picture's point on the sphere
     text_emb   (B, D)     unit norm: the caption's point
@@ -118,8 +119,8 @@ class SmallClip(nn.Module):
         """How often it picks the right one of 16 captions for a picture (chance: 0.06)."""
         batch, _ = batches.look()
         image_emb, text_emb, _ = self.embed(batch)
-        right = (image_emb @ text_emb.T).argmax(dim=1).cpu()
-        match = (right == torch.arange(len(right))).float().mean().item()
+        chosen, numbers = (image_emb @ text_emb.T).argmax(dim=1), batch["number"]
+        match = (numbers[chosen] == numbers).float().mean().item()  # equal captions are all right
         return {"match_of_16": match}, None, None
 
 

@@ -54,14 +54,14 @@ class DecoderConfig:
     condition: str = "image_emb"
     drop_image_emb: float = 0.1  # share of examples that see the learned null embedding instead
     drop_caption: float = 0.5  # share of examples trained without their caption
-    # GLIDE predicts the noise, with a learned variance. Here x_0, which was ahead of v in a race
+    # GLIDE predicts the noise, with a learned variance. Here x_0, which was ahead of v in two races
     # (lab/README.md); its learned variance's loss would drown everything else at low noise.
     predict: str = "x_0"  # or "noise", "v"
     variance: str = "fixed_small"  # or "fixed_large", "learned"
     weight_cap: float | None = 5.0  # of the loss: see GaussianDiffusion.loss_weight
     diffusion_steps: int = 1000  # T
     sample_steps: int = 32  # Paper: 250. Here seconds, not minutes, on a CPU
-    # Only the preset "base", and so the shipped weights, need these three. The paper has none.
+    # Only the preset "base", and so weights/shapes, needs these three. The paper has none.
     emb_width: int | None = None  # E; None: 4 * channels, as in ADM
     image_hidden: int | None = None  # width of a hidden layer on the embedding
     stem: int = 1  # fold stem x stem pixels into channels first: see UNet

@@ -48,7 +48,7 @@ class PriorConfig:
     width: int = 256  # M. Paper: 2048, with 24 blocks of 32 heads
     depth: int = 4
     heads: int = 4
-    predict: str = "x_0"  # "noise" is there to compare with (F7)
+    predict: str = "x_0"  # "noise" and "v" are there to compare with (F7)
     variance: str = "analytic"  # of sampling, as in the paper (table 3); or "fixed_small"
     copies: int = 4  # K noised copies that share a caption's prefix in training
     drop_text: float = 0.1  # share of examples trained without their caption, for guidance

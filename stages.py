@@ -77,7 +77,8 @@ PRESETS = {
     # CIFAR-10, or other photos of 32 pixels. No upsampler: there is nothing larger to learn from.
     "cifar": {
         "data": 60_000,
-        # CLIP's ResNet shrinks a picture to a quarter before its first block: 32 are too few.
+        # CLIP's ResNet shrinks a picture to a quarter before its first block. Of 32 pixels 8 are
+        # left: enough for tiny's shapes, too few for photos.
         "clip": ({"image_size": 64, "vision_width": 16},
                  {"steps": 6000, "batch_size": 256, "lr": 1e-3, "muon": 20.0}),
         "prior": ({"width": 192, "depth": 4}, {"steps": 2500, "batch_size": 128, "lr": 1e-3}),
@@ -85,7 +86,7 @@ PRESETS = {
                      "attention_levels": (1, 2)},
                     {"steps": 4000, "batch_size": 64, "lr": 1e-3, "muon": 5.0}),
     },
-    # The paper's depth, resolutions and attention, at a thirtieth of its size; never run.
+    # The paper's picture sizes and its decoder's attention, at a thirtieth of the size; never run.
     "large": {
         "data": 100_000,
         "clip": ({}, {"steps": 20_000, "batch_size": 512, "lr": 1e-3, "muon": 20.0}),

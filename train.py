@@ -68,7 +68,8 @@ class Batches(torch.utils.data.Dataset):
     def __getitem__(self, step):
         n, rng = len(self.data), np.random.default_rng([self.seed, step])
         indices = rng.choice(n, self.size, replace=n < self.size)[self.rank :: self.world]
-        return self.of(indices, np.random.default_rng([self.seed, step, self.rank]))
+        # The same draws in all processes: CLIP's pictures must meet captions of one kind.
+        return self.of(indices, np.random.default_rng([self.seed, step, 0]))
 
     def of(self, indices, rng):
         """The batch of these pictures; rng chooses captions, crops and corruptions."""
@@ -259,13 +260,14 @@ def settle(stage, args, before):
 
 def run_stage(stage, args, device, rank, world):
     """Prepare and train one stage, unless it is trained already."""
-    if stage == "clip" and args.clip not in (None, "small"):
-        print(f"clip: nothing to train, {args.clip} is a pretrained one")
-        return
     path = Path(args.out) / f"{stage}.pt"
+    checkpoint, before, spec = begun(path)
+    spec = args.clip or spec
+    if stage == "clip" and spec != "small":
+        print(f"clip: nothing to train, {spec} is a pretrained one")
+        return
     if path.exists() and not args.resume:
         raise UserError(f"{path} is there: --resume continues it, another --out starts afresh")
-    checkpoint, before, spec = begun(path)
     if args.stage == "all" and stage not in PRESETS[args.preset or before.get("preset", "tiny")]:
         print(f"{stage}: this preset has none")
         return
@@ -286,7 +288,6 @@ def run_stage(stage, args, device, rank, world):
         print(f"note: {stage}: the data is not the same as when this run began")
     clip, trained_for, embeddings = None, None, (None, None)
     if needs_clip(stage):
-        spec = args.clip or spec
         clip = load_clip(path.parent, spec, device)
         check_clip(checkpoint["clip"], clip, path)
         trained_for = {"spec": spec, "identity": clip.identity}

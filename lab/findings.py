@@ -157,10 +157,10 @@ def diversity(rows, captions):
 
 
 def spread(emb, captions):
-    """Mean distance (1 minus cosine) of two pictures of one caption in CLIP's space."""
-    groups = [emb[captions == caption] for caption in set(captions)]
-    return float(np.mean(np.concatenate([(1 - mine @ mine.T)[np.triu_indices(len(mine), 1)]
-                                         for mine in groups])))
+    """Mean distance (1 minus cosine) of two pictures of one caption in CLIP's space. A picture's
+    distance of 0 to itself counts, so that bootstrap(..., biased=True) corrects it rightly."""
+    groups = [emb[captions == caption] for caption in sorted(set(captions))]
+    return float(np.mean(np.concatenate([(1 - mine @ mine.T).ravel() for mine in groups])))
 
 
 def f4(lab):

@@ -96,7 +96,16 @@ def test_a_model_that_draws_one_picture_a_caption_has_no_diversity():
     assert diversity(rows, captions) == 0
     assert spread(np.eye(2)[(rows[:, 2] == "small").astype(int)], captions) == 0
     emb, captions = [[1, 0], [0, 1], [1, 0], [1, 0], [0.6, 0.8]], ["a", "a", "b", "b", "b"]
-    assert spread(np.array(emb), np.array(captions)) == pytest.approx(np.mean([1, 0, 0.4, 0.4]))
+    distances = [0, 1, 1, 0, *[0] * 5, *[0.4] * 4]  # each pair twice, and each picture with itself
+    assert spread(np.array(emb), np.array(captions)) == pytest.approx(np.mean(distances))
+
+
+def test_a_bootstrapped_distance_is_that_of_two_different_pictures():
+    emb = np.random.default_rng(0).standard_normal((16, 8))
+    emb /= np.linalg.norm(emb, axis=1, keepdims=True)
+    true = (1 - emb @ emb.T)[np.triu_indices(16, 1)].mean()
+    found, low, high = measures.bootstrap(spread, emb, np.array(["a"] * 16), biased=True)
+    assert found == pytest.approx(true, rel=0.02) and low < true < high
 
 
 def test_the_judge_sees_rotation_and_shade():
