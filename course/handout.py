@@ -90,13 +90,16 @@ def assignment(texts):
 
 def archive(out, hidden=None):
     """A zip for Gradescope: the repository, and the two scripts that it runs."""
+    tests = sorted(Path(hidden).glob("test_*.py")) if hidden else []
+    if hidden and not tests:
+        raise UserError(f"--hidden {hidden}: has no test_*.py; check the path")
     with zipfile.ZipFile(out, "w") as file:
         for pattern in (*NEEDED, "requirements.txt"):
             for path in ROOT.glob(pattern):
                 file.write(path, path.relative_to(ROOT))
         for name in ("setup.sh", "run_autograder"):
             file.write(ROOT / "course" / name, name)
-        for path in sorted(Path(hidden).glob("test_*.py")) if hidden else ():
+        for path in tests:
             file.write(path, f"hidden/{path.name}")
 
 

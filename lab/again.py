@@ -5,7 +5,8 @@
 A checkpoint holds the command of its training and the losses of its first 200 steps, as means over
 50 steps or fewer. The batch and the noise of a step depend on the seed alone, so the command gives
 the same losses again, but for rounding, which differs between machines. The commands are run from
-here: a relative --root must lead to the same pictures.
+here: a relative --root must lead to the same pictures. Steps at which only one of the two trainings
+wrote a loss, as after an interruption, are left out.
 """
 
 import json
@@ -28,19 +29,20 @@ TOLERANCE = 0.02  # of a loss
 def losses_again(stage, checkpoint, folder):
     """{step: loss} of the first steps of the checkpoint's command, run anew in `folder`."""
     last, world = max(checkpoint["first_losses"]), checkpoint["run"]["world"]
+    words = shlex.split(checkpoint["run"]["command"])[1:]  # what follows "python"
+    words[1] = stage  # which may have been a part of "all"
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(world)]
     command = [sys.executable, *(torchrun if world > 1 else []),
-               *shlex.split(checkpoint["run"]["command"])[1:],  # what follows "python"
-               "--out", str(folder), "--save-every", str(last), "--sample-every", str(10**7)]
+               *words, "--out", str(folder)]
     training, log, losses = subprocess.Popen(command), folder / "metrics.jsonl", {}
-    while last not in losses and training.poll() is None:
+    while max(losses, default=0) < last and training.poll() is None:
         time.sleep(1)
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
         told = [json.loads(line) for line in lines if line.endswith("\n")]
         losses = {x["step"]: x["loss"] for x in told if x["stage"] == stage and "loss" in x}
     training.terminate()
     training.wait()
-    if last not in losses:
+    if max(losses, default=0) < last:
         raise UserError(f"{stage}: this command does not work here: {shlex.join(command)}")
     return losses
 
@@ -60,7 +62,8 @@ def main(argv=None):
             if needs_clip(stage):
                 shutil.copy(weights / "clip.pt", folder)
             losses = losses_again(stage, checkpoint, Path(folder))
-        for step, loss in checkpoint["first_losses"].items():
+        for step in sorted(losses.keys() & checkpoint["first_losses"]):
+            loss = checkpoint["first_losses"][step]
             same = abs(losses[step] - loss) <= TOLERANCE * abs(loss)
             different += [] if same else [stage]
             print(f"{stage} {step}: {loss:.4f}, again {losses[step]:.4f}", flush=True)

@@ -208,7 +208,7 @@ def race(args):
             batches, val = (Batches(model, d, e, training["batch_size"], seed, args.device)
                             for d, e in zip(data, embeddings))
             ema, steps = train_for(model, batches, training, args)
-            drawn, true = draw(ema, val, args.n)
+            drawn, true = draw(ema, val)
             figures = {"frechet": frechet(drawn, true)} if stage == "prior" else right_in(drawn)
             figures |= validate(ema, val, args.device)
             print(f"{arm or 'preset'}, seed {seed}: {steps * training['batch_size']} pictures; "
@@ -238,10 +238,10 @@ def train_for(model, batches, training, args):
         ema.update(model)
 
 
-def draw(model, val, n):
-    """What is drawn of the first n validation pictures: by a decoder from captions (if it was
-    trained with any) and embeddings, by a prior from captions; and their embeddings (n, D)."""
-    drawn, true = [], []
+def draw(model, val):
+    """What is drawn of the n validation pictures: by a decoder from captions (if it was trained
+    with any) and embeddings, by a prior from captions; and their embeddings (n, D)."""
+    drawn, true, n = [], [], len(val.data)
     for part in in_batches(n, 50):
         some = to_device(val.of(range(n)[part], np.random.default_rng(0)), val.device)
         emb = some["image_emb" if "image" in some else "text_emb"]

@@ -84,6 +84,8 @@ class Classifier(nn.Module):
 
 def whole(name, root, split):
     """All pictures of a folder; CIFAR in its own format has both splits in one: that one."""
+    if name not in ("folder", "cifar10", "cifar100"):
+        raise UserError(f"--data {name}: pictures with classes are folder, cifar10 or cifar100")
     return load_data(name, root, split if name.startswith("cifar") else None)
 
 
@@ -91,10 +93,14 @@ def labelled(data, classes=None):
     """(pictures (n, 3, SIDE, SIDE) uint8, classes (n,), the captions of each class) of a data set
     in which many pictures have the same captions."""
     captions = [tuple(data.captions(i)) for i in range(len(data))]
-    classes = classes or sorted(set(captions))
-    if len(classes) > len(data) / 20 or not set(captions) <= set(classes):
-        raise UserError(f"{data.name}: {len(classes)} different captions for {len(data)} pictures: "
+    found = sorted(set(captions))
+    if classes is None and len(found) > len(data) / 20:
+        raise UserError(f"{data.name}: {len(found)} different captions for {len(data)} pictures: "
                         "a classifier needs classes, 20 pictures or more with the same captions")
+    classes = classes or found
+    if not set(found) <= set(classes):
+        raise UserError(f"{data.name}: the classifier knows no class of captions like "
+                        f"{str(min(set(found) - set(classes)))[:60]}; train one on such pictures")
     pictures = torch.stack([((data.image(i, SIDE) + 1) * 127.5).round().byte()
                             for i in tqdm(range(len(data)), "pictures", disable=None)])
     return pictures, torch.tensor([classes.index(c) for c in captions]), classes
@@ -191,10 +197,10 @@ def judge_class_edits(args):
     pipeline = Pipeline(args.weights, args.device, 1, prior=None)
     some = np.random.default_rng(args.seed).permutation(len(data))[:args.n]
     n = len(some)
-    _, labels, classes = labelled(data, model.classes)
+    _, labels, classes = labelled(part_of(data, some), model.classes)
     side, embs = pipeline.sizes[0], look(pipeline.clip, part_of(data, some))
     pictures = torch.stack([data.image(i, side) for i in some]).to(args.device)
-    seeds, labels, table = range(args.seed, args.seed + n), labels[some], {}
+    seeds, table = range(args.seed, args.seed + n), {}
 
     def right(drawn, wanted):
         return (model.look(drawn)[0] == wanted).float().mean().item()

@@ -142,8 +142,8 @@ def judge_captions(args):
 def judge_priors(args):
     """Both priors, and the diffusion prior's variances at few steps, against true embeddings.
 
-    All rows but "best of 2" draw one candidate, so that CLIP's choice does not hide what the
-    variance does."""
+    The prior is not guided. All rows but "best of 2" draw one candidate, so that CLIP's choice does
+    not hide what the variance does."""
     prior = load_stage(args.weights, "prior", args.device)
     clip = clip_of(prior, args.weights, "prior", args.device)
     data, diffusion, table = Shapes(args.n, "val", args.seed), prior.diffusion, {}
@@ -154,13 +154,14 @@ def judge_priors(args):
     def measure(row, prior, evaluations, **settings):
         started = time.perf_counter()
         with autocast(args.device):
-            drawn = torch.cat([prior.sample(*text, args.prior_scale, **settings, noise=noise_for(
-                seeds[part], "prior")) for part, text in parts])
+            drawn = torch.cat([
+                prior.sample(*text, **settings, noise=noise_for(seeds[part], "prior"))
+                for part, text in parts])
         drawn = drawn.cpu()  # waits for a GPU before the clock is read
         table[row] = {
             "frechet": frechet(drawn, true), "cosine": (drawn * true).sum(1).mean().item(),
-            "evaluations": evaluations * (1 if args.prior_scale == 1 else 2),
-            "ms": 1000 * (time.perf_counter() - started) / args.n, "n": args.n,
+            "evaluations": evaluations, "ms": 1000 * (time.perf_counter() - started) / args.n,
+            "n": args.n,
         }
 
     variance, variances = diffusion.variance, ["fixed_small", "fixed_large"]
@@ -294,7 +295,8 @@ def drawn_from(args):
     pipeline = Pipeline(args.weights, args.device, args.size, clip=args.clip)
     size = max([pipeline.sizes[0], *(size for size in pipeline.sizes if size <= args.size)])
     args.data, args.root, _ = data_of(args, "decoder")["decoder"]
-    data, rng = load_data(args.data, args.root, "val", args.n), np.random.default_rng(args.seed)
+    data = load_data(args.data, args.root, "val", args.n, args.seed)
+    rng = np.random.default_rng(args.seed)
     if len(data) < args.n:
         print(f"note: there are only {len(data)} validation pictures, not {args.n}")
     captions = [str(rng.choice(data.captions(i))) for i in range(len(data))]
@@ -364,7 +366,7 @@ COMMANDS = {  # name: (function, its options, its own defaults)
     "judge": (judge_judge, [], {}),
     "clip": (judge_clip, WEIGHTS, {}),
     "captions": (judge_captions, [*DRAWING, "--rows", "--out"], {}),
-    "priors": (judge_priors, [*WEIGHTS, "--prior-scale"], {"prior_scale": 1.0}),
+    "priors": (judge_priors, WEIGHTS, {}),
     "upsamplers": (judge_upsamplers, [*WEIGHTS, "--size"], {"size": 1024}),
     "manipulations": (judge_manipulations, [*WEIGHTS, "--edits"], {}),
     "losses": (measure_losses, [*WEIGHTS, *DATA], {"n": 256}),

@@ -3,7 +3,7 @@
 A finding is a question, a table with 95% intervals, a picture, and a verdict that is computed,
 never written by hand (measures.Result): some differences are claimed to be above zero, and their
 intervals decide. A finding's docstring is its text in FINDINGS.md: the question, the setup, the
-paper's figure. F8 to F10, which look into CLIP, are in probing.py, and F6, on photos, in README.md.
+paper's figure. F8 to F10, which look into CLIP, are in probing.py; of F6 and F11 README.md tells.
 """
 
 import os
@@ -338,7 +338,7 @@ Written by `python -m lab.evaluate findings` on {date}: weights {weights}, n = {
 - **Scenes** are a test split, which nothing was chosen by; the other commands of `lab.evaluate` draw validation scenes.
 - **Settings.** The prior is not guided, and every picture is the decoder's first (sample.py guides the prior and keeps the better of two pictures).
 - **Few scenes** make an entropy too small and a (squared) Frechet distance too large. Both are corrected for that, but do not compare distances of different n.
-- **F6**, the zero-shot FID on COCO, needs photos and weights trained on them: README.md, here, describes it.
+- **Not here**: F6, the zero-shot FID on COCO, needs photos and weights trained on them, and F11 is a race of decoders: see README.md, here.
 
 """  # noqa: E501
 
@@ -399,8 +399,8 @@ def report(args):
         verdicts.append([name, explained(FINDINGS[name])[0], result.verdict])
         print(sections[-1], flush=True)  # an interrupted run has said what it found
     weights, *others = map(os.path.relpath, runs)
-    witness = (f" Distances, precision and recall in CLIP's space are measured with the CLIP of "
-               f"{others[0]}, which no stage here was trained for." if others else "")
+    witness = (" Pictures' distances, precision and recall in CLIP's space are measured with the "
+               f"CLIP of {others[0]}, which no stage here was trained for." if others else "")
     head = HEAD.format(date=date.today(), weights=weights, others=", ".join(others) or "none",
                        witness=witness, n=lab.n, seed=lab.seed)
     path = args.out / ("FINDINGS.md" if len(names) == len(FINDINGS) else f"{'_'.join(names)}.md")

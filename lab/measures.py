@@ -301,9 +301,10 @@ class Lab:
         self.folder, self.device, self.n, self.seed = folder, args.device, args.n, args.seed
         data, self.drawn = Shapes(self.n, SPLIT, self.seed), {}
         self.scenes, self.captions = scenes_of(data), mixed_captions(data)
-        # Loaded once for each decoder and prior.
-        self.pipeline = cache(lambda decoder="decoder", prior="prior": judged_pipeline(
-            self.folder, self.device, decoder=decoder, prior=prior))
+        loaded = cache(lambda *names: judged_pipeline(
+            folder, self.device, **dict(zip(("decoder", "prior"), names))))
+        # Each pair is loaded once: cache tells arguments by name from those by position.
+        self.pipeline = lambda decoder="decoder", prior="prior": loaded(decoder, prior)
         self.clip = self.pipeline().clip
         self.witness = load_clip(witness, device=self.device) if witness else self.clip
 

@@ -24,7 +24,7 @@ SIGN = partial(Thing, shape="sign", rgb=(240, 240, 230))
 
 
 def pairs_of(lab):
-    """n validation scenes of two objects that differ in colour and in shape. The pairs with
+    """n test scenes of two objects that differ in colour and in shape. The pairs with
     exchanged colours occur in training too, or CLIP would recognise them by their novelty."""
     def fits(a, b=None):
         return (b and a.colour != b.colour and a.shape != b.shape
@@ -109,7 +109,7 @@ def f9(lab):
         **{f"word read off {name}": right for name, right in read.items()},
         **{f"word of {k} letters read off unCLIP": ours[letters == k] for k in (3, 4)},
     }.items():
-        result.row(name, share(right), f"{1 / len(WORDS):.0%}")
+        result.row(name, share(right), "-" if right is signed else f"{1 / len(WORDS):.0%}")
     result.claim("words, points: CLIP names them in true pictures, minus they can be read in "
                  "unCLIP's", lambda c, v: (c - v).mean(), named, ours, unit=100)
     result.claim("signs, points: unCLIP draws one minus its word can be read",

@@ -179,6 +179,9 @@ def test_preview_counts_how_often_the_right_caption_is_nearest(monkeypatch):
     for text_emb, right in ((emb, 1.0), (emb[[0, 1, 2, 4, 3]], 0.6)):
         monkeypatch.setattr(small.model, "forward", lambda *_, t=text_emb: (emb, t, None))
         assert small.preview(batches) == ({"match_of_16": pytest.approx(right)}, None, None)
+    twins = FakeBatches(batch_of(small, (0, 1, 2, 3, 3)))  # the last two have the same caption
+    monkeypatch.setattr(small.model, "forward", lambda *_: (emb[[0, 1, 2, 3, 3]], emb, None))
+    assert small.preview(twins)[0] == {"match_of_16": 1.0}
 
 
 def test_embeddings_are_those_of_the_model_at_unit_norm(clip):

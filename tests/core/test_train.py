@@ -83,6 +83,16 @@ def test_processes_share_one_global_batch_without_repetition():
     assert torch.equal(halves[0], whole[0::2]) and torch.equal(halves[1], whole[1::2])
 
 
+def test_processes_draw_alike_so_that_clip_meets_captions_of_one_kind():
+    class Draw(Numbers):
+        @staticmethod
+        def batch(config, data, embeddings, indices, rng):
+            return {"drawn": rng.random(), "indices": indices}
+
+    one, other = (Batches(Draw(), range(50), None, 8, 3, "cpu", rank, 2)[5] for rank in (0, 1))
+    assert one["drawn"] == other["drawn"] and not set(one["indices"]) & set(other["indices"])
+
+
 def test_batches_are_made_in_float32_even_inside_autocast():
     """Resizing in bfloat16 is an error of PyTorch's on CPUs, and would be inexact elsewhere."""
     bsr = Upsampler(dataclasses.replace(upsampler().config, degradation="bsr"))

@@ -25,6 +25,8 @@ def test_a_command_gives_its_first_losses_again_and_other_losses_are_told(traine
     assert len(told) == 3 and all(len(set(x.split(", again "))) == 1 for x in told)
 
     checkpoint["first_losses"][2] *= 1.05
+    checkpoint["run"]["command"] = checkpoint["run"]["command"].replace(" clip ", " all ")
+    checkpoint["first_losses"].pop(1)  # as if it had been interrupted
     save_checkpoint(path, checkpoint)
     assert main(["--weights", str(trained)]) == 2
     assert "other losses than in the training: clip" in capfd.readouterr().err

@@ -67,6 +67,13 @@ def test_pictures_that_all_have_captions_of_their_own_are_no_classes(folders):
 
     with pytest.raises(UserError, match="100 different captions for 100 pictures"):
         labelled(Captioned())
+    some = part_of(load_data("folder", folders[0], None), range(9))  # of known classes any number
+    assert len(labelled(some, sorted((caption, "it") for caption in COLOURS))[0]) == 9
+    with pytest.raises(UserError, match="knows no class of captions like"):
+        labelled(some, [("a cat", "it")])
+    for name in ("coco", "shapes"):
+        with pytest.raises(UserError, match=f"--data {name}: pictures with classes are"):
+            classifier.whole(name, folders[0], "val")
 
 
 def test_the_nearest_training_picture_of_a_training_picture_is_itself(folders, monkeypatch):

@@ -175,6 +175,16 @@ def test_a_finished_stage_is_left_alone(micro_run, tmp_path, capsys, monkeypatch
     assert train.main(["prior", "--out", str(micro_run), "--resume", "--workers", "0"]) == 0
 
 
+def test_a_run_with_a_pretrained_clip_trains_no_small_one_when_it_goes_on(
+        micro_run, tmp_path, capsys):
+    trained = saved(micro_run, "prior")
+    clip = trained["clip"] | {"spec": "ViT-B-32:file.pt"}
+    save_checkpoint(tmp_path / "prior.pt", trained | {"clip": clip})
+    assert train.main(["clip", "--resume", "--out", str(tmp_path)]) == 0
+    assert "ViT-B-32:file.pt is a pretrained one" in capsys.readouterr().out
+    assert not (tmp_path / "clip.pt").exists()
+
+
 @pytest.fixture
 def photos(tmp_path):
     """Options to train CLIP on six captioned pictures in tmp_path, into its folder run."""
