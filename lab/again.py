@@ -29,11 +29,10 @@ TOLERANCE = 0.02  # of a loss
 def losses_again(stage, checkpoint, folder):
     """{step: loss} of the first steps of the checkpoint's command, run anew in `folder`."""
     last, world = max(checkpoint["first_losses"]), checkpoint["run"]["world"]
-    words = shlex.split(checkpoint["run"]["command"])[1:]  # what follows "python"
-    words[1] = stage  # which may have been a part of "all"
+    _, *words = shlex.split(checkpoint["run"]["command"])  # "python" and what follows it
+    words = [stage if word == "all" else word for word in words]
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(world)]
-    command = [sys.executable, *(torchrun if world > 1 else []),
-               *words, "--out", str(folder)]
+    command = [sys.executable, *(torchrun if world > 1 else []), *words, "--out", str(folder)]
     training, log, losses = subprocess.Popen(command), folder / "metrics.jsonl", {}
     while max(losses, default=0) < last and training.poll() is None:
         time.sleep(1)

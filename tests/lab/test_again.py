@@ -3,6 +3,7 @@
 import pytest
 
 import train
+from lab import again
 from lab.again import main
 from support.checkpoint import load_checkpoint, save_checkpoint
 from tests.conftest import ROOT
@@ -16,7 +17,8 @@ def trained(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_command_gives_its_first_losses_again_and_other_losses_are_told(trained, capfd):
+def test_a_command_gives_its_first_losses_again_and_other_losses_are_told(
+        trained, capfd, monkeypatch):
     path = trained / "clip.pt"
     checkpoint = load_checkpoint(path)
     assert list(checkpoint["first_losses"]) == [1, 2, 3]
@@ -28,5 +30,8 @@ def test_a_command_gives_its_first_losses_again_and_other_losses_are_told(traine
     checkpoint["run"]["command"] = checkpoint["run"]["command"].replace(" clip ", " all ")
     checkpoint["first_losses"].pop(1)  # as if it had been interrupted
     save_checkpoint(path, checkpoint)
+    commands, popen = [], again.subprocess.Popen
+    monkeypatch.setattr(again.subprocess, "Popen", lambda c: commands.append(c) or popen(c))
     assert main(["--weights", str(trained)]) == 2
+    assert commands[0][1:3] == ["train.py", "clip"]  # not all stages
     assert "other losses than in the training: clip" in capfd.readouterr().err
