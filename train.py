@@ -68,7 +68,8 @@ class Batches(torch.utils.data.Dataset):
     def __getitem__(self, step):
         n, rng = len(self.data), np.random.default_rng([self.seed, step])
         indices = rng.choice(n, self.size, replace=n < self.size)[self.rank :: self.world]
-        # The same draws in all processes: CLIP's pictures must meet captions of one kind.
+        # Other draws than those of the pictures, but alike in all processes: where CLIP gathers
+        # their rows, all captions must be of one kind (see SmallClip.batch).
         return self.of(indices, np.random.default_rng([self.seed, step, 0]))
 
     def of(self, indices, rng):

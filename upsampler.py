@@ -119,7 +119,7 @@ class Upsampler(nn.Module):
             3 + 3, 3, config.channels, config.multiples, config.blocks, E, attention_levels=(),
             dropout=config.dropout, stem=config.stem,
         ).to(memory_format=torch.channels_last)
-        # Unlike the decoder's, this loss has no weights; nobody has compared them here.
+        # Unlike the decoder's loss, this one is not weighted by noise level (not compared here).
         self.diffusion = GaussianDiffusion(
             config.diffusion_steps, config.schedule, config.predict)
 

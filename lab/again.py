@@ -6,7 +6,7 @@ A checkpoint holds the command of its training and the losses of its first 200 s
 50 steps or fewer. The batch and the noise of a step depend on the seed alone, so the command gives
 the same losses again, but for rounding, which differs between machines. The commands are run from
 here: a relative --root must lead to the same pictures. Steps at which only one of the two trainings
-wrote a loss, as after an interruption, are left out.
+wrote a loss are left out; after an interruption in these 200 steps, means may be of other steps.
 """
 
 import json
