@@ -11,7 +11,7 @@ and predicts code after code, each given the caption and the codes before it:
 Why the largest component first? The first codes then settle most of the embedding, and the later
 ones only refine it. The dot-product token, the bucket of image_emb . text_emb, says how well
 picture and caption fit. In training it is known; in sampling we ask for a good fit by drawing it
-from the top half. Sampling runs one token for each code, thanks to the diffusion prior's cache.
+from the top half. Sampling runs one token for each code: it has a cache as the diffusion prior.
 
 Letters: B batch, D CLIP embedding, C principal components and codes, L caption tokens, W width of
 CLIP's token features, M width of this transformer, P prefix length, N data.
@@ -74,7 +74,7 @@ class AutoregressivePrior(nn.Module):
         self.register_buffer("dot_edges", torch.zeros(config.dot_buckets - 1))
 
         self.prefix = CaptionPrefix(config)
-        self.dot_in = nn.Embedding(config.dot_buckets + 1, M)  # the last: no caption, no fit
+        self.dot_in = nn.Embedding(config.dot_buckets + 1, M)  # the last: no caption
         self.code_in = nn.Embedding(config.buckets, M)
         self.position = nn.Parameter(0.02 * torch.randn(C, M))
         self.blocks = nn.ModuleList(Block(M, config.heads) for _ in range(config.depth))
@@ -204,7 +204,7 @@ class AutoregressivePrior(nn.Module):
                 key_mask = F.pad(key_mask, (0, 1), value=True)
                 mask = key_mask[:, None]  # the one new token sees every real token and itself
             x, own = run_blocks(self.blocks, x, mask, past)
-            past = own if past is None else torch.cat([past, own], dim=4)
+            past = own if past is None else torch.cat([past, own], dim=4)  # a token more
             # Exercise ends.
             logits = self.out(self.norm(x[:, -1])).float()
             if scale != 1:

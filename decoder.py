@@ -11,7 +11,9 @@ Why two? The timestep embedding scales and shifts every residual block at every 
 same for all pixels: it cannot say *where*. The context lets each pixel pick by attention what
 concerns it, but only at the resolutions that attend. Why four tokens and not one? The paper does
 not say; attention can tell four keys apart, so each may carry another part of the embedding. In a
-short race of small decoders (F11 in lab/README.md) the timestep alone did as well as both.
+short race of small decoders (F11 in lab/README.md) the timestep alone did as well as both. Why the
+caption too? The paper hoped that it tells what CLIP misses, such as which colour belongs to which
+object, and found that it "offers little help" (sec. 2.1; F2 and F8 in lab/FINDINGS.md).
 
 The one idea: the embedding fixes *what* is in the picture (its semantics), the noise decides
 everything that the embedding leaves open. In training the embedding is dropped 10% of the time and
@@ -182,7 +184,8 @@ class Decoder(nn.Module):
         """The guided network under these conditions, a function of (x_t, t) for the samplers.
 
         image_emb (B, D), or None: the caption alone. text_enc (B, L, W) with text_mask (B, L),
-        or None: the embedding alone. scale: uncond + scale * (cond - uncond); off at 1.
+        or None: the embedding alone. Not both None: for neither, any embedding at scale 0.
+        scale: uncond + scale * (cond - uncond); off at 1.
         """
         B, device = len(text_enc if image_emb is None else image_emb), self.null_image_emb.device
         no = torch.zeros(B, dtype=torch.bool, device=device)

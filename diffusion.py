@@ -1,8 +1,10 @@
 """Gaussian diffusion: the one core that the prior, the decoder and the upsamplers share.
 
-Training adds noise to clean data x_0 and asks a network to undo it; sampling starts from pure noise
-and undoes it step by step. unCLIP (paper table 3) uses DDPM (2006.11239), improved DDPM's cosine
-schedule and learned variances (2102.09672), and DDIM's deterministic sampling (2010.02502).
+Training adds noise to clean data x_0 and asks a network to undo it. Under much noise, the best
+answer is the mean of all data that would fit, a blur. So sampling, which starts from pure noise,
+trusts each answer only for a small step towards less noise, and asks again. unCLIP (paper table 3)
+uses DDPM (2006.11239), improved DDPM's cosine schedule and learned variances (2102.09672), and
+DDIM's deterministic sampling (2010.02502).
 
 The one idea: alpha_bar, a table of T numbers, says how much of the data is left at each noise
 level. Everything below is arithmetic with that table and knows nothing of CLIP, captions or U-Nets:
@@ -116,7 +118,8 @@ class GaussianDiffusion(nn.Module):
         # Not persistent: they follow from the config, so they have no place in a checkpoint.
         self.register_buffer("betas", betas, persistent=False)
         self.register_buffer("alphas_cumprod", (1 - betas).cumprod(0), persistent=False)
-        if variance == "analytic":  # This one is measured, so it has. 0 until then.
+        if variance == "analytic":  # This one is measured after training, and kept. 0 until then,
+            # which samples as "fixed_small" does.
             self.register_buffer("x_0_variance", torch.zeros(T, dtype=torch.float64))
 
     def alpha_bar(self, t):
@@ -187,7 +190,8 @@ class GaussianDiffusion(nn.Module):
         return x_0, (x_t - signal * x_0) / sigma
 
     def p_mean_variance(self, out, x_t, t, t_prev, clip=True):
-        """Mean and log-variance of p(x_{t_prev} | x_t), and the pred_x_0 behind them."""
+        """The network's own step down, p(x_{t_prev} | x_t): the posterior q, with pred_x_0 in place
+        of the x_0 that only training knows. Returns mean, log-variance, pred_x_0."""
         pred_x_0, _ = self.predictions(out, x_t, t, clip)
         mean, log_variance = self.q_posterior(pred_x_0, x_t, t, t_prev)  # "fixed_small"
         c1, _, beta, variance = self.step(t, t_prev)
@@ -225,7 +229,7 @@ class GaussianDiffusion(nn.Module):
         if self.weight_cap is not None:
             loss = self.loss_weight(t).to(x_t.dtype) * loss
         if self.variance == "learned":
-            # L_vlb is a *sum* over T terms, of which we draw one: T * 0.001 times that one.
+            # L_vlb is a *sum* over T terms, and we draw one: T * 0.001 times that one.
             loss = loss + self.T / 1000 * self.vlb_loss(out, x_0, x_t, t)
         return loss
 
@@ -295,7 +299,8 @@ class GaussianDiffusion(nn.Module):
 
     @torch.no_grad()
     def sample(self, network, shape, steps=None, noise=None, x_T=None, on_step=None):
-        """Ancestral sampling (DDPM alg. 2) on `steps` of the T levels: x_0, (B, ...)."""
+        """Ancestral sampling on `steps` of the T levels: each step draws from p (DDPM alg. 2).
+        Returns x_0, (B, ...)."""
         noise = noise or torch.randn
         x = noise(shape).to(self.betas.device) if x_T is None else at_least_float32(x_T)
         pairs = self.pairs(steps or self.T, len(x), x.device)
@@ -309,8 +314,10 @@ class GaussianDiffusion(nn.Module):
 
     @torch.no_grad()
     def ddim_sample(self, network, shape, steps, eta=0.0, noise=None, x_T=None, on_step=None):
-        """DDIM (2010.02502 eq. 12): x_0, (B, ...). eta in [0, 1] scales the noise (eq. 16): at 0
-        x_T alone decides the result, at 1 this is the ancestral sampler with "fixed_small"."""
+        """DDIM (2010.02502 eq. 12): x_0, (B, ...). Each step goes all the way to pred_x_0, then
+        back up to level t_prev along the predicted noise instead of fresh noise. eta in [0, 1]
+        scales fresh noise beside it (eq. 16): at 0 x_T alone decides the result, at 1 this is the
+        ancestral sampler with "fixed_small"."""
         noise = noise or torch.randn
         x = noise(shape).to(self.betas.device) if x_T is None else at_least_float32(x_T)
         for k, (t, t_prev) in enumerate(self.pairs(steps, len(x), x.device)):

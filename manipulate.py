@@ -43,8 +43,8 @@ INVERSIONS, GOOD_ENOUGH = 4, 30.0  # attempts at a picture until one reproduces 
 
 @torch.no_grad()
 def ddim_invert(diffusion, network, x_0, steps, start=0, corrections=0, noise=torch.randn):
-    """Run DDIM backwards (2010.02502 sec. 4.3): the x_T (B, ...) from which ddim_sample with the
-    same network and steps returns x_0.
+    """Run DDIM backwards (2010.02502 sec. 4.3, ADM app. F): the x_T (B, ...) from which ddim_sample
+    with the same network and steps returns x_0.
 
     start: 0 begins at the data, as the paper does. But there the predicted noise is the error of
         the network's x_0 divided by a sigma near 0: outlines of the picture, many times too
@@ -129,11 +129,11 @@ def slerp(a, b, theta):
 
 
 def blend(pipeline, ends, embs, seed, frames, noise="slerp", steps=INVERSION_STEPS):
-    """Pictures (frames, 3, H, W) from one to another (paper sec. 3.2, fig. 4).
+    """Pictures (frames, 3, H, W) from one to another (paper sec. 3.2).
 
     ends: two pictures (2, 3, H, W); embs: their embeddings (2, D). noise: "slerp" goes from one
-    inverted x_T to the other, so both ends are reproduced. "fixed" keeps one random x_T: the ends
-    are then variations, and only the semantics change from frame to frame.
+    inverted x_T to the other, so both ends are reproduced. "fixed" keeps one random x_T (fig. 4):
+    the ends are then variations, and only the semantics change from frame to frame.
     """
     if noise == "slerp":
         x_T = invert(pipeline, ends, embs, steps)
@@ -145,8 +145,9 @@ def blend(pipeline, ends, embs, seed, frames, noise="slerp", steps=INVERSION_STE
 
 
 def text_diff(pipeline, caption, baseline=None):
-    """The direction from a caption of the picture as it is, `baseline` (None: the empty caption),
-    to another: norm(z_t - z_t0), (1, D) (paper sec. 3.3)."""
+    """The direction from a caption of the picture as it is, `baseline`, to another:
+    norm(z_t - z_t0), (1, D) (paper sec. 3.3). None: the empty caption, where the paper has
+    "a photo", which a small CLIP may not know."""
     ids = pipeline.clip.tokenizer([caption, baseline or caption])
     if not baseline:  # start and end of text with nothing between
         ids[1, 1:], ids[1, 1] = 0, ids.max()

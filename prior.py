@@ -128,8 +128,8 @@ class DiffusionPrior(nn.Module):
             self.diffusion.estimate_variance(functools.partial(self, **cond), x_0)
 
     def preview(self, batches):
-        """What to look at in training: is a drawn embedding closer to the true one than to the
-        caption's, or to another picture's? (figures, no pictures, no captions)"""
+        """What to look at in training: a drawn embedding's cosines with the true one, the caption's
+        and another picture's. (figures, no pictures, no captions)"""
         batch, _ = batches.look()
         text_emb, true = batch["text_emb"], batch["image_emb"]
         drawn = self.sample(text_emb, batch["text_enc"], batch["text_mask"],

@@ -77,8 +77,8 @@ PRESETS = {
     # CIFAR-10, or other photos of 32 pixels. No upsampler: there is nothing larger to learn from.
     "cifar": {
         "data": 60_000,
-        # CLIP's ResNet shrinks a picture to a quarter before its first block. Of 32 pixels 8 are
-        # left: enough for tiny's shapes, too few for photos.
+        # CLIP's ResNet shrinks a picture to a quarter before its first block. 32 pixels become 8:
+        # enough for tiny's shapes, too few for photos.
         "clip": ({"image_size": 64, "vision_width": 16},
                  {"steps": 6000, "batch_size": 256, "lr": 1e-3, "muon": 20.0}),
         "prior": ({"width": 192, "depth": 4}, {"steps": 2500, "batch_size": 128, "lr": 1e-3}),

@@ -119,7 +119,7 @@ class Upsampler(nn.Module):
             3 + 3, 3, config.channels, config.multiples, config.blocks, E, attention_levels=(),
             dropout=config.dropout, stem=config.stem,
         ).to(memory_format=torch.channels_last)
-        # Unlike the decoder's loss, this one is not weighted by noise level (not compared here).
+        # Unlike the decoder's loss, this one is not weighted by noise level.
         self.diffusion = GaussianDiffusion(
             config.diffusion_steps, config.schedule, config.predict)
 
@@ -168,7 +168,8 @@ class Upsampler(nn.Module):
         """Enlarge pictures by the factor f with DDIM, eta 0 (paper table 3).
 
         low: (B, 3, h, w) in [-1, 1], of any size whose f-fold the U-Net can halve. It is corrupted
-        in training only. steps: evenly spread, by default the config's (paper: tuned by hand).
+        in training only. steps: evenly spread, by default the config's (the paper tuned their
+        number by hand, and does not state the spacing).
         Returns (B, 3, f * h, f * w) in [-1, 1].
         """
         cond = self.condition(low)

@@ -42,7 +42,7 @@ def reachable_size(pipeline, size):
     if side is None:
         raise UserError(f"--size {size}: {pipeline.folder} draws {pipeline.sizes[0]} or more")
     if side < size:
-        print(f"{pipeline.folder} has no upsampler to {size} pixels: stopping at {side}")
+        print(f"no upsampler to {size} pixels is loaded from {pipeline.folder}: stopping at {side}")
     return side
 
 
