@@ -27,7 +27,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves it out
 from diffusion import SeededNoise, at_least_float32, expand
 from sample import PRIOR_SCALE_HELP, Pipeline
 from support.drawing import drawing_options, mask_of, read, reachable_size, sheet_path, write_strip

@@ -13,16 +13,11 @@ Letters: B pictures, D CLIP embedding, L caption tokens, W text width, H, W pict
 """
 
 import itertools
-import signal
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # support.tools takes Ctrl-C back: no traceback
-
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves it out
 from diffusion import SeededNoise
 from prior import DiffusionPrior
 from stages import check_clip, clip_of, load_stage

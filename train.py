@@ -21,19 +21,14 @@ import functools
 import math
 import os
 import shlex
-import signal
 import sys
 from pathlib import Path
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # support.tools takes Ctrl-C back: no traceback
 
 import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves it out
 from stages import BASELINES, KEPT, ORDER, PRESETS, STAGES, begun, build, check_clip, fresh_model
 from stages import load_clip, needs_clip, recipe
 from support.cache import embed

@@ -5,21 +5,15 @@ is a UserError, which `user_errors` turns into one line and exit code 2.
 """
 
 import argparse
-import atexit
 import functools
 import math
 import os
 import re
-import signal
 import sys
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import torch
-
-if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # a script's first lines, for its imports
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # a second one while Python ends
 
 
 class UserError(argparse.ArgumentTypeError):
