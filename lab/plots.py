@@ -100,21 +100,10 @@ def file_ending(suffix):
     def parse(text):
         if not text.endswith(suffix) or Path(text).is_dir():
             raise argparse.ArgumentTypeError(f"{text}: must be a file whose name ends in {suffix}")
-        if suffix == ".json" and Path(text).exists() and not is_table(Path(text).read_text()):
-            raise argparse.ArgumentTypeError(f"{text}: is there, and no table; choose another name")
         check_folder(Path(text).parent)  # now, not after hours of work
         return Path(text)
 
     return parse
-
-
-def is_table(text):
-    """Whether a JSON text is what lab.evaluate writes: rows of columns, or exported captions."""
-    with suppress(ValueError, AttributeError):
-        table = json.loads(text)
-        return list(table) == ["captions"] or "stage" not in table and all(
-            isinstance(row, dict) for row in table.values())
-    return False
 
 
 @user_errors

@@ -1,6 +1,5 @@
 """Claims about the charts: round ticks, values where they belong, a curve for every run."""
 
-import argparse
 import json
 import math
 
@@ -70,17 +69,6 @@ def test_plots_draws_a_chart_a_stage_and_a_curve_a_run(tmp_path, capsys, monkeyp
         assert plots.main([str(one), str(two), *options]) == 0
         assert str(path) in capsys.readouterr().out
         assert Image.open(path).tobytes() == sheet.tobytes()
-
-
-def test_a_table_replaces_a_table_and_nothing_else(tmp_path):
-    file = tmp_path / "it.json"
-    for content, may in (('{"text": {"n": 3}}', True), ('{"captions": ["a"]}', True), ("{}", True),
-                         ('{"stage": "clip", "config": {}}', False), ('{"mine": 1}', False)):
-        file.write_text(content)
-        try:
-            assert plots.file_ending(".json")(str(file)) == file and may
-        except argparse.ArgumentTypeError as e:
-            assert not may and "no table" in str(e)
 
 
 @pytest.mark.parametrize("text, options, says", [
