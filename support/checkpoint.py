@@ -52,23 +52,16 @@ def export_checkpoints(run, folder, stages):
     copies = {path: Path(folder or ".") / path.name for path in paths if path.exists()}
     if not folder or not copies:
         raise UserError("export: give --out, the folder of a trained run, and --to, another one")
-    for path, copy in copies.items():
-        settings = shared_settings(load_checkpoint(path, path.stem))
-        there = load_checkpoint(copy) if copy.exists() else {"run": settings}
-        if "optimizer" in there or shared_settings(there) != settings:
-            raise UserError(f"--to {folder}: {copy} is not a copy of this training, whose copy "
-                            "would replace it; give another folder, or delete it")
+    if there := [copy for copy in copies.values() if copy.exists()]:
+        raise UserError(f"--to {folder}: {there[0]} is there; delete it, or give another folder")
     for path, copy in copies.items():
         whole = load_checkpoint(path)
         ema = {k: v.half() if v.is_floating_point() else v for k, v in whole["ema"].items()}
         kept = {k: v for k, v in whole.items() if k not in ("model", "optimizer")}
-        save_checkpoint(copy, kept | {"ema": ema, "run": shared_settings(whole)})
+        # The folder of pictures is of no use to others.
+        run = {k: v for k, v in whole["run"].items() if k != "root"}
+        save_checkpoint(copy, kept | {"ema": ema, "run": run})
         print(f"{copy}: {copy.stat().st_size / 2**20:.1f} MiB")
-
-
-def shared_settings(checkpoint):
-    """A training's settings without what is of no use to others: its folder of pictures."""
-    return {k: v for k, v in checkpoint["run"].items() if k != "root"}
 
 
 def load_checkpoint(path, stage=None):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -312,14 +313,11 @@ def test_an_exported_run_draws_the_same_and_is_much_smaller(micro_run, tmp_path,
     assert all(v.dtype == torch.float32 for v in saved(tmp_path)["ema"].values())
 
 
-def test_an_export_replaces_nothing_but_an_earlier_copy_of_the_same_training(micro_run, tmp_path):
-    shutil.copy(micro_run / "upsampler2.pt", tmp_path)
-    assert run(tmp_path / "y", "--steps", 1) == 0
-    for out, to, code in ((micro_run, tmp_path, 2), (micro_run, f"{micro_run}/../micro", 2),
-                          (micro_run, tmp_path / "x", 0), (micro_run, tmp_path / "x", 0),
-                          (tmp_path / "y", tmp_path / "x", 2)):
-        assert train.main(["export", "--out", str(out), "--to", str(to)]) == code
-    assert (tmp_path / "upsampler2.pt").read_bytes() == (micro_run / "upsampler2.pt").read_bytes()
+def test_an_export_replaces_nothing(micro_run, tmp_path):
+    whole = Path(shutil.copy(micro_run / "upsampler2.pt", tmp_path))
+    for to in (tmp_path, micro_run):
+        assert train.main(["export", "--out", str(micro_run), "--to", str(to)]) == 2
+    assert whole.read_bytes() == (micro_run / "upsampler2.pt").read_bytes()
     assert not (tmp_path / "clip.pt").exists()  # nothing was written at all
 
 
