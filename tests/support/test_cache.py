@@ -14,7 +14,6 @@ from torch.testing import assert_close
 from support import cache
 from support.cache import embed
 from support.tokenizer import Tokenizer
-from support.tools import UserError
 
 D, W, L = 4, 6, 12
 CAPTIONS = ["a red circle", "a blue square above a green cross", "a star", "!", "one red star"]
@@ -129,35 +128,6 @@ def test_an_interrupted_pass_continues_with_the_first_missing_shard(calls, tmp_p
     clip.left = 99
     assert_same(embed(clip, Data(), tmp_path / "cut"), embed(Clip(), Data(), tmp_path / "whole"))
     assert clip.asked == [6, 5]  # both passes together: nothing was computed twice
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-20])
-
-
-def zero(path):
-    torch.save({name: 0 * x for name, x in torch.load(path).items()}, path)
-
-
-@pytest.mark.parametrize("name, damage, asked", [  # that shard alone is computed again
-    ("pictures-00001", cut, [8, 5]), ("pictures-00001", zero, [8, 5]),
-    ("captions-00002", cut, [6, 6]), ("captions-00002", zero, [6, 6]), ("index", cut, [6, 5])])
-def test_a_damaged_shard_is_noticed_and_computed_again(name, damage, asked, tmp_path, capsys):
-    clip, wanted = Clip(), embed(Clip(), Data(), tmp_path / "whole")
-    embed(clip, Data(), tmp_path)
-    (path,) = tmp_path.glob(f"*/{name}.pt")
-    damage(path)
-    assert_same(embed(clip, Data(), tmp_path), wanted)
-    assert clip.asked == asked
-    assert f"{path} is damaged" in capsys.readouterr().out
-
-
-def test_a_clip_that_gives_no_numbers_is_refused_and_nothing_is_kept(tmp_path):
-    clip = Clip()
-    clip.encode_image = lambda images: torch.full((len(images), D), torch.nan)
-    with pytest.raises(UserError, match="image_emb .* are CLIP's weights fine"):
-        embed(clip, Data(), tmp_path)
-    assert not list(tmp_path.glob("*/pictures-*"))
 
 
 def test_two_passes_at_once_do_no_harm(tmp_path, monkeypatch):
