@@ -36,7 +36,7 @@ from support.captions import LATER
 from support.checkpoint import export_checkpoints, restore
 from support.muon import make_optimizers
 from support.pictures import DATA, load_data
-from support.processes import in_workers, joined_processes, sole_trainer, stop_signals
+from support.processes import in_workers, joined_processes, stop_signals
 from support.run import Run
 from support.sheets import draw_grid, save_picture
 from support.tools import (
@@ -230,6 +230,8 @@ def train(run, model, batches, val_batches, checkpoint):
                 raise KeyboardInterrupt(f"{run.path} is saved at step {done}: --resume continues")
     if rank == 0:
         run.summary(device)
+    if batches.world > 1:
+        torch.distributed.barrier()  # nobody reads the checkpoint before it is written
 
 
 # --- the command line ----------------------------------------------------------------------------
@@ -331,8 +333,7 @@ def main(argv=None):
         return export_checkpoints(args.out, args.to, STAGES)
     with joined_processes(args.device) as (rank, world, device):
         for stage in ORDER if args.stage == "all" else [args.stage]:
-            with sole_trainer(args.out, stage, rank, world):
-                run_stage(stage, args, device, rank, world)
+            run_stage(stage, args, device, rank, world)
 
 
 if __name__ == "__main__":

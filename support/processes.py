@@ -1,19 +1,15 @@
-"""Processes: signals that ask a training to stop, workers that make its batches, several GPUs, and
-one trainer a stage. A student can skip this file."""
+"""Processes: signals that ask a training to stop, workers that make its batches, and several
+GPUs. A student can skip this file."""
 
-import ctypes
 import functools
 import os
 import signal
 import sys
 import threading
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-
-from support.tools import UserError
 
 try:
     import fcntl
@@ -94,8 +90,6 @@ def joined_processes(device):
     if not dist.is_torchelastic_launched():
         yield 0, 1, device
         return
-    if sys.platform == "linux":  # if torchrun is killed, so is this: 1 is PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -106,25 +100,3 @@ def joined_processes(device):
         yield dist.get_rank(), dist.get_world_size(), device
     finally:
         dist.destroy_process_group()
-
-
-@contextmanager
-def sole_trainer(folder, stage, rank, world):
-    """Refuses a stage that another process trains in this folder. The system takes a lock away from
-    a process that ends, however it ends; Windows has no such locks."""
-    lock = Path(folder) / f"{stage}.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as at_the_end:
-        if rank == 0 and fcntl:
-            file = at_the_end.enter_context(open(lock, "w"))
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                raise UserError(f"{folder}: another process is training {stage} here; wait for it, "
-                                "or give another --out")
-            at_the_end.callback(lock.unlink)
-            for left in lock.parent.glob(f"{stage}.*.tmp"):
-                left.unlink()  # half a checkpoint, by a process that was killed
-        yield
-    if world > 1:
-        dist.barrier()  # nobody reads the checkpoint before it is written

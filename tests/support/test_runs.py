@@ -212,23 +212,6 @@ def test_a_run_keeps_its_data_and_a_stage_its_settings(tmp_path, photos, monkeyp
         assert (made["steps"], made["batch_size"]) == (steps, size)
 
 
-def test_a_stage_is_trained_by_one_process_at_a_time(tmp_path, capsys):
-    (tmp_path / "upsampler1.99.tmp").write_text("left by a process that was killed")
-    script = f"""import sys, time
-sys.path.insert(0, {str(ROOT)!r})
-from support.processes import sole_trainer
-with sole_trainer({str(tmp_path)!r}, "upsampler1", 0, 1):
-    time.sleep(print("mine", flush=True) or 1000)"""
-    other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert other.stdout.readline() == "mine\n"
-    assert run(tmp_path, "--steps", 2) == 2
-    assert "another process is training upsampler1 here" in capsys.readouterr().err
-    other.kill()
-    other.communicate()
-    assert run(tmp_path, "--steps", 2) == 0
-    assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob("*.lock"))
-
-
 def test_examples_are_counted_through_another_batch_size(tmp_path):
     assert run(tmp_path, "--steps", 3) == 0
     assert saved(tmp_path)["figures"]["examples"] == 3 * 4
