@@ -135,12 +135,12 @@ def embed_pictures(clip, data, start, batch_size, workers):
     work = functools.partial(decode, data, clip.image_size, clip.interpolation)
     jobs = torch.arange(start, min(start + SHARD, len(data))).split(batch_size)
     with in_workers(work, jobs, workers, clip.mean.device) as made:
-        image_emb = [clip.encode_image(torch.as_tensor(x["image"]).to(clip.mean.device)).cpu()
+        image_emb = [clip.encode_image(x.to(clip.mean.device)).cpu()
                      for x in tqdm(made, f"CLIP: pictures from {start}", len(jobs), disable=None)]
     return {"image_emb": torch.cat(image_emb).half()}
 
 
 def decode(data, size, interpolation, indices):
     """Pictures `indices` as a CLIP wants them."""
-    return {"image": torch.stack([data.image(i, size, interpolation=interpolation)
-                                  for i in map(int, indices)])}
+    return torch.stack([data.image(i, size, interpolation=interpolation)
+                        for i in map(int, indices)])

@@ -1,21 +1,13 @@
 """Processes: signals that ask a training to stop, workers that make its batches, and several
 GPUs. A student can skip this file."""
 
-import functools
 import os
 import signal
 import sys
-import threading
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 
 SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 
@@ -25,7 +17,7 @@ def stop_signals(listen=True):
     """Ctrl-C, SIGTERM (a cluster's preemption) and SIGHUP (a closed terminal) ask a loop to stop:
     yields a list that is empty until then. A second Ctrl-C stops at once. listen=False ignores
     them, as another process decides."""
-    asked, before = [], {}
+    asked = []
 
     def ask(number, frame):
         if asked and number == signal.SIGINT:
@@ -33,9 +25,8 @@ def stop_signals(listen=True):
         if listen:
             asked.append(number)
 
-    if threading.current_thread() is threading.main_thread():  # other threads get no signals
-        before = {number: signal.signal(number, ask) for number in SIGNALS
-                  if signal.getsignal(number) != signal.SIG_IGN}  # as nohup has SIGHUP ignored
+    before = {number: signal.signal(number, ask) for number in SIGNALS
+              if signal.getsignal(number) != signal.SIG_IGN}  # as nohup has SIGHUP ignored
     try:
         yield asked
     finally:
@@ -51,18 +42,13 @@ def ignore_signals(worker):
 
 @contextmanager
 def in_workers(work, jobs, workers, device):
-    """An iterator of work(job), a dictionary of tensors, for each job in order: made ahead by
+    """An iterator of work(job), of tensors, for each job in order: made ahead by
     `workers` processes, or here by none. They end with the loop, whatever ends it and whatever they
     are doing. Left to themselves they outlive an error, and Python waits for them at its exit."""
     loader = torch.utils.data.DataLoader(
         jobs, batch_size=None, num_workers=workers, worker_init_fn=ignore_signals,
-        collate_fn=functools.partial(hand_over, work), pin_memory=device.type == "cuda")
-    before = fcntl and signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a worker keeps this
-    try:
-        made = iter(loader)
-    finally:
-        if fcntl:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        collate_fn=work, pin_memory=device.type == "cuda")
+    made = iter(loader)
     for worker in getattr(made, "_workers", []):
         worker.terminate = worker.kill  # they ignore SIGTERM, which is the loader's last resort
     try:
@@ -70,18 +56,6 @@ def in_workers(work, jobs, workers, device):
     finally:
         if workers:
             made._shutdown_workers()
-
-
-def hand_over(work, job):
-    """work(job), on its way out of a worker in shared memory; where that is full (a container may
-    have 64 MB of it) as arrays through a pipe. torch.as_tensor takes both."""
-    tensors = work(job)
-    try:
-        for x in tensors.values() if torch.utils.data.get_worker_info() else ():
-            x.share_memory_()
-        return tensors
-    except RuntimeError:
-        return {name: x.numpy() for name, x in tensors.items()}
 
 
 @contextmanager

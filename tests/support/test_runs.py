@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -152,15 +151,8 @@ def test_a_blocked_worker_ends_with_the_loop(monkeypatch):
     assert made._workers[0].exitcode == -signal.SIGKILL
 
 
-def test_a_thread_or_full_shared_memory_changes_nothing(tmp_path, monkeypatch, uninterrupted):
-    """A thread, as in a web demo or a notebook, has no signals; a container has little memory."""
-    def full(x):
-        raise RuntimeError("unable to allocate shared memory(shm): No space left on device")
-
-    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
-    thread = threading.Thread(target=lambda: run(tmp_path, "--steps", 30, "--workers", "1"))
-    thread.start()
-    thread.join()
+def test_workers_change_nothing(tmp_path, uninterrupted):
+    assert run(tmp_path, "--steps", 30, "--workers", "1") == 0
     assert_same(saved(tmp_path)["model"], saved(uninterrupted)["model"])
 
 
