@@ -1,17 +1,17 @@
 """Which pictures a folder holds, and their captions: from text files, a table, or COCO's JSON."""
 
 import csv
+import glob
 import json
 import os
 import re
-import sys
 from pathlib import Path
 from unicodedata import normalize
 
 from PIL import Image
 from tqdm import tqdm
 
-from support.tools import UserError, say
+from support.tools import UserError
 
 # Only these are opened: Pillow hands EPS, for one, to a program that runs it.
 KINDS = {"PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000"}
@@ -24,21 +24,10 @@ EXAMPLES = {"metadata.jsonl": '{"file_name": "a.png", "text": "a caption"}',
 
 
 def find_files(root):
-    """{path in Unicode's composed form: Path on the disk} of the files in root. Linked folders are
-    entered, but none twice; names with a dot in front, as a Mac's ._a.txt, are left out."""
-    files, seen = {}, set(root.resolve().parents)
-    for folder, folders, names in os.walk(root, followlinks=True, onerror=lambda e: say(
-            f"skipped the folder {e.filename}: {e.strerror}", sys.stderr)):
-        real = Path(folder).resolve()
-        if real in seen:  # a link back
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        folders.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
-        paths = [os.path.join(folder, name) for name in names if not name.startswith(".")]
-        files |= {normalize("NFC", path): Path(path) for path in paths}
-    return files
+    """{path in Unicode's composed form: Path on the disk} of what is in root, in linked folders
+    too; names with a dot in front, as a Mac's ._a.txt, are left out."""
+    found = glob.iglob(f"{glob.escape(str(root))}/**", recursive=True)
+    return {normalize("NFC", path): Path(path) for path in found}
 
 
 def inside(root, name, files):

@@ -158,8 +158,7 @@ def test_linked_folders_and_all_suffixes_are_found_and_hidden_files_are_not(tmp_
         Image.new("RGB", (9, 9)).save(path)
         path.with_suffix(".txt").write_bytes(b"\xff" if "." in path.stem else path.name.encode())
     (root / "g.txt").unlink()
-    for link, folder in (("root/link", away), ("root/twice", away), ("away/up", tmp_path)):
-        (tmp_path / link).symlink_to(folder)
+    (root / "link").symlink_to(away)
     say.cache_clear()
     captions = [s.captions(i)[0] for s in both("folder", root) for i in range(len(s))]
     assert sorted(captions) == ["a.png", "d.jfif", "e.PPM", "f.webp"]
