@@ -33,20 +33,12 @@ from support.tools import UserError, say
 TEMPLATES = ("a photo of {}", "{}", "a small picture of {}", "a blurry photo of {}")  # for CIFAR
 MOST_PIXELS = 2**26  # of a picture; a small file can hold billions, and take gigabytes
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Pillow's limit is higher
-WHITES = 255, 1023, 4095, 16383, 65535  # of grey in 8 to 16 bits
 
 
 def to_rgb(picture):
-    """Any PIL picture -> upright RGB, transparency on white, all numbers scaled to 8 bits."""
+    """A PIL picture -> upright RGB, transparency on white."""
     with suppress(Exception):  # broken EXIF says nothing
         ImageOps.exif_transpose(picture, in_place=True)  # a phone's photo says how it was held
-    if picture.mode[0] in "IF":  # Files don't say what is white: cameras put 12 bits into 16.
-        grey = np.asarray(picture, np.float64)
-        top = np.max(grey, initial=0, where=np.isfinite(grey))
-        white = next((w for w in WHITES if top <= w), top)
-        if picture.mode == "F" and top < 16:  # floats above 1 are brighter than white
-            white = 1
-        picture = Image.fromarray(np.nan_to_num(grey * 255 / white).clip(0, 255).astype(np.uint8))
     if picture.has_transparency_data:
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture.convert("RGBA"))
@@ -63,6 +55,8 @@ def open_picture(path, side=None, decode=to_rgb):
             picture.draft(None, side and (side, side))
             if picture.width * picture.height > MOST_PIXELS:
                 raise ValueError(f"{picture.width} x {picture.height} are too many pixels")
+            if picture.mode[0] in "IF":  # nothing says which number is white
+                raise ValueError("its greys have more than 8 bits")
             return decode(picture)
     except Exception as e:  # a broken file can raise nearly anything
         raise UserError(f"image {path}: not a picture that can be decoded ({e}); replace it")
