@@ -22,9 +22,7 @@ from diffusion import SeededNoise
 from prior import DiffusionPrior
 from stages import check_clip, clip_of, load_stage
 from support.captions import captions_of
-from support.drawing import (
-    default_weights, drawing_options, reachable_size, write_drawings,
-)
+from support.drawing import SHIPPED, drawing_options, reachable_size, write_drawings
 from support.pictures import fit
 from support.sheets import Film, to_pil, to_tensor
 from support.tools import (
@@ -53,7 +51,7 @@ class Pipeline:
 
     def __init__(self, folder=None, device="auto", size=1024, prior="prior", decoder="decoder",
                  clip=None):
-        self.folder, self.device = Path(folder or default_weights()), choose_device(str(device))
+        self.folder, self.device = Path(folder or SHIPPED), choose_device(str(device))
         self.decoder = load_stage(self.folder, decoder, self.device)
         self.clip = clip_of(self.decoder, self.folder, decoder, self.device, clip)
         self.source = BASELINES.get(decoder, prior)  # a baseline draws from what it learned from

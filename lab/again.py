@@ -18,9 +18,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from sample import default_weights
 from stages import STAGES, needs_clip
 from support.checkpoint import load_checkpoint
+from support.drawing import SHIPPED
 from support.tools import Parser, UserError, user_errors
 
 TOLERANCE = 0.02  # of a loss
@@ -51,7 +51,7 @@ def main(argv=None):
     parser = Parser("python -m lab.again", description="Begin trainings again and compare losses")
     parser.add_argument("--weights", type=Path, help="folder (default: as sample.py)")
     args = parser.parse_args(argv)
-    weights, different = args.weights or default_weights(), []
+    weights, different = args.weights or SHIPPED, []
     for stage in (s for s in STAGES if (weights / f"{s}.pt").exists()):
         checkpoint = load_checkpoint(weights / f"{stage}.pt", stage)
         if not checkpoint.get("first_losses"):

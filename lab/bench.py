@@ -31,10 +31,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from lab.classifier import labelled, load_classifier
 from lab.judge import scores, shares
 from lab.measures import frechet, in_batches, scenes_of
-from sample import default_weights, noise_for
+from sample import noise_for
 from stages import PRESETS, STAGES, fresh_model, load_clip, recipe
 from support.cache import embed
-from support.drawing import slugs
+from support.drawing import SHIPPED, slugs
 from support.muon import make_optimizers
 from support.pictures import load_data
 from support.sheets import draw_grid, save_picture
@@ -127,7 +127,7 @@ def bench_widths(args, peak):
 
 def bench_data(args):
     """How long until the first step, and how fast are batches made, with more and more pictures?"""
-    clip = load_clip(args.weights or default_weights(), device=args.device)
+    clip = load_clip(args.weights or SHIPPED, device=args.device)
     for n in (1000, 10_000, 60_000):
         begun = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder, autocast(args.device):
@@ -184,7 +184,7 @@ def race(args):
     closed=LAYER is no field: all that a linear layer says is silenced, as if it were not there."""
     arms = {arm: read_arm(arm) for arm in args.race}
     stage = "prior" if args.only == ["prior"] else "decoder"
-    clip = load_clip(args.weights or default_weights(), device=args.device)
+    clip = load_clip(args.weights or SHIPPED, device=args.device)
     limit = min(20_000, PRESETS[args.preset]["data"]) if args.data == "shapes" else None
     data = [load_data(args.data, args.root, split, n)
             for split, n in (("train", limit), ("val", args.n))]

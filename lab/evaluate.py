@@ -32,10 +32,11 @@ from lab.measures import (
 )
 from lab.plots import file_ending
 from manipulate import blend, edit, psnr, text_diff
-from sample import PRIOR_SCALE_HELP, Pipeline, default_weights, noise_for
+from sample import PRIOR_SCALE_HELP, Pipeline, noise_for
 from stages import STAGES, clip_of, load_clip, load_stage, needs_clip
 from support.cache import embed
 from support.checkpoint import load_checkpoint
+from support.drawing import SHIPPED
 from support.pictures import DATA, load_data
 from support.shapes import BACKGROUNDS, COLOURS, SHAPES, Shapes, render, with_article
 from support.sheets import check_folder, draw_grid, save_picture, to_pil
@@ -343,7 +344,7 @@ OPTIONS = {
     "-n": dict(type=positive, default=500, help="number of scenes or pictures"),
     "--seed": dict(type=seed_number, default=0, help="seed of scenes and noise"),
     "--json": dict(metavar="FILE", type=file_ending(".json"), help="also write the table to it"),
-    "--weights": dict(type=Path, help="folder of checkpoints (default: as sample.py)"),
+    "--weights": dict(type=Path, help="folder of checkpoints (default: weights/shapes)"),
     "--device": dict(type=choose_device, default="auto", help="auto, cpu or cuda"),
     "--prior-scale": dict(type=finite, help=PRIOR_SCALE_HELP),
     "--scale": dict(type=finite, default=2.0, help="guidance of the decoder; off at 1"),
@@ -394,7 +395,7 @@ def main(argv=None):
         sub.set_defaults(run=run, **defaults)
     args = parser.parse_args(argv)
     if "weights" in args:
-        args.weights = args.weights or default_weights()
+        args.weights = args.weights or SHIPPED
     table = args.run(args)
     if args.run not in (export_pictures, report):  # these print as they go
         print_table(table)

@@ -14,20 +14,13 @@ from support.sheets import (
 )
 from support.tools import UserError, choose_device, positive, seed_number
 
-
-def default_weights():
-    """weights/shapes if it is there, else the newest folder under runs/ with a decoder in it."""
-    shipped = Path(__file__).parent.parent / "weights/shapes/decoder.pt"
-    found = [shipped] if shipped.exists() else list(Path("runs").glob("*/decoder.pt"))
-    if not found:
-        raise UserError("no weights found: give --weights, or 'python train.py all --preset tiny'")
-    return max(found, key=lambda path: path.stat().st_mtime).parent
+SHIPPED = Path(__file__).parent.parent / "weights/shapes"  # drawn with if no others are named
 
 
 def drawing_options(parser):
     """Add the options that every drawing command has; returns the parser's add_argument."""
     add = parser.add_argument
-    add("--weights", help="folder of checkpoints (default: weights/shapes, else newest run)")
+    add("--weights", help="folder of checkpoints (default: weights/shapes)")
     add("--size", type=positive, default=64, help="side of the pictures: 64, 256 or 1024")
     add("--seed", type=seed_number, default=0, help="of the first picture; the next has one more")
     add("--out", type=check_folder, default="samples", help="folder, or the sheet: NAME.png, ...")
