@@ -16,7 +16,6 @@ A stage is rebuilt from its checkpoint alone, never from flags that must be repe
 """
 
 import os
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -25,23 +24,20 @@ from support.tools import UserError
 
 
 def save_checkpoint(path, checkpoint):
-    """Write all of it or nothing: to a file beside it, flushed to the disk, which then replaces it,
-    so a crash or a full disk in the middle leaves the old checkpoint as it was."""
+    """Write all of it or nothing: to a file beside it, which then replaces it, so a crash or a full
+    disk in the middle leaves the old checkpoint as it was."""
     path = Path(path)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as f:
+        with open(temporary, "wb") as f:  # torch would write the name of a path into it
             torch.save(checkpoint, f)
-            f.flush()
-            os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
         raise UserError(f"cannot write {path} ({e}): make room or choose another --out; what was "
                         "there is untouched") from e
     finally:  # after a second Ctrl-C as well
-        with suppress(OSError):  # it has been renamed, or the folder is a file
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 def export_checkpoints(run, folder, stages):
