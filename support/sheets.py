@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from support.tools import UserError, printable, say
+from support.tools import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -37,15 +37,13 @@ def draw_grid(pictures, captions=None, columns=4, cell=None):
     cell = cell or max(128, *(p.shape[-1] for p in pictures))
     font = ImageFont.load_default(max(13, cell // 12))
     # Captions are wrapped to the cell's width; the longest one sets the height of all rows.
-    captions = [printable(c) for c in captions or [""] * len(pictures)]
-    width, box = max(8, int(cell / font.getlength("e"))), bytes(font.getmask("\uffff"))
+    captions = captions or [""] * len(pictures)
+    width = max(8, int(cell / font.getlength("e")))
     lines = [textwrap.wrap(c, width, max_lines=8, placeholder=" ...") for c in captions]
-    if lacking := [c for c in sorted(set("".join(captions))) if bytes(font.getmask(c)) == box]:
-        say(f"note: the sheet's typeface draws boxes for {' '.join(lacking)}")
     line = int(font.size * 1.25)
     under = 6 + line * max(map(len, lines)) if any(captions) else 0
     wide, high = cell + 4, cell + under + 4
-    columns = min(columns, len(pictures), 16000 // wide)  # a WebP has at most 16383 pixels
+    columns = min(columns, len(pictures))
     rows = math.ceil(len(pictures) / columns)
     sheet = Image.new("RGB", (columns * wide + 4, rows * high + 4), "white")
     pen = ImageDraw.Draw(sheet)
