@@ -14,6 +14,7 @@ files.
 
 import functools
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -102,9 +103,10 @@ def embed(clip, data, folder, workers=None, batch_size=128):
 
 
 def keep(path, compute):
-    """The arrays in the file at `path`, which compute() provides if it is missing."""
-    if not path.exists():
-        save_checkpoint(path, compute())
+    """The arrays in the file at `path`, which compute() provides if it is missing or damaged."""
+    with suppress(Exception):  # a damaged file can raise nearly anything
+        return read(path)
+    save_checkpoint(path, compute())
     return read(path)
 
 

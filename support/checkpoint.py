@@ -16,6 +16,7 @@ A stage is rebuilt from its checkpoint alone, never from flags that must be repe
 """
 
 import os
+import zipfile
 from pathlib import Path
 
 import torch
@@ -66,6 +67,8 @@ def load_checkpoint(path, stage=None):
         raise UserError(f"no weights at {path}: train this stage, or give another folder")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:
+            assert not archive.testzip(), "a checksum is wrong"  # torch does not look at them
         checkpoint = {"clip": None, "run": {}, "figures": {}} | checkpoint
         if missing := {"stage", "config", "ema", "step"} - checkpoint.keys():
             raise KeyError(*missing)

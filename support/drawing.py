@@ -35,7 +35,7 @@ def reachable_size(pipeline, size):
     if side is None:
         raise UserError(f"--size {size}: {pipeline.folder} draws {pipeline.sizes[0]} or more")
     if side < size:
-        print(f"no upsampler to {size} pixels is loaded from {pipeline.folder}: stopping at {side}")
+        print(f"{pipeline.folder}: no upsampler to {size} pixels is loaded, stopping at {side}")
     return side
 
 

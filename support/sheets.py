@@ -7,7 +7,6 @@ Between them are fixed limits, not a picture's own, so a pale drawing stays pale
 import math
 import os
 import textwrap
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -58,21 +57,17 @@ def draw_grid(pictures, captions=None, columns=4, cell=None):
 
 
 def check_folder(path, inputs=()):
-    """An argument's type, a Path: a picture, if its name ends like one, else a folder to fill. Only
-    a picture is ever replaced, and none of `inputs`. Nothing is made yet."""
+    """An argument's type, a Path: a picture, if its name ends like one, else a folder to fill.
+    UserError now, and not after the work, if it is one of `inputs` or cannot be written."""
     path = Path(path)
-    picture, there = path.suffix.lower() in SUFFIXES, path.absolute()
-    with suppress(Exception):  # Pillow has many ways to say what it cannot read
-        if picture and path.is_file() and path.resolve() not in [Path(x).resolve() for x in inputs]:
-            Image.open(path).close()
-            there = there.parent
-    while not os.path.lexists(there):
+    picture = path.suffix.lower() in SUFFIXES
+    there = path.absolute().parent if picture else path.absolute()
+    while not there.exists():
         there = there.parent
-    if picture and there == path.absolute() or not (there.is_dir() and os.access(there, os.W_OK)):
-        raise UserError(f"cannot write into {path}: {there} is an input, not a picture, or no "
-                        "folder you may write to")
-    if max(len(os.fsencode(name)) for name in path.parts) > 240:
-        raise UserError(f"cannot write into {path}: choose a shorter name")
+    if picture and path.is_dir() or not (there.is_dir() and os.access(there, os.W_OK)):
+        raise UserError(f"cannot write into {path}: {there} is no folder you may write to")
+    if path.resolve() in [Path(x).resolve() for x in inputs]:
+        raise UserError(f"--out {path} would replace a picture that is read; give another name")
     return path
 
 

@@ -157,7 +157,7 @@ def test_stops_at_the_largest_trained_size_and_says_so(untrained_run, draw, tmp_
     (small / "upsampler1.pt").unlink()  # without it, upsampler2 has nothing to enlarge
     out = draw("-n", "1", "--size", "1024", weights=small)
     assert Image.open(out / "a-red-circle_0.png").size == (16, 16)
-    assert "no upsampler to 1024 pixels: stopping at 16" in capsys.readouterr().out
+    assert "no upsampler to 1024 pixels is loaded, stopping at 16" in capsys.readouterr().out
 
 
 def test_file_names_are_different_and_short_enough_in_bytes():

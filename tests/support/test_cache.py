@@ -130,6 +130,17 @@ def test_an_interrupted_pass_continues_with_the_first_missing_shard(calls, tmp_p
     assert clip.asked == [6, 5]  # both passes together: nothing was computed twice
 
 
+@pytest.mark.parametrize("name, asked", [  # that shard alone is computed again
+    ("pictures-00001", [8, 5]), ("captions-00002", [6, 6]), ("index", [6, 5])])
+def test_a_file_that_is_cut_short_is_computed_again(name, asked, tmp_path):
+    clip, wanted = Clip(), embed(Clip(), Data(), tmp_path / "whole")
+    embed(clip, Data(), tmp_path)
+    (path,) = tmp_path.glob(f"*/{name}.pt")
+    path.write_bytes(path.read_bytes()[:-20])
+    assert_same(embed(clip, Data(), tmp_path), wanted)
+    assert clip.asked == asked
+
+
 def test_two_passes_at_once_do_no_harm(tmp_path, monkeypatch):
     """Neither renames a file before both have written it."""
     both, replace = multiprocessing.get_context("fork").Barrier(2), os.replace

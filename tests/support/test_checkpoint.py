@@ -115,6 +115,12 @@ def test_a_file_that_is_no_checkpoint_is_reported(prior_file):
         path.write_bytes(content)
         with fails_with("prior.pt", "damaged or no checkpoint .*again"):
             load_checkpoint(path)
+    data, weight = bytearray(whole), saved["ema"]["query"].numpy().tobytes()
+    assert data.count(weight) >= 1
+    data[data.index(weight)] ^= 1  # a flipped bit
+    path.write_bytes(data)
+    with fails_with("prior.pt", "damaged or no checkpoint"):
+        load_checkpoint(path)
     keys = ("stage", "config", "ema", "step")
     for something in (torch.ones(3), 7, [*keys],
                       *({k: v for k, v in saved.items() if k != key} for key in keys)):
