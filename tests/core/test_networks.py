@@ -116,21 +116,6 @@ def test_changing_a_token_changes_the_outputs_from_it_on_and_none_before():
             assert differs(after[j:], before[j:])
 
 
-@pytest.mark.parametrize("split", [1, 4, 6])
-def test_a_sequence_run_in_two_pieces_equals_the_whole(split):
-    blocks = [randomise(Block(M, heads=4)) for _ in range(3)]
-    x, real = torch.randn(3, 7, M), flags([1] * 7, [1, 1, 1, 0, 1, 1, 1], [1, 0, 0, 0, 1, 1, 1])
-    mask = causal_mask(real)
-    with torch.no_grad():
-        whole, cache = run_blocks(blocks, x, mask)
-        first, past = run_blocks(blocks, x[:, :split], mask[:, :split, :split])
-        second, own = run_blocks(blocks, x[:, split:], mask[:, split:], past)
-        alone = [run_blocks(blocks, x[k:k + 1], mask[k:k + 1])[1] for k in range(3)]
-    assert_close(torch.cat([first, second], dim=1), whole, rtol=0, atol=1e-4)
-    assert_close(torch.cat([past, own], dim=4), cache, rtol=0, atol=1e-4)
-    assert_close(torch.cat(alone), cache, rtol=0, atol=1e-4)  # caches stack along the batch
-
-
 # --- the U-Net's parts ----------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from helpers import (
     D, FakeBatches, L, T, W, amplify, batch_of, captions, differs, flags, unit,
 )
 from networks import run_blocks
-from prior import DiffusionPrior, PriorConfig, embedding_scale, rerank
+from prior import DiffusionPrior, PriorConfig, embedding_scale
 
 M = 32
 TINY = dict(dim=D, text_width=W, text_len=L, width=M, depth=2, heads=2,
@@ -119,15 +119,6 @@ def test_dropping_takes_away_the_whole_caption_and_nothing_else():
         assert differs(answer(model, x_t, t, changed, YES), kept, 1e-3)
 
 
-def test_null_text_embedding_is_learned_from_dropped_examples_only():
-    model, text = make_prior(), captions([L, 3, 4])
-    null, x_t, t = model.prefix.null_text_emb, torch.randn(3, D), torch.tensor([5, 20, 30])
-    for keep in (YES, flags(1, 0, 1)):
-        out = model(x_t, t, **model.encode_caption(*text, keep))
-        (gradient,) = torch.autograd.grad(out.square().sum(), null)
-        assert bool(gradient.any()) == (not keep.all())
-
-
 @pytest.mark.parametrize("rate", [0.0, 0.1, 1.0])
 def test_caption_is_dropped_at_its_rate_with_a_decision_per_example(monkeypatch, rate):
     B, model, seen = 4000, make_prior(copies=2, drop_text=rate), []
@@ -230,14 +221,6 @@ def test_sampling_takes_the_configured_steps_or_those_asked_for_and_gives_unit_n
             *captions([L, 3]), scale=2, steps=steps, on_step=lambda k, t, *x: visited.append(t))
         assert len(visited) == wanted and visited[0] == T - 1 and visited[-1] == 0
         assert_close(drawn.norm(dim=1), torch.ones(2), rtol=0, atol=1e-6)
-
-
-def test_rerank_finds_a_planted_winner_in_each_row():
-    text_emb, image_emb, winners = unit(4, D), unit(4, 5, D), torch.tensor([2, 0, 4, 1])
-    rows = torch.arange(4)
-    image_emb[rows, winners] = F.normalize(text_emb + 0.1 * unit(4, D), dim=-1)
-    image_emb[rows, (winners + 1) % 5] = text_emb.roll(1, 0)  # another caption's best
-    assert_close(rerank(image_emb, text_emb), image_emb[rows, winners], rtol=0, atol=0)
 
 
 def test_sample_keeps_each_captions_better_of_two_different_draws(monkeypatch):
