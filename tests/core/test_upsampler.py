@@ -9,8 +9,8 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion import cosine_betas, linear_betas
-from helpers import FakeBatches, pictures, randomise
-from networks import GroupNorm, UNet
+from helpers import FakeBatches, pictures
+from networks import UNet
 from support import degradations
 from upsampler import Upsampler, UpsamplerConfig, area_average, training_pair
 
@@ -48,18 +48,6 @@ def test_no_attention_at_any_level_neither_built_nor_run(multiples):
     unet = UNet(3, 3, 8, (1, 2), 1, 16, attention_levels=(1,), context_dim=8)
     inputs = (torch.zeros(1, 16), torch.zeros(1, 2, 8), torch.ones(1, 2, dtype=torch.bool))
     assert len(attention_in(unet, torch.zeros(1, 3, 8, 8), *inputs)) >= 2
-
-
-def test_a_crop_gives_what_the_whole_picture_gives_there(monkeypatch):
-    # Far from the crop's border, and without group norm, the one layer that sees the whole picture.
-    monkeypatch.setattr(GroupNorm, "forward", lambda self, x: x)
-    model = randomise(Upsampler(FIRST), std=0.5)
-    x_t, cond, t = torch.randn(1, 3, 96, 160), torch.randn(1, 3, 96, 160), torch.tensor([500])
-    with torch.no_grad():
-        whole = model(x_t, t, cond)[..., 44:52]
-        crop = model(x_t[..., :96], t, cond[..., :96])[..., 44:52]
-    assert whole.std() > 1e-3
-    assert_close(crop, whole, rtol=1e-4, atol=1e-4 * float(whole.abs().max()))
 
 
 def test_table_3_gives_the_papers_parameter_counts():
@@ -110,7 +98,7 @@ def box_blur(low, rng):
     return F.avg_pool2d(F.pad(low[None], (8,) * 4, mode="replicate"), 17, stride=1)[0]
 
 
-@pytest.mark.parametrize("kind, size, tries", [("blur", 64, 1500), ("bsr", 128, 200)])
+@pytest.mark.parametrize("kind, size, tries", [("blur", 32, 400), ("bsr", 128, 100)])
 def test_corruption_comes_before_the_crop_so_its_edge_has_true_neighbours(
         monkeypatch, kind, size, tries):
     monkeypatch.setitem(degradations.DEGRADATIONS, "bsr", box_blur)
@@ -125,7 +113,7 @@ def test_corruption_comes_before_the_crop_so_its_edge_has_true_neighbours(
         window = whole[:, y // 4:(y + side) // 4, x // 4:(x + side) // 4]
         assert_close(low, window, rtol=0, atol=1e-5)
         places.add((y, x))
-    aligned = {(4 * y, 4 * x) for y in range(13) for x in range(13)}
+    aligned = {(4 * y, 4 * x) for y in range(7) for x in range(7)}
     assert places == aligned or kind == "bsr"  # every place aligned to the factor, and no other
 
 
@@ -195,16 +183,6 @@ def test_sampling_with_a_perfect_network_returns_the_target(config, steps, betas
         assert_close(x[:, 3:], enlarged)
     Oracle(model, 2 * picture)  # drawn pictures stay in range where the network overshoots
     assert_close(model.sample(low), (2 * picture).clamp(-1, 1), rtol=0, atol=1e-3)
-
-
-def test_the_enlarged_low_picture_lies_on_the_target_and_is_a_fresh_networks_answer():
-    # Half a pixel of shift, as with aligned corners, would be an error of up to 0.1 here.
-    wave = torch.sin(torch.arange(256) / 256 * 2 * torch.pi + 0.5)
-    picture = (wave[:, None] * wave[None, :]).expand(1, 3, 256, 256)
-    model, low = Upsampler(FIRST), F.avg_pool2d(picture, 4)
-    cond = model.condition(low)
-    assert_close(cond[..., 8:-8, 8:-8], picture[..., 8:-8, 8:-8], rtol=0, atol=0.01)
-    assert_close(model.sample(low, steps=2), cond.clamp(-1, 1), rtol=0, atol=1e-4)
 
 
 def test_preview_shows_input_drawn_and_target_and_measures_the_psnr():
