@@ -14,10 +14,7 @@ from networks import timestep_embedding
 
 T, SHAPE, LEVELS = 100, (4, 3, 5, 7), torch.tensor([0, 1, 41, 99])
 
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("same_numbers_on_one_thread")
 
 
 def diffusion(**settings):
