@@ -299,14 +299,15 @@ def test_an_export_replaces_nothing(micro_run, tmp_path):
 # --- precision, compiler, processes --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fast", [True, False])
-def test_every_stage_trains_and_draws_with_autocast_on_and_off(monkeypatch, tmp_path, fast):
-    """Both, as users' CPUs differ in whether bfloat16 is fast."""
+def test_every_stage_trains_and_draws_with_autocast_as_it_is_not_on_this_machine(
+        monkeypatch, tmp_path):
+    """CPUs differ in whether bfloat16 is fast: all other tests run as it is here."""
     import manipulate
     import sample
     from lab import evaluate
 
-    monkeypatch.setattr(tools, "cpu_is_fast_in_bf16", lambda: fast)
+    fast = tools.cpu_is_fast_in_bf16()
+    monkeypatch.setattr(tools, "cpu_is_fast_in_bf16", lambda: not fast)
     options = ["--preset", "micro", "--out", str(tmp_path), "--workers", "0", "--steps", "2"]
     for stage in ("all", "ar_prior", "decoder_caption"):
         assert train.main([stage, *options, "--sample-every", "1"]) == 0
@@ -320,7 +321,7 @@ def test_every_stage_trains_and_draws_with_autocast_on_and_off(monkeypatch, tmp_
     assert evaluate.main(["losses", "-n", "8", "--weights", str(tmp_path)]) == 0
 
 
-@pytest.mark.parametrize("stage", stages.STAGES)
+@pytest.mark.parametrize("stage", [*stages.ORDER, "ar_prior", "decoder_caption"])
 def test_a_compiled_loss_is_one_graph_and_the_same_number(stage, micro_run, tmp_path):
     """What --compile hands to the compiler, without its code generator, which takes minutes.
 
@@ -364,20 +365,15 @@ def torchrun(tmp_path, *arguments):
     )
 
 
-def test_two_processes_train_all_stages_in_turn(tmp_path):
-    """CLIP's loss over both processes' rows too; and nobody reads a CLIP that is half trained."""
-    torchrun(tmp_path, "all", "--preset", "micro", "--workers", 0, "--sample-every", 3,
-             "--out", tmp_path / "two")
+def test_two_processes_train_all_stages_in_turn_by_the_averaged_gradient(tmp_path):
+    """torchrun with gloo on this machine. Nobody reads a CLIP that is half trained; and upsampler1
+    is compared with both halves computed here by hand."""
+    torchrun(tmp_path, "all", *UPSAMPLER[1:], "--steps", 2, "--out", tmp_path / "two")
     identity = stages.load_clip(tmp_path / "two").identity
     for stage in stages.ORDER:
         made = saved(tmp_path / "two", stage)
-        assert made["step"] == 3
+        assert made["step"] == 2
         assert made["clip"] is None or made["clip"]["identity"] == identity
-
-
-def test_two_processes_take_the_step_of_the_averaged_gradient(tmp_path):
-    """torchrun with gloo on this machine, against both halves computed here by hand."""
-    torchrun(tmp_path, *UPSAMPLER, "--steps", 2, "--out", tmp_path / "two")
     torch.manual_seed(0)
     model = stages.fresh_model("upsampler1", "micro", None, None, None).train()
     optimizers, settings = make_optimizers(model, 2.0), {"steps": 2, "lr": 1e-3}
@@ -403,16 +399,6 @@ def test_what_is_fitted_rather_than_trained_is_in_the_checkpoints(micro_run):
     identity = prior.basis @ prior.basis.T
     torch.testing.assert_close(identity, torch.eye(len(identity)), rtol=0, atol=1e-4)
     assert (prior.edges.diff(dim=1) >= 0).all() and prior.values.abs().sum() > 0
-
-
-def test_resume_refuses_another_clip(micro_run, tmp_path, capsys):
-    for stage in ("clip", "prior"):
-        shutil.copy(micro_run / f"{stage}.pt", tmp_path)
-    clip = saved(tmp_path, "clip")
-    clip["ema"]["model.text_projection"] += 1
-    save_checkpoint(tmp_path / "clip.pt", clip)
-    assert train.main(["prior", "--steps", "9", "--resume", "--out", str(tmp_path)]) == 2
-    assert "do not mix" in capsys.readouterr().err
 
 
 def test_captions_of_many_lengths_share_two_graphs(micro_run, tmp_path):
