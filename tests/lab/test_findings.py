@@ -1,6 +1,7 @@
 """findings.py and probing.py: verdicts, instruments, and a report from end to end."""
 
 import argparse
+import copy
 import json
 import math
 import shutil
@@ -131,9 +132,17 @@ def test_everything_survives_in_the_scene_itself_and_nothing_in_another():
     assert survival("colour", nothing["colour"].mean()) < 0 and np.isnan(nothing["shade"]).all()
 
 
-@pytest.fixture
-def lab(micro_run):
+@pytest.fixture(scope="module")
+def loaded(micro_run):
     return Lab(argparse.Namespace(device="cpu", n=6, seed=0), micro_run)
+
+
+@pytest.fixture
+def lab(loaded):
+    """A lab that has drawn nothing; its stages are loaded once for all tests."""
+    fresh = copy.copy(loaded)
+    fresh.drawn = {}
+    return fresh
 
 
 def test_each_picture_is_drawn_once_and_other_conditions_are_kept_apart(lab, monkeypatch):
@@ -264,10 +273,8 @@ def fakes(n, good):
     ("f5", {"GLIDE"}, {"unCLIP"}),
 ])
 def test_a_verdict_is_reproduced_refused_or_open_as_the_pictures_are(
-        lab, monkeypatch, finding, claimed, opposite):
+        lab, monkeypatch, quick, finding, claimed, opposite):
     n, everywhere = 40, {*claimed, *opposite}
-    monkeypatch.setattr(findings, "frechet_cell", lambda drawn, true: "")  # slow, and no claim
-    monkeypatch.setattr(measures, "bootstrap", partial(measures.bootstrap, times=100))
     spread_out = torch.nn.functional.normalize(torch.randn(4 * n, 16), dim=1)
     monkeypatch.setattr(lab, "true_emb", lambda scenes: spread_out[:len(scenes)])
     monkeypatch.setattr(lab, "prior_emb", lambda captions, prior: spread_out[:len(captions)])
@@ -296,7 +303,7 @@ VERDICTS = [("claimed", "reproduced"), ("opposite", "not reproduced"), ("neither
 def quick(monkeypatch):
     for module in (measures, findings):
         monkeypatch.setattr(module, "bootstrap", partial(measures.bootstrap, times=100))
-    monkeypatch.setattr(findings, "frechet_cell", lambda drawn, true: "")
+    monkeypatch.setattr(findings, "frechet_cell", lambda drawn, true: "")  # slow, and no claim
 
 
 class TellsAllApart:
@@ -415,11 +422,11 @@ def test_the_attack_is_judged_where_clip_is_fooled(lab, monkeypatch, quick, worl
     assert result.verdict == verdict, result.claims
 
 
-@pytest.mark.parametrize("unclip, glide, verdict", [
-    (0.5, 0.9, "reproduced"), (0.9, 0.5, "not reproduced"),
-    (0.7, 0.7, "can't be decided at this scale")])
+@pytest.mark.parametrize("world, verdict", VERDICTS)
 def test_binding_is_weak_or_not_as_the_pictures_of_both_systems_are(
-        lab, monkeypatch, unclip, glide, verdict):
+        lab, monkeypatch, world, verdict):
+    unclip, glide = {"claimed": (0.5, 0.9), "opposite": (0.9, 0.5), "neither": (0.7, 0.7)}[world]
+
     def seen(share):
         bound = (np.arange(60) % 10 < 10 * share).astype(float)
         return {"binding": bound, "colours": np.ones(60), "shapes": np.ones(60)}
