@@ -71,13 +71,6 @@ def test_points_add_up_and_every_row_names_a_function_and_tests_that_are_there()
             assert f"\ndef {name.partition('[')[0]}(" in (ROOT / file).read_text()
 
 
-def test_each_known_mistake_applies_at_one_place():
-    for e in SOLVABLE:
-        for old, new, hint in e.mistakes:
-            assert text_of(ours(e), e).count(old) == 1 and old != new
-        assert len(set(hint for _, _, hint in e.mistakes)) == len(e.mistakes)
-
-
 # --- the handout ----------------------------------------------------------------------------------
 
 
@@ -152,9 +145,7 @@ HOSTILE = {
     "while True:\n    pass": "end",
     "raise SystemExit(0)": "SystemExit",
     "torch.os._exit(0)": "end",
-    "torch.os.kill(torch.os.getpid(), 9)": "end",
     "raise KeyboardInterrupt": "did not run",
-    "return self.q_sample(x_0, t, noise)": "RecursionError",
     "print('1 passed' * 10**6)\nreturn 0 * x_0": "not so: ",
     "return torch.zeros(10**10)": "memory",
     "return helper(x_0)": "helpers go into it",
@@ -215,14 +206,13 @@ def test_a_student_checks_waits_gets_a_hint_reveals_and_then_has_the_companions(
     loss = EXERCISES[5]
     wrong = text_of(ours(loss), loss).replace(".flatten(1).mean(1)", ".mean()")
     submit(folder, loss, wrong, base=folder)
-    code, out, err = python(folder, "-m", "course", "check", "6", "8")
-    assert out.splitlines() == [
-        " 6 The loss: 0 of 3 tests pass, hint: one loss an example: do not average over them, "
-        "waits for 3", " 8 Ancestral sampling: 0 of 3 tests pass, not begun"], err
     code, out, err = python(
-        folder, "-c", "from course.__main__ import main; print([main(['reveal', n]) for n in "
-        "('3', '4', '5', '8', '15')]); main(['check', '6', '8'])")
-    assert "[0, 0, 0, 0, 2]" in out
+        folder, "-c", "from course.__main__ import main; main(['check', '6', '8']); print([main("
+        "['reveal', n]) for n in ('3', '4', '5', '8', '15')]); main(['check', '6', '8'])")
+    assert out.splitlines()[:3] == [
+        " 6 The loss: 0 of 3 tests pass, hint: one loss an example: do not average over them, "
+        "waits for 3",
+        " 8 Ancestral sampling: 0 of 3 tests pass, not begun", "[0, 0, 0, 0, 2]"], err
     assert "not so: loss is one mean squared error" in out and "Size([])" in out
     assert "8 Ancestral sampling: 3 of 3 tests pass, revealed: no points" in out
     assert "Unfinished" not in text_of((folder / "manipulate.py").read_text(), handout.replace(
@@ -268,7 +258,9 @@ def test_the_notebook_runs_with_the_solution_in_place(tmp_path):
     checked = [e for e in SOLVABLE if e.figure][:1]  # two seconds each; graded in another test
     script = re.sub(r'main\(\["check", "(\d+)"\]\)', lambda line: line[0] * (
         int(line[1]) in [e.number for e in checked]), script)
-    (folder / "cells.py").write_text(script)
+    quick = ("import functools, sample\n"
+             "sample.Pipeline.decode = functools.partialmethod(sample.Pipeline.decode, steps=2)\n")
+    (folder / "cells.py").write_text(quick + "\n".join(dict.fromkeys(script.splitlines())))
     code, out, err = python(folder, "-c", "exec(open('cells.py').read())")  # no file, as there
     for e in checked:
         assert f"{e.number:2} {e.name}: {len(e.public)} of {len(e.public)} tests pass\n" in out, err
