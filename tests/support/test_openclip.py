@@ -1,7 +1,6 @@
-"""Claims about open_clip's models, with random weights from a local file: one at its real size,
-others registered with open_clip at a small one."""
+"""Claims about open_clip's models, with random weights from a local file: one of its real widths
+but a single layer, others registered with open_clip at a small size."""
 
-import json
 from unittest.mock import Mock
 
 import numpy as np
@@ -33,14 +32,17 @@ SMALL = {  # name: its picture tower. Both have the full vocabulary.
 def files(tmp_path_factory):
     """{name: a state dict of that model on disk, as open_clip's own are}"""
     folder, text = tmp_path_factory.mktemp("clip"), {"context_length": 12, "width": 16, "layers": 2}
-    for name, vision in SMALL.items():
-        config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text | {"heads": 2}}
-        (folder / f"{name}.json").write_text(json.dumps(config))
-        open_clip.add_model_config(folder / f"{name}.json")
-    for name in (*SMALL, "ViT-B-32"):
-        torch.manual_seed(0)
-        torch.save(open_clip.create_model(name).state_dict(), folder / f"{name}.pt")
-    return {path.stem: path for path in folder.glob("*.pt")}
+    known = {name: {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text | {"heads": 2}}
+             for name, vision in SMALL.items()}
+    for name in ("ViT-B-32", "ViT-B-32-quickgelu"):
+        known[name] = open_clip.get_model_config(name)
+        known[name]["vision_cfg"]["layers"] = known[name]["text_cfg"]["layers"] = 1
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(open_clip.factory, "_MODEL_CONFIGS", open_clip.factory._MODEL_CONFIGS | known)
+        for name in (*SMALL, "ViT-B-32"):
+            torch.manual_seed(0)
+            torch.save(open_clip.create_model(name).state_dict(), folder / f"{name}.pt")
+        yield {path.stem: path for path in folder.glob("*.pt")}
 
 
 def photo(side, seed=0):
