@@ -206,7 +206,7 @@ class GaussianDiffusion(nn.Module):
             # p mixes the posteriors of every x_0 that x_t could come from. By the law of total
             # variance: their variance, plus the variance of their means, c1^2 Var(x_0 | x_t).
             total = variance + c1 ** 2 * self.x_0_variance[t]
-            log_variance = torch.maximum(expand(total.log(), x_t), log_variance)
+            log_variance = expand(total.log(), x_t)
         return mean, log_variance, pred_x_0
 
     # --- training --------------------------------------------------------------------------------
