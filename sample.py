@@ -37,7 +37,7 @@ PRIOR_SCALE_HELP = f"prior's guidance, off at 1 (default: {DiffusionPrior.usual_
 def noise_for(seeds, stage, attempt=0):
     """One stage's noise for the pictures of these seeds: a function shape -> (B, ...). Attempts at
     a picture are 1.25 * 10^8 seeds apart, further than people count."""
-    return SeededNoise([STAGE_SEEDS[stage] + attempt * 10**9 + seed * 8 for seed in seeds])
+    return SeededNoise([STAGE_SEEDS[stage] + attempt * 10**9 + int(seed) * 8 for seed in seeds])
 
 
 class Pipeline:
@@ -55,6 +55,8 @@ class Pipeline:
         self.decoder = load_stage(self.folder, decoder, self.device)
         self.clip = clip_of(self.decoder, self.folder, decoder, self.device, clip)
         self.source = BASELINES.get(decoder, prior)  # a baseline draws from what it learned from
+        if self.source not in ("prior", "ar_prior", "text_emb", "none", None):
+            raise UserError(f"prior {self.source!r}: use prior, ar_prior, text_emb or none")
         self.prior = None
         if self.source in ("prior", "ar_prior"):
             self.prior = load_stage(self.folder, self.source, self.device)

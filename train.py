@@ -273,6 +273,8 @@ def run_stage(stage, args, device, rank, world):
     settings = settle(stage, args, before)
     steps, size = settings["steps"], settings["batch_size"]
     if checkpoint["step"] >= steps:
+        if needs_clip(stage):
+            check_clip(checkpoint["clip"], load_clip(path.parent, spec, device), path)
         print(f"{stage}: already trained to step {checkpoint['step']} in {path}")
         return
     if size % world or stage == "clip" and size < 2 * world:

@@ -114,6 +114,14 @@ def marks(e, submission, more):
     return round(e.points * share, 2), "\n".join([counts, *said, *sentences(failed, e.public)])
 
 
+def hidden_tests(folder):
+    """The files of hidden tests in a lecturer's folder, or none without one."""
+    tests = sorted(Path(folder).glob("test_*.py")) if folder else []
+    if folder and not tests:
+        raise UserError(f"--hidden {folder}: has no test_*.py; check the path")
+    return tests
+
+
 def grade(submission, out, hidden=None):
     """Write OUT/results.json in Gradescope's format, whole again after each exercise.
 
@@ -121,13 +129,14 @@ def grade(submission, out, hidden=None):
     """
     if any(e.hints for e in EXERCISES) or not Path(submission).is_dir():
         raise UserError(f"{submission}: must be a folder, graded in the repository, not a handout")
+    tests = hidden_tests(hidden)
     start, path = time.time(), Path(out) / "results.json"
     beside = path.with_suffix(f".{os.getpid()}.tmp")
     rows = [{"name": f"{e.number}. {e.name}", "score": 0.0, "max_score": e.points,
              "output": "not graded"} for e in EXERCISES]
     path.parent.mkdir(parents=True, exist_ok=True)
     for row, e in zip(rows, EXERCISES):
-        more = sorted(Path(hidden).glob(f"test_{e.number}_*.py")) if hidden else []
+        more = [test for test in tests if test.name.startswith(f"test_{e.number}_")]
         row["score"], row["output"] = marks(e, submission, more)
         results = {"score": round(sum(row["score"] for row in rows), 2), "tests": rows,
                    "execution_time": round(time.time() - start)}

@@ -6,10 +6,9 @@ import re
 import zipfile
 import zlib
 from dataclasses import replace
-from pathlib import Path
 
 from course.exercises import EXERCISES, ROOT
-from course.grade import NEEDED, copy
+from course.grade import NEEDED, copy, hidden_tests
 from course.parts import ANSWERS, blanks, hints, put, span, text_of
 from support.tools import UserError
 
@@ -90,9 +89,7 @@ def assignment(texts):
 
 def archive(out, hidden=None):
     """A zip for Gradescope: the repository, and the two scripts that it runs."""
-    tests = sorted(Path(hidden).glob("test_*.py")) if hidden else []
-    if hidden and not tests:
-        raise UserError(f"--hidden {hidden}: has no test_*.py; check the path")
+    tests = hidden_tests(hidden)
     with zipfile.ZipFile(out, "w") as file:
         for pattern in (*NEEDED, "requirements.txt"):
             for path in ROOT.glob(pattern):

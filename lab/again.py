@@ -18,7 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from stages import STAGES, needs_clip
+from lab.evaluate import trained
+from stages import needs_clip
 from support.checkpoint import load_checkpoint
 from support.drawing import SHIPPED
 from support.tools import Parser, UserError, user_errors
@@ -52,7 +53,7 @@ def main(argv=None):
     parser.add_argument("--weights", type=Path, help="folder (default: as sample.py)")
     args = parser.parse_args(argv)
     weights, different = args.weights or SHIPPED, []
-    for stage in (s for s in STAGES if (weights / f"{s}.pt").exists()):
+    for stage in trained(weights):
         checkpoint = load_checkpoint(weights / f"{stage}.pt", stage)
         if not checkpoint.get("first_losses"):
             print(f"{stage}: was trained before first losses were kept")

@@ -185,6 +185,11 @@ def race(args):
     arms = {arm: read_arm(arm) for arm in args.race}
     stage = "prior" if args.only == ["prior"] else "decoder"
     clip = load_clip(args.weights or SHIPPED, device=args.device)
+    make, make_config = STAGES[stage]
+    plain = make(make_config(clip.dim, clip.text_width, clip.text_len,
+                             **recipe(args.preset, stage)[0]))
+    for arm in arms:  # a slip is told before the work
+        changed(plain, arm, arms[arm])
     limit = min(20_000, PRESETS[args.preset]["data"]) if args.data == "shapes" else None
     data = [load_data(args.data, args.root, split, n)
             for split, n in (("train", limit), ("val", args.n))]
@@ -193,18 +198,11 @@ def race(args):
         with autocast(args.device):
             embeddings = [embed(clip, d, folder) for d in data]
         for arm, seed in product(arms, range(args.seeds)):
-            training, fields = dict(recipe(args.preset, stage)[1]), dict(arms[arm])
-            training |= {name: fields.pop(name) for name in list(fields) if name in TRAINING}
-            closed = fields.pop("closed", None)
+            training = recipe(args.preset, stage)[1]
+            training = training | {k: x for k, x in arms[arm].items() if k in TRAINING}
             torch.manual_seed(seed)
             model = fresh_model(stage, args.preset, data[0], clip, embeddings[0])
-            try:
-                model = type(model)(replace(model.config, **fields)).to(args.device)
-                silent = getattr(model, closed).parameters() if closed else ()
-            except (TypeError, AttributeError, AssertionError) as e:
-                raise UserError(f"--race {arm!r}: there is no such field, value or layer {e}")
-            for p in silent:  # zero, and as no gradient reaches it, it stays so
-                p.requires_grad_(False).zero_()
+            model = changed(model, arm, arms[arm]).to(args.device)
             batches, val = (Batches(model, d, e, training["batch_size"], seed, args.device)
                             for d, e in zip(data, embeddings))
             ema, steps = train_for(model, batches, training, args)
@@ -217,6 +215,20 @@ def race(args):
                 some = drawn[:: -(-len(drawn) // 64)]  # at most 64 from all classes, often sorted
                 save_picture(draw_grid(some, columns=8),
                              Path(args.out) / f"{slugs([arm or 'preset'])[0]}_{seed}.png")
+
+
+def changed(model, arm, fields):
+    """A new model like this one, but for an arm's fields; what `closed` names is silent."""
+    fields = {k: x for k, x in fields.items() if k not in TRAINING}
+    closed = fields.pop("closed", None)
+    try:
+        model = type(model)(replace(model.config, **fields))
+        silent = getattr(model, closed).parameters() if closed else ()
+    except (TypeError, AttributeError, AssertionError):
+        raise UserError(f"--race {arm!r}: there is no such field, value or layer")
+    for p in silent:  # zero, and as no gradient reaches it, it stays so
+        p.requires_grad_(False).zero_()
+    return model
 
 
 def train_for(model, batches, training, args):

@@ -29,7 +29,7 @@ from stages import load_clip
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.muon import make_optimizers
 from support.pictures import load_data
-from support.sheets import draw_grid, save_picture
+from support.sheets import draw_grid, file_ending, save_picture
 from support.tools import (
     Parser, UserError, autocast, choose_device, positive, seed_number, user_errors,
 )
@@ -152,8 +152,9 @@ def load_classifier(path, device="cpu"):
 
 
 def judge_classes(args):
-    """Pictures drawn from captions of a data set with classes, judged by a classifier; CLIP alone,
-    if no decoder is trained yet."""
+    """Pictures drawn from captions of a data set with classes, judged by a classifier.
+
+    CLIP alone, if no decoder is trained yet."""
     data = whole(args.data, args.root, "val")
     if not (args.weights / "decoder.pt").exists():
         return zero_shot(load_clip(args.weights, device=args.device), data, *labelled(data)[1:])
@@ -190,8 +191,7 @@ def judge_classes(args):
 
 
 def judge_class_edits(args):
-    """Real pictures from their latents, with fresh noise, and turned to another class by text:
-    what does the classifier see?"""
+    """What a classifier sees in real pictures redrawn, varied, and turned to another class."""
     data = whole(args.data, args.root, "val")
     model = load_classifier(args.classifier, args.device)
     pipeline = Pipeline(args.weights, args.device, 1, prior=None)
@@ -257,14 +257,14 @@ def main(argv=None):
     add("--data", default="folder", help="cifar10, cifar100 or folder")
     add("--root", required=True, help="folder of the pictures to train on")
     add("--test", required=True, help="folder of the pictures to test on")
-    add("--out", default="weights/cifar10/classifier.pt", help="the file to write")
+    add("--out", type=file_ending(".pt"), default="weights/cifar10/classifier.pt", help="the file")
     add("--epochs", type=positive, default=12, help="times that each picture is seen")
     add("--device", type=choose_device, default="auto", help="auto, cpu or cuda")
     add("--seed", type=seed_number, default=0, help="of weights, batches and variations")
     args = parser.parse_args(argv)
     data, test = whole(args.data, args.root, "train"), whole(args.data, args.test, "val")
     model, accuracy = train(data, test, args.epochs, args.device, args.seed)
-    save_checkpoint(Path(args.out), {
+    save_checkpoint(args.out, {
         "stage": "classifier", "config": {"classes": [list(c) for c in model.classes]}, "step": 0,
         "ema": {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()},
         "figures": {"accuracy": accuracy}})

@@ -30,7 +30,6 @@ from lab.measures import (
     pairs_shown, pictures_of, precision_recall, prefers, redrawn, scenes_of, single_objects,
     wrong_captions,
 )
-from lab.plots import file_ending
 from manipulate import blend, edit, psnr, text_diff
 from sample import PRIOR_SCALE_HELP, Pipeline, noise_for
 from stages import STAGES, clip_of, load_clip, load_stage, needs_clip
@@ -39,7 +38,7 @@ from support.checkpoint import load_checkpoint
 from support.drawing import SHIPPED
 from support.pictures import DATA, load_data
 from support.shapes import BACKGROUNDS, COLOURS, SHAPES, Shapes, render, with_article
-from support.sheets import check_folder, draw_grid, save_picture, to_pil
+from support.sheets import check_folder, draw_grid, file_ending, save_picture, to_pil
 from support.tools import (
     Parser, UserError, autocast, choose_device, finite, positive, sampling_steps, seed_number,
     user_errors,
@@ -128,7 +127,8 @@ def judge_captions(args):
     table = {}
     for row in args.rows:
         split, given, decoder = ROWS[row]
-        pipeline = judged_pipeline(args.weights, args.device, prior=given, decoder=decoder)
+        pipeline = judged_pipeline(args.weights, args.device, decoder=decoder,
+                                   prior=given if given in ("prior", "ar_prior") else None)
         data = Shapes(args.n, split, args.seed)
         captions = mixed_captions(data)
         given = look(pipeline.clip, data) if given == "truth" else given
@@ -305,8 +305,9 @@ def drawn_from(args):
 
 
 def judge_real(args):
-    """Any data set measured in CLIP's space, without ground truth. match: how often a drawn picture
-    is closest to its caption's own true one (by chance: 1 / n)."""
+    """Any data set measured in CLIP's space, without ground truth.
+
+    match: how often a drawn picture is closest to its caption's own true one (chance: 1 / n)."""
     pipeline, data, captions, size, batches = drawn_from(args)
     if len(data) < 4:  # precision and recall look at the third neighbour
         raise UserError(f"{len(data)} validation pictures are too few: at least 4 are needed")
@@ -396,6 +397,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if "weights" in args:
         args.weights = args.weights or SHIPPED
+    if args.run in (judge_captions, judge_priors, judge_manipulations, report):
+        run = load_checkpoint(args.weights / f"{trained(args.weights)[0]}.pt")["run"]
+        if run.get("data", "shapes") != "shapes":
+            raise UserError(f"{args.weights} was trained on {run['data']}, and {args.command} asks "
+                            "about shapes: use real, classes or class_edits")
     table = args.run(args)
     if args.run not in (export_pictures, report):  # these print as they go
         print_table(table)

@@ -26,7 +26,6 @@ from decoder import IMAGE_TOKENS
 from diffusion import at_least_float32, guided
 from lab.judge import judge, score
 from lab.measures import look
-from lab.plots import file_ending
 from networks import Attention
 from prior import embedding_scale
 from sample import Pipeline, noise_for
@@ -34,7 +33,7 @@ from support.checkpoint import load_checkpoint
 from support.drawing import drawing_options, reachable_size
 from support.pictures import load_data
 from support.shapes import parse_caption
-from support.sheets import to_pil
+from support.sheets import file_ending, to_pil
 from support.tools import Parser, UserError, user_errors
 
 FRAMES, LISTED = 32, 300  # steps on the slider; pictures and captions to compare with

@@ -3,7 +3,6 @@
     python -m lab.plots RUN [RUN ...] [--out FILE]     # one chart a stage, one colour a run
 """
 
-import argparse
 import functools
 import json
 import math
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from support.sheets import check_folder, save_picture
+from support.sheets import file_ending, save_picture
 from support.tools import Parser, UserError, user_errors
 
 CURVES = ("#1f4e9c", "#c8372d", "#2d8a3e", "#8a4fbf", "#c77f17", "#3a9fa8", "#777777", "#b0487f")
@@ -93,17 +92,6 @@ def plot_runs(runs):
         image = chart(series, stage, "training step", "loss", log_y=True)
         sheet.paste(image, (k % 2 * width, k // 2 * height))
     return sheet
-
-
-def file_ending(suffix):
-    """An argument's type, a Path: a file to write, of the command's own kind and no other."""
-    def parse(text):
-        if not text.endswith(suffix) or Path(text).is_dir():
-            raise argparse.ArgumentTypeError(f"{text}: must be a file whose name ends in {suffix}")
-        check_folder(Path(text).parent)  # now, not after hours of work
-        return Path(text)
-
-    return parse
 
 
 @user_errors

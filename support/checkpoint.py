@@ -64,7 +64,7 @@ def export_checkpoints(run, folder, stages):
 def load_checkpoint(path, stage=None):
     """The dictionary at `path`. UserError if it is missing, broken, unsafe or another stage's."""
     if not Path(path).is_file():
-        raise UserError(f"no weights at {path}: train this stage, or give another folder")
+        raise UserError(f"no weights at {path}: train them, or give another path")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         with zipfile.ZipFile(path) as archive:

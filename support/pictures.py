@@ -198,6 +198,9 @@ def load_data(name, root=None, split="train", limit=None, seed=0):
     if name not in DATA:
         raise UserError(f"data {name!r}: use one of {', '.join(DATA)}")
     if name == "shapes":
+        if root is not None:
+            raise UserError(f"shapes are drawn and need no --root: for the pictures in {root} give "
+                            "--data folder, coco or cifar10")
         return Shapes(limit, split, seed)
     if root is None:
         raise UserError(f"data {name} needs its folder: give --root FOLDER")

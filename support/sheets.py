@@ -71,6 +71,17 @@ def check_folder(path, inputs=()):
     return path
 
 
+def file_ending(suffix):
+    """An argument's type, a Path: a file to write, of the command's own kind and no other."""
+    def parse(text):
+        if not text.endswith(suffix) or Path(text).is_dir():
+            raise UserError(f"{text}: must be a file whose name ends in {suffix}")
+        check_folder(Path(text).parent)  # now, not after hours of work
+        return Path(text)
+
+    return parse
+
+
 def save_picture(picture, path, **options):
     """Write a PIL picture under another name beside the Path `path`, then rename it, so neither a
     full disk nor Ctrl-C leaves half a picture behind. Returns the path."""

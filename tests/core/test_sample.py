@@ -59,6 +59,11 @@ def test_nonsense_is_a_users_mistake_and_what_is_not_finite_is_not_drawn_in_blac
         pipeline.upsample(torch.full((1, 3, 16, 16), math.nan), [0], 16)
 
 
+def test_a_prior_that_is_none_is_refused(untrained_run):
+    with pytest.raises(UserError, match="prior 'ar-prior': use prior, ar_prior"):
+        sample.Pipeline(untrained_run, prior="ar-prior")
+
+
 def test_noise_is_that_of_the_seed_stage_and_attempt_in_any_batch():
     for stage, attempt, first in (("prior", 0, 1), ("decoder", 0, 2), ("decoder", 1, 2 + 10**9)):
         wanted = torch.randn(3, generator=torch.Generator().manual_seed(first + 5 * 8))

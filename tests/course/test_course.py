@@ -194,6 +194,8 @@ def test_a_lecturers_own_hidden_tests_count_with_the_hidden_ones(made, tmp_path)
     assert results["score"] == pytest.approx(0.7 * 4 + 0.3 * 4 / 2)
     assert main(["gradescope", str(tmp_path / "g.zip"), "--hidden", str(tmp_path / "hidden")]) == 0
     assert main(["gradescope", str(tmp_path / "g2.zip"), "--hidden", str(tmp_path / "typo")]) == 2
+    assert main(["gradescope", str(tmp_path / "g.zip"), "--hidden", str(tmp_path / "hidden")]) == 0
+    assert main(["grade", str(tmp_path / "a"), str(tmp_path), "--hidden", "typo"]) == 2
     names = zipfile.ZipFile(tmp_path / "g.zip").namelist()
     assert {"setup.sh", "run_autograder", "hidden/test_3_more.py", "diffusion.py"} <= set(names)
 

@@ -33,5 +33,7 @@ def test_a_command_gives_its_first_losses_again_and_other_losses_are_told(
     assert len(told) == 2 and all(len(set(x.split(", again "))) == 1 for x in told)
     losses = checkpoint["first_losses"] | {2: 1.05 * checkpoint["first_losses"][2]}
     monkeypatch.setattr(again, "losses_again", lambda *_: losses)
+    assert main(["--weights", str(trained / "typo")]) == 2
+    assert "has no trained stage" in capfd.readouterr().err
     assert main(["--weights", str(trained)]) == 2
     assert "other losses than in the training: clip" in capfd.readouterr().err

@@ -277,8 +277,9 @@ def test_a_race_trains_each_arm_its_time_and_judges_what_it_draws(
     assert not any(p.any() for p in shut[0].image_to_time.parameters())
     assert all(p.any() for p in shut[0].image_to_tokens.parameters())
     assert told and set(told) == {None}  # it never saw a caption
+    weights = ["--preset", "micro", "--weights", str(micro_run)]
     for arm in ("depth=3", "variance=none", "closed=nothing"):  # one line, no traceback
-        assert bench.main(["--race", arm, "--preset", "micro", "--weights", str(micro_run)]) == 2
+        assert bench.main(["--race", "", arm, *weights]) == 2
     monkeypatch.undo()  # and there may be fewer validation pictures than -n
     monkeypatch.setattr(bench, "load_data", lambda name, root, split, n: Shapes(12, split))
     assert bench.main(["--race", "copies=1", "--only", "prior", "--minutes", "0.01", "-n", "20",

@@ -149,8 +149,11 @@ def test_the_whole_path_runs_with_a_clip_of_open_clips(files, tmp_path, capsys):
     assert sample.main([*command, "--out", str(tmp_path / "out")]) == 0
     assert Image.open(tmp_path / "out" / "a-photo-of-a-cat_0.png").size == (16, 16)
     assert evaluate.main(["clip", "--weights", str(run), "-n", "1"]) == 0  # of the stages' CLIP
+    assert evaluate.main(["priors", "--weights", str(run), "-n", "1"]) == 2
+    assert "was trained on folder, and priors asks about shapes" in capsys.readouterr().err
     capsys.readouterr()
     longer = ["prior", *common[:-1], "3", "--resume"]
-    for main, arguments in ((sample.main, command), (train.main, longer)):
+    done = ["prior", *common, "--resume"]
+    for main, arguments in ((sample.main, command), (train.main, longer), (train.main, done)):
         assert main([*arguments, "--clip", other]) == 2
         assert "embeddings of two CLIPs do not mix" in capsys.readouterr().err

@@ -248,6 +248,7 @@ def test_a_checkpoint_is_saved_though_its_pictures_cannot_be(tmp_path, monkeypat
     (["prior", "--preset", "micro"], "clip.pt"),
     (["clip", "--batch-size", "1"], "2 or more"),
     (["export"], "--to"),
+    (["clip", "--root", "/pictures"], "give --data folder"),
     ([*UPSAMPLER, "--out", f"{ROOT}/LICENSE"], f"{ROOT}/LICENSE"),  # a file
 ])
 def test_mistakes_end_in_one_line_and_exit_code_2(arguments, says, capsys, tmp_path):
