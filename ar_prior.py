@@ -11,7 +11,7 @@ and predicts code after code, each given the caption and the codes before it:
 Why the largest component first? The first codes then settle most of the embedding, and the later
 ones only refine it. The dot-product token, the bucket of image_emb . text_emb, says how well
 picture and caption fit. In training it is known; in sampling we ask for a good fit by drawing it
-from the top half. Sampling runs one token for each code: it has a cache as the diffusion prior.
+from the top half. Sampling runs one token for each code: it has a cache, like the other prior.
 
 Letters: B batch, D CLIP embedding, C principal components and codes, L caption tokens, W width of
 CLIP's token features, M width of this transformer, P prefix length, N data.

@@ -118,8 +118,7 @@ class GaussianDiffusion(nn.Module):
         # Not persistent: they follow from the config, so they have no place in a checkpoint.
         self.register_buffer("betas", betas, persistent=False)
         self.register_buffer("alphas_cumprod", (1 - betas).cumprod(0), persistent=False)
-        if variance == "analytic":  # This one is measured after training, and kept. 0 until then,
-            # which samples as "fixed_small" does.
+        if variance == "analytic":  # measured after training, so kept; until then 0: "fixed_small"
             self.register_buffer("x_0_variance", torch.zeros(T, dtype=torch.float64))
 
     def alpha_bar(self, t):

@@ -64,8 +64,8 @@ class Batches(torch.utils.data.Dataset):
         n, rng = len(self.data), np.random.default_rng([self.seed, step])
         indices = rng.choice(n, self.size, replace=n < self.size)[self.rank :: self.world]
         # Alike in all processes: where CLIP gathers their rows, all captions must be of one kind
-        # (see SmallClip.batch). NumPy ignores the 0: these draws repeat the ones above, which ties
-        # a picture's caption and crop to its number a little (a correlation of 0.015).
+        # (see SmallClip.batch). NumPy ignores the 0, so the draws above are repeated here; another
+        # number would change what the shipped weights were trained on.
         return self.of(indices, np.random.default_rng([self.seed, step, 0]))
 
     def of(self, indices, rng):

@@ -30,7 +30,7 @@ def main(argv=None):
         if name == "grade":
             add("submission", help="folder of a student's files")
         if out:
-            add("out", type=file_ending(".zip") if out == "a .zip" else check_folder, help=out)
+            add("out", type=file_ending(".zip") if name == "gradescope" else check_folder, help=out)
         if name.startswith("grade"):
             add("--hidden", help="folder of more hidden tests: test_7_*.py for exercise 7")
     args = parser.parse_args(argv)

@@ -68,7 +68,8 @@ def load_checkpoint(path, stage=None):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         with zipfile.ZipFile(path) as archive:
-            assert not archive.testzip(), "a checksum is wrong"  # torch does not look at them
+            if archive.testzip():  # checksums, which torch does not look at
+                raise ValueError
         checkpoint = {"clip": None, "run": {}, "figures": {}} | checkpoint
         if missing := {"stage", "config", "ema", "step"} - checkpoint.keys():
             raise KeyError(*missing)
